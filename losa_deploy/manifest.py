@@ -1,0 +1,131 @@
+"""`losa.json`: what a folder holds, where it came from, and the hash of everything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from losa_deploy import __version__
+from losa_deploy.errors import InputError
+from losa_deploy.recipe import Recipe
+
+MANIFEST_FILE = "losa.json"
+SCHEMA = "losa.manifest/1"
+
+
+class Record(BaseModel):
+    """Base of the manifest's parts: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class SourceRecord(Record):
+    """The dense model a folder was made from."""
+
+    id: str
+    revision: str = ""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Weight and config file name → sha256."""
+    license: str = ""
+
+
+class TensorRecord(Record):
+    """How one linear (or the embedding, or the head) is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+    value_type: str
+    nnz: int
+    bytes: int
+    bits_per_weight: float
+    sha256: str
+    """Over the stored bytes, components in layout order."""
+    reason: str = ""
+
+
+class MergeProof(Record):
+    """The evidence that the merge lost nothing (law 2)."""
+
+    ok: bool
+    support_equal: bool
+    """No position outside the mask is non-zero, bit for bit, in every linear."""
+    max_abs_logit_difference: float
+    """Merged model as loaded from disk against the adapted model (base plus adapter branch), f32."""
+    logit_tolerance: float
+    cast_error: float
+    """Largest relative Frobenius error of the one cast to the output dtype, over the linears."""
+    kept_zeros: int
+    """Kept weights whose value is exactly zero: legal, because masks are data."""
+
+
+class Manifest(Record):
+    """The parsed `losa.json` of an adapted, merged or exported folder."""
+
+    schema_: str = Field(default=SCHEMA, alias="schema")
+    kind: Literal["adapted", "merged", "exported"]
+    tool_version: str = __version__
+    format: str = "safetensors"
+    source: SourceRecord
+    recipe: Recipe
+    calibration_sha256: str = ""
+    sparsity_achieved: float
+    """Zeros over all positions of all block linears."""
+    block_sparsity: tuple[float, ...] = ()
+    block_rank: tuple[int, ...] = ()
+    block_error: tuple[float, ...] = ()
+    """Relative error of each block's output against the dense block, after the last step."""
+    linears: tuple[TensorRecord, ...]
+    other_tensors: tuple[TensorRecord, ...] = ()
+    """Embedding and head, where the format stores them apart."""
+    merge_proof: MergeProof | None = None
+    files: dict[str, str] = Field(default_factory=dict)
+    """File name → sha256, for every file of the folder except this one and the reports."""
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/losa.json` (no timestamps: equal runs give equal bytes)."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
+        (folder / MANIFEST_FILE).write_text(text + "\n", "utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Parse `folder/losa.json`; raises `InputError` naming the file and the first wrong key."""
+        path = folder / MANIFEST_FILE
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except OSError:
+            raise InputError(
+                f"{folder} has no {MANIFEST_FILE}.", hint="Is it a losa-deploy output?"
+            ) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "(document)"
+            raise InputError(
+                f"{path} is damaged or of another version: {key}: {first['msg']}.",
+                hint="Make the folder again with this version of losa-deploy.",
+            ) from None
+        if manifest.schema_ != SCHEMA:
+            raise InputError(
+                f"{path} has schema {manifest.schema_!r}, expected {SCHEMA!r}.",
+                hint="Use the losa-deploy version that wrote it.",
+            )
+        return manifest
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in 1 MiB pieces."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, skip: Iterable[str] = ()) -> dict[str, str]:
+    """Hashes of all files below `folder`, by relative POSIX name, sorted; reports are left out."""
+    left_out = {MANIFEST_FILE, "report.json", "report.md", "README.md", "export.log", *skip}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    names: Mapping[str, Path] = {p.relative_to(folder).as_posix(): p for p in paths}
+    return {name: sha256_file(path) for name, path in names.items() if name not in left_out}

@@ -1,0 +1,310 @@
+"""The recipe: every choice of a run, frozen, validated, unknown keys refused.
+
+A recipe is a preset (`losa_deploy/recipes/*.yaml`) overlaid with the user's YAML file, overlaid
+with flags; each flag sets one dotted key. The effective recipe is saved with the output and
+reproduces the run together with the seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from losa_deploy.errors import UsageError
+
+ValueType = Literal["f32", "f16", "i8", "i4"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Part(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SparsityRecipe(Part):
+    """How much to prune, and in which pattern."""
+
+    target: Fraction = 0.5
+    """Fraction of zeros over all pruned linears, e.g. 0.5."""
+    pattern: str = "unstructured"
+    """`unstructured`, or `N:M`: N kept of every M along the input dimension (2 ≤ M ≤ 32)."""
+    scope: Literal["row", "columns"] = "row"
+    """Unstructured only: equal count per output row, or per block of columns over all rows."""
+    exclude: tuple[str, ...] = ()
+    """Shell-style patterns of linears to leave dense, e.g. `*.v_proj`."""
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) for an N:M pattern, None for unstructured."""
+        if self.pattern == "unstructured":
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _fraction_not_percent(cls, value: object) -> object:
+        number = float(value) if isinstance(value, int | float | str) and _is_number(value) else None
+        if number is not None and number >= 1.0:
+            raise ValueError(f"{value} is not a fraction; did you mean {number / 100:g}?")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_sets_target(cls, data: object) -> object:
+        """N:M fixes the sparsity at 1 - N/M; a different target beside it is refused."""
+        if not isinstance(data, Mapping):
+            return data
+        pattern = str(data.get("pattern", "unstructured"))
+        if pattern == "unstructured":
+            return data
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not match:
+            raise ValueError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, e.g. '2:4'")
+        n, m = int(match[1]), int(match[2])
+        if not (1 <= n < m <= 32):
+            raise ValueError(f"pattern {pattern!r} needs 1 <= N < M <= 32 (N kept of every M)")
+        return {**data, "target": 1.0 - n / m}
+
+
+class CalibrationRecipe(Part):
+    """Text the statistics are taken from."""
+
+    source: str = "self"
+    """`self` (sampled from the dense model) or a path: text file, .jsonl, or folder of them."""
+    samples: Positive = 64
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature of `self`."""
+
+
+class AllocationRecipe(Part):
+    """Layer-wise sparsity rates (LoSA's LSR part)."""
+
+    method: Literal["rmi", "slope", "uniform"] = "rmi"
+    rule: Literal["graded", "two-level"] = "graded"
+    """`two-level` is the linear program's corner solution of the paper; `graded` keeps distances."""
+    delta: tuple[float, float, float] = (0.01, 0.02, 0.03)
+    """Largest deviation from the mean rate for step targets up to 0.5, up to 0.6, above."""
+    beta: Annotated[float, Field(gt=0.0)] = 1.0
+    samples: Positive = 32
+    """Calibration samples used for the mutual information of block features."""
+
+
+class PruneRecipe(Part):
+    """How masks are chosen."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    damping: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    block_columns: Positive = 128
+    regrow: bool = False
+    """True: a step may bring a pruned weight back (its dense value competes again)."""
+
+
+class ScheduleRecipe(Part):
+    """Dynamic sparsity: T alternations of pruning and adaptation."""
+
+    steps: Positive = 5
+    ramp: Literal["cubic", "none"] = "cubic"
+    """`none`: full target in every step."""
+
+
+class RankRecipe(Part):
+    """Sparsity-aware ranks (LoSA's SRA part); only masked adapters use them."""
+
+    method: Literal["error", "uniform"] = "error"
+    error: Literal["local", "cumulative"] = "local"
+    """Block error against the dense block on the same input, or of whole-model features."""
+    start: Annotated[float, Field(ge=1)] = 6
+    end: Annotated[float, Field(ge=1)] = 10
+    maximum: Positive = 16
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> RankRecipe:
+        if not self.start <= self.end <= self.maximum:
+            raise ValueError(
+                f"need start <= end <= maximum, found {self.start:g}, {self.end:g}, {self.maximum}"
+            )
+        return self
+
+
+class AdaptRecipe(Part):
+    """Adaptation between prunings; every mode keeps the mask."""
+
+    mode: Literal["adapters", "reconstruct", "direct", "none"] = "reconstruct"
+    loss: Literal["ce", "kd"] = "kd"
+    """adapters/direct: next-token cross-entropy, or KL from the dense model's logits."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 0.01
+    """adapters: absolute. reconstruct/direct: relative to the RMS of each linear's kept weights."""
+    steps: Positive = 100
+    """Optimizer steps per schedule step (adapters, direct), or per block (reconstruct)."""
+    final_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in the last schedule step; 0 means the same as `steps`."""
+    batch_size: Positive = 8
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    alpha: Annotated[float, Field(gt=0.0)] = 16.0
+    """Adapter scale: s = alpha / sqrt(rank) (rank-stabilised)."""
+    data: str = "calibration"
+    """`calibration`, or a path like `calibration.source`."""
+
+
+class MergeRecipe(Part):
+    """The lossless merge."""
+
+    dtype: Literal["source", "f32", "f16", "bf16"] = "source"
+
+
+class ExportRecipe(Part):
+    """How tensors are stored in the artifact."""
+
+    layout: Literal["auto", "dense", "bitmask", "nm"] = "auto"
+    value_type: ValueType = "i8"
+    group_size: Literal[32, 64, 128] = 128
+    """Positions per scale for i4 values."""
+    head: Literal["same", "f32", "f16", "i8", "i4"] = "same"
+    """Value type of embedding and head; `same` follows the blocks (i4 blocks keep an i8 head)."""
+    portable: bool = False
+    """True: dense weights and standard operators only."""
+    bundle_runtime: bool = False
+
+
+class VerifyRecipe(Part):
+    """Checks at the end of an export."""
+
+    level: Literal["off", "quick", "full"] = "quick"
+    prompts: Positive = 3
+    tokens: Positive = 16
+    text: str = "builtin"
+    """Text for the perplexities: `builtin` or a path."""
+    window: Annotated[int, Field(ge=16)] = 512
+    max_tokens: Annotated[int, Field(ge=16)] = 4096
+
+
+class Recipe(Part):
+    """All choices of one run."""
+
+    preset: str = "quick"
+    seed: int = 0
+    sparsity: SparsityRecipe = SparsityRecipe()
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    allocation: AllocationRecipe = AllocationRecipe()
+    prune: PruneRecipe = PruneRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    rank: RankRecipe = RankRecipe()
+    adapt: AdaptRecipe = AdaptRecipe()
+    merge: MergeRecipe = MergeRecipe()
+    export: ExportRecipe = ExportRecipe()
+    verify: VerifyRecipe = VerifyRecipe()
+
+    def to_yaml(self) -> str:
+        """The effective recipe as YAML, keys in declaration order."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the shipped presets, sorted."""
+    folder = resources.files("losa_deploy") / "recipes"
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def load_recipe(
+    *,
+    preset: str | None = None,
+    path: Path | None = None,
+    overrides: Iterable[tuple[str, object]] = (),
+) -> Recipe:
+    """Preset ← file ← overrides (dotted keys, e.g. `("sparsity.target", 0.6)`).
+
+    Raises `UsageError` naming the key, the value found and near matches of an unknown key.
+    """
+    overrides = list(overrides)
+    file_data = _read_yaml(path) if path else {}
+    name = preset or str(file_data.get("preset", "quick"))
+    if name not in preset_names():
+        raise UsageError(
+            f"Unknown preset {name!r}; known: {', '.join(preset_names())}.", hint="Use --preset quick."
+        )
+    data = (
+        yaml.safe_load((resources.files("losa_deploy") / "recipes" / f"{name}.yaml").read_text("utf-8")) or {}
+    )
+    _overlay(data, file_data)
+    for key, value in overrides:
+        nested: object = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        assert isinstance(nested, dict)
+        _overlay(data, nested)
+    data["preset"] = name
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _usage_error(error, path) from None
+
+
+def _overlay(base: dict[str, object], top: Mapping[str, object]) -> None:
+    for key, value in top.items():
+        current = base.get(key)
+        if isinstance(current, dict) and isinstance(value, Mapping):
+            _overlay(current, value)
+        else:
+            base[key] = value
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"Cannot read the recipe {path}: {error.strerror}.", hint="Check --recipe."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"The recipe {path} is not valid YAML: {error}.", hint="See --print-recipe."
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UsageError(f"The recipe {path} holds a {type(data).__name__}, expected keys and values.")
+    return data
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.extend(_known_keys(info.annotation, f"{prefix}{name}."))
+    return keys
+
+
+def _usage_error(error: ValidationError, path: Path | None) -> UsageError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f" in {path}" if path else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(Recipe), n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See `losa-deploy compress --print-recipe`."
+        return UsageError(f"Unknown recipe key {key!r}{where}.", hint=hint)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return UsageError(
+        f"Recipe key {key!r}{where}: {message} (found {first.get('input')!r}).", hint="See `--print-recipe`."
+    )
+
+
+def _is_number(value: int | float | str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
