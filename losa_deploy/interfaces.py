@@ -98,6 +98,8 @@ class Session(Protocol):
     """An open model in one runtime. One sequence at a time, with a key/value cache."""
 
     vocab_size: int
+    context_length: int
+    """The most tokens a sequence may have; 0 if the model does not say."""
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), vocab] of one sequence from an empty cache; the cache is left empty."""
@@ -127,4 +129,14 @@ class Runtime(Protocol):
 
     def open(self, folder: Path, *, threads: int) -> Session:
         """Load the model with `threads` threads (0: the runtime's own choice)."""
+        ...
+
+
+class OracleRuntime(Runtime, Protocol):
+    """A runtime that can also run a folder with some of its weights replaced: what parity is judged by."""
+
+    def open_with(
+        self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int
+    ) -> Session:
+        """Open `folder` with the weights [out, in] of the modules named in `weights` overridden."""
         ...
