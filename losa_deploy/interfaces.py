@@ -135,8 +135,6 @@ class Runtime(Protocol):
 class OracleRuntime(Runtime, Protocol):
     """A runtime that can also run a folder with some of its weights replaced: what parity is judged by."""
 
-    def open_with(
-        self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int
-    ) -> Session:
+    def open_with(self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int) -> Session:
         """Open `folder` with the weights [out, in] of the modules named in `weights` overridden."""
         ...

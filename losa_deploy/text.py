@@ -64,8 +64,7 @@ class Tokenizer:
                 f"The chat template of {self.folder} refused the conversation ({roles}): {error}.",
                 hint="Leave out --system if the model takes no system message.",
             ) from None
-        assert isinstance(ids, list)
-        return [int(i) for i in ids]
+        return [i for i in ids if isinstance(i, int)]
 
     @property
     def size(self) -> int:

@@ -1,0 +1,190 @@
+"""The oracle: torch and transformers in f32 on an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.errors import InputError, MissingError
+
+from .facts import ModelFacts, check_step, check_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class ReferenceRuntime:
+    """Opens Hugging Face folders with torch; slow, exact, and what every other runtime is checked against."""
+
+    name = "reference"
+
+    def supports(self, folder: Path) -> bool:
+        """True for a folder with config.json and safetensors weights."""
+        return (folder / "config.json").is_file() and any((folder / n).is_file() for n in WEIGHT_FILES)
+
+    def open(self, folder: Path, *, threads: int) -> ReferenceSession:
+        """Load all weights as f32; raises `InputError` if transformers cannot read the folder."""
+        return self.open_with(folder, {}, threads=threads)
+
+    def open_with(
+        self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int
+    ) -> ReferenceSession:
+        """Like `open`, with some weights replaced: module name (no `.weight`) → [out, in].
+
+        A tied head becomes a weight of its own once embedding or head is replaced: to change
+        both, give both names. Raises `InputError` for an unknown module or another shape.
+        """
+        if not self.supports(folder):
+            raise InputError(
+                f"{folder} is not a Hugging Face folder with safetensors weights.",
+                hint="Give the source model or the merged folder.",
+            )
+        model = _load(folder)
+        for name, weight in weights.items():
+            _replace(model, name, weight)
+        return ReferenceSession(model, ModelFacts.read(folder), threads)
+
+
+class ReferenceSession:
+    """One sequence in a torch model, with its key/value cache."""
+
+    def __init__(self, model: PreTrainedModel, facts: ModelFacts, threads: int) -> None:
+        self._model: PreTrainedModel | None = model
+        self._threads = threads
+        self._cache: Cache | None = None
+        self._length = 0
+        self.vocab_size: int = facts.vocab_size
+        self.context_length: int = facts.context_length
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The torch module, for checks that look inside it."""
+        if self._model is None:
+            raise RuntimeError("the session is closed")
+        return self._model
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(tokens), vocab] of one sequence, without a cache."""
+        check_tokens(tokens, self.vocab_size, self.context_length)
+        self._reset()
+        return self._run(tokens, None)
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Start a new sequence; logits [vocab] after its last token."""
+        from transformers import DynamicCache
+
+        check_tokens(tokens, self.vocab_size, self.context_length)
+        self._reset()
+        cache = DynamicCache(config=self.model.config)
+        logits = self._run(tokens, cache)
+        self._cache, self._length = cache, len(tokens)
+        last: NDArray[np.float32] = logits[-1]
+        return last
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """Append one token; logits [vocab] after it."""
+        check_step(token, self._length, self.vocab_size, self.context_length)
+        logits = self._run((token,), self._cache)
+        self._length += 1
+        last: NDArray[np.float32] = logits[-1]
+        return last
+
+    def close(self) -> None:
+        """Drop the model and the cache."""
+        self._reset()
+        self._model = None
+
+    def _reset(self) -> None:
+        self._cache, self._length = None, 0
+
+    def _run(self, tokens: Sequence[int], cache: Cache | None) -> NDArray[np.float32]:
+        import torch
+
+        ids = torch.tensor([list(tokens)], dtype=torch.int64)
+        with torch.inference_mode(), _threads(self._threads):
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        logits: NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    """The model in f32 and evaluation mode, without progress bars or code from the folder."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingError(
+            f"The reference runtime needs {error.name}, which is not installed.",
+            hint="Run `pip install losa-deploy` again.",
+        ) from None
+    try:
+        with _quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"transformers cannot open {folder}: {reason}.", hint="Check config.json and the weight files."
+        ) from error
+    model.train(False)
+    return model
+
+
+def _replace(model: PreTrainedModel, name: str, weight: NDArray[np.float32]) -> None:
+    import torch
+
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(
+            f"The model has no module {name!r}, for which a weight was given.",
+            hint="Check that the artifact and the merged folder belong together.",
+        ) from None
+    old = module.weight
+    if not isinstance(old, torch.nn.Parameter) or tuple(old.shape) != weight.shape:
+        found = tuple(old.shape) if isinstance(old, torch.Tensor) else "none"
+        raise InputError(
+            f"The weight given for {name} has shape {weight.shape}, the model's is {found}.",
+            hint="Check that the artifact and the merged folder belong together.",
+        )
+    new = torch.tensor(weight, dtype=torch.float32)
+    module.weight = torch.nn.Parameter(new, requires_grad=False)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run with `count` torch threads (0: as they are); torch's setting is one per process."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count > 0:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bar and warnings off stderr, which carries our own progress."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
