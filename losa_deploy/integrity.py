@@ -1,0 +1,159 @@
+"""Checks on stored bytes: files against their hashes, zeros against masks, values against the format.
+
+Each check returns findings, one line per failure, naming the culprit, what was found and what was
+expected; no finding means the check passed.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.manifest import Manifest, TensorRecord, sha256_file
+from losa_deploy.model import SparseModel
+from losa_deploy.recipe import SparsityRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".onnx", ".data", ".gguf")
+SCALE_ERROR = 2.0**-11
+"""Relative error of a scale stored as f16; f32 scales have less."""
+
+
+def check_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Every file of the manifest is there with its hash; no weight file is there without one."""
+    findings = []
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            findings.append(f"{name}: file missing, expected sha256 {expected[:12]}…")
+        elif (found := sha256_file(path)) != expected:
+            findings.append(f"{name}: found sha256 {found[:12]}…, expected {expected[:12]}…")
+    if not manifest.files:
+        findings.append("losa.json: found no file hashes, expected one per file")
+    present = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    for name in present:
+        if name.endswith(WEIGHT_SUFFIXES) and name not in manifest.files:
+            findings.append(f"{name}: found a weight file that losa.json does not list, expected none")
+    return findings
+
+
+def check_side_files(folder: Path) -> list[str]:
+    """A model folder needs its config and something a tokenizer can be read from."""
+    findings = []
+    if not (folder / "config.json").is_file():
+        findings.append("config.json: file missing")
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        findings.append(f"tokenizer: found none of {', '.join(names)}, expected one")
+    return findings
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> list[str]:
+    """No NaN, no infinity."""
+    import torch
+
+    wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+    return [f"{name}: found {wrong} values that are NaN or infinite, expected none"] if wrong else []
+
+
+def check_support(name: str, tensor: torch.Tensor, mask: NDArray[np.bool_]) -> list[str]:
+    """Positions outside the mask hold zero bits (so -0.0 is wrong too)."""
+    import torch
+
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(words).numpy()
+    wrong = np.argwhere((bits != 0) & ~mask)
+    if not len(wrong):
+        return []
+    row, column = map(int, wrong[0])
+    first = f"first at [{row}, {column}]: {float(tensor[row, column]):g}"
+    return [f"{name}: found {len(wrong)} non-zero weights outside the mask ({first}), expected zero bits"]
+
+
+def check_pattern(name: str, mask: NDArray[np.bool_], group: tuple[int, int]) -> list[str]:
+    """At most N kept in every M neighbours of a row; a shorter last group may keep N as well."""
+    keep, size = group
+    rows, columns = mask.shape
+    padded = np.pad(mask, ((0, 0), (0, -columns % size)))
+    counts = padded.reshape(rows, -1, size).sum(-1)
+    wrong = np.argwhere(counts > keep)
+    if not len(wrong):
+        return []
+    row, index = map(int, wrong[0])
+    found = f"{len(wrong)} groups with more than {keep} of {size} kept"
+    first = f"first in row {row} at column {index * size}: {int(counts[row, index])}"
+    return [f"{name}: found {found} ({first}), expected at most {keep}"]
+
+
+def check_coverage(model: SparseModel, recipe: SparsityRecipe) -> list[str]:
+    """Exactly the linears that the recipe prunes have a mask."""
+    excluded = {n for n in model.linears if any(fnmatchcase(n, p) for p in recipe.exclude)}
+    expected = set(model.linears) - excluded
+    findings = [
+        f"{n}: found no mask, expected one (the recipe prunes it)" for n in sorted(expected - model.masked)
+    ]
+    findings += [f"{n}: found a mask, expected none" for n in sorted(model.masked - expected)]
+    return findings
+
+
+def value_error_bound(weight: NDArray[np.float32], value_type: str, group_size: int) -> NDArray[np.float32]:
+    """Largest error [out, in] that rounding `weight` [out, in] to `value_type` may cause.
+
+    f32: none. f16: half a unit in the last place, at least half the smallest subnormal.
+    i8: codes up to ±127 of one scale per row, so half a step of (largest of the row)/127.
+    i4: codes up to ±7 of one scale per `group_size` positions, half a step of (largest)/7.
+    Integers also carry the rounding of the stored scale, once per unit of the code.
+    """
+    absolute = np.abs(weight)
+    if value_type == "f32":
+        return np.zeros_like(weight)
+    if value_type == "f16":
+        half: NDArray[np.float32] = np.maximum(absolute * np.float32(2.0**-11), np.float32(2.0**-25))
+        return half
+    top, width = (127, weight.shape[1]) if value_type == "i8" else (7, group_size)
+    starts = np.arange(0, weight.shape[1], width)
+    step = np.maximum.reduceat(absolute, starts, axis=1) / np.float32(top)
+    bound = step * np.float32(0.5 * (1 + 2 * SCALE_ERROR) + top * SCALE_ERROR)
+    spread: NDArray[np.float32] = np.repeat(bound, width, axis=1)[:, : weight.shape[1]]
+    return spread
+
+
+def check_decoded(
+    record: TensorRecord,
+    decoded: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    group_size: int,
+) -> tuple[list[str], float]:
+    """What the artifact's bytes say against the merged weight: findings, and the largest error.
+
+    `mask` is None for embedding and head.
+    """
+    name = record.name
+    if decoded is None:
+        return [f"{name}: the artifact's decoder returned nothing, expected a weight {weight.shape}"], 0.0
+    if decoded.shape != weight.shape:
+        return [f"{name}: found shape {decoded.shape}, expected {weight.shape}"], 0.0
+    findings = []
+    if mask is not None:
+        outside = int(((decoded != 0) & ~mask).sum())
+        if outside:
+            findings.append(f"{name}: found {outside} non-zero weights outside the mask, expected none")
+        kept = int(mask.sum())
+        if record.nnz != kept:
+            findings.append(f"{name}: found nnz {record.nnz} in losa.json, expected {kept} as in the mask")
+    error = np.abs(decoded - weight)
+    over = ~(error <= value_error_bound(weight, record.value_type, group_size))
+    if over.any():
+        row, column = map(int, np.argwhere(over)[0])
+        findings.append(
+            f"{name}: found {int(over.sum())} weights further off than {record.value_type} rounds "
+            f"(first at [{row}, {column}]: {decoded[row, column]:.6g}, expected {weight[row, column]:.6g})"
+        )
+    return findings, float(error.max())
