@@ -1,0 +1,30 @@
+"""Packed layouts, one file each: where the kept weights are and how their values are stored.
+
+`LAYOUTS[name].pack` and `.unpack` are pure NumPy functions and exact inverses on stored values.
+The bytes are specified in `docs/formats.md`.
+"""
+
+from __future__ import annotations
+
+from losa_deploy.layouts import bitmask, dense, nm
+from losa_deploy.layouts.base import LAYOUTS, Layout, PackedTensor, PackOptions, Unpacked
+from losa_deploy.layouts.choose import Choice, choose
+
+__all__ = [
+    "LAYOUTS",
+    "Choice",
+    "Layout",
+    "PackOptions",
+    "PackedTensor",
+    "Unpacked",
+    "bitmask",
+    "choose",
+    "dense",
+    "nm",
+    "unpack",
+]
+
+
+def unpack(packed: PackedTensor) -> Unpacked:
+    """Weight and mask of a packed tensor of any layout."""
+    return LAYOUTS[packed.layout].unpack(packed)

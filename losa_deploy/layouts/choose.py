@@ -1,0 +1,48 @@
+"""Which layout a tensor gets: sparse only where that saves bytes (law 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.layouts import bitmask, dense, nm
+from losa_deploy.layouts.base import PackOptions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout, the options to pack with (the pattern filled in), its bytes, and why."""
+
+    layout: str
+    options: PackOptions
+    bytes: int
+    reason: str
+
+
+def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
+    """The smallest layout for a mask [out, in]; ties go to the simpler one (dense, bitmask, nm)."""
+    dense_bytes = dense.size(mask, options)
+    if mask.all():
+        return Choice("dense", options, dense_bytes, "nothing is pruned")
+    bitmask_bytes = bitmask.size(mask, options)
+    pattern = nm.find_pattern(mask)
+    if pattern is not None:
+        patterned = replace(options, pattern=pattern)
+        nm_bytes = nm.size(mask, patterned)
+        if nm_bytes < min(bitmask_bytes, dense_bytes):
+            name = f"{pattern[0]}:{pattern[1]}"
+            reason = (
+                f"{name} mask: {_share(nm_bytes, dense_bytes)}, bitmask {_share(bitmask_bytes, dense_bytes)}"
+            )
+            return Choice("nm", patterned, nm_bytes, reason)
+    kept = f"{mask.mean():.0%} kept"
+    reason = f"{kept}: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
+    if bitmask_bytes < dense_bytes:
+        return Choice("bitmask", options, bitmask_bytes, reason)
+    return Choice("dense", options, dense_bytes, reason)
+
+
+def _share(size: int, dense_bytes: int) -> str:
+    return f"{size / max(1, dense_bytes):.0%} of dense"

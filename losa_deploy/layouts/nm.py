@@ -1,0 +1,168 @@
+"""N:M: exactly N kept of every M positions of a row, so values have a fixed stride.
+
+A row that is not a multiple of M is padded up to one. Its last group may keep fewer than N; the
+free slots hold the zero code and point at positions beyond the row, so that they decode to
+nothing and the mask stays exact.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Unpacked, register
+from losa_deploy.layouts.values import (
+    ZERO_CODE,
+    code_dtype,
+    dequantize,
+    load,
+    quantize,
+    scale_bytes,
+    store,
+    value_bytes,
+    value_params,
+)
+
+MAX_M = 32
+
+
+def position_bits(n: int, m: int) -> int:
+    """Bits of one position code (1, 2, 4 or 8), or 0 where M mask bits per group are no larger."""
+    bits = next(b for b in (1, 2, 4, 8) if 2**b >= m)
+    return bits if n * bits < m else 0
+
+
+def positions_row_bytes(n: int, m: int, in_features: int) -> int:
+    """Bytes of a row's positions; each row starts a byte."""
+    groups = -(-in_features // m)
+    return -(-groups * (n * position_bits(n, m) or m) // 8)
+
+
+def fits(mask: NDArray[np.bool_], n: int, m: int) -> bool:
+    """True if every full group keeps exactly N and a short last group can be completed beyond the row."""
+    in_features = mask.shape[1]
+    full = in_features // m * m
+    groups = mask[:, :full].reshape(mask.shape[0], -1, m)
+    if not (np.count_nonzero(groups, axis=2) == n).all():
+        return False
+    if full == in_features:
+        return True
+    last = np.count_nonzero(mask[:, full:], axis=1)
+    beyond = m - (in_features - full)
+    return bool(((last <= n) & (last >= n - beyond)).all())
+
+
+def find_pattern(mask: NDArray[np.bool_]) -> tuple[int, int] | None:
+    """The (N, M) with the smallest M that the mask satisfies, or None."""
+    if mask.size == 0 or mask.all():
+        return None
+    for m in range(2, MAX_M + 1):
+        n = int(np.count_nonzero(mask[0, :m]))
+        if 1 <= n < m <= mask.shape[1] and fits(mask[:4], n, m) and fits(mask, n, m):
+            return n, m
+    return None
+
+
+def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
+    """positions: uint8 [out, row bytes]; values: out * groups * N codes, slot after slot.
+
+    Raises `ValueError` if the mask does not keep N of every M.
+    """
+    pattern = options.pattern or find_pattern(mask)
+    if pattern is None or not fits(mask, *pattern):
+        raise ValueError(f"the mask does not keep {':'.join(map(str, pattern)) if pattern else 'N:M'}")
+    n, m = pattern
+    slots = _slots(mask, n, m)
+    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
+    padded = np.full(slots.shape, ZERO_CODE[options.value_type], code_dtype(options.value_type))
+    padded[:, : mask.shape[1]] = codes
+    params = {"n": n, "m": m, "position_bits": position_bits(n, m), **value_params(options)}
+    values = store(padded[slots], options.value_type)
+    return PackedTensor(
+        "nm",
+        options.value_type,
+        (mask.shape[0], mask.shape[1]),
+        params,
+        {"positions": _store_positions(slots, n, m), "values": values, **meaning},
+        int(mask.sum()),
+    )
+
+
+def unpack(packed: PackedTensor) -> Unpacked:
+    """Scatter the slots; those beyond the row fall away."""
+    n, m = packed.params["n"], packed.params["m"]
+    in_features = packed.shape[1]
+    slots = _load_positions(packed.arrays["positions"], packed.shape, n, m)
+    codes = np.full(slots.shape, ZERO_CODE[packed.value_type], code_dtype(packed.value_type))
+    codes[slots] = load(packed.arrays["values"], packed.value_type, int(slots.sum()))
+    mask = slots[:, :in_features].copy()
+    weight = dequantize(codes[:, :in_features], packed.value_type, packed.params, packed.arrays)
+    return Unpacked(np.where(mask, weight, np.float32(0)), mask)
+
+
+def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
+    """Stored bytes; raises `ValueError` if no pattern fits."""
+    pattern = options.pattern or find_pattern(mask)
+    if pattern is None:
+        raise ValueError("the mask satisfies no N:M pattern")
+    n, m = pattern
+    rows, in_features = mask.shape
+    count = rows * -(-in_features // m) * n
+    positions = rows * positions_row_bytes(n, m, in_features)
+    total: int = (
+        positions + value_bytes(count, options.value_type) + scale_bytes((rows, in_features), options)
+    )
+    return total
+
+
+def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
+    """Whether the mask follows the asked pattern, or any."""
+    if options.pattern is None:
+        return find_pattern(mask) is not None
+    return fits(mask, *options.pattern)
+
+
+def _slots(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
+    """Mask padded to whole groups [out, groups * M], with exactly N set in each group."""
+    rows, in_features = mask.shape
+    width = -(-in_features // m) * m
+    slots = np.zeros((rows, width), np.bool_)
+    slots[:, :in_features] = mask
+    if width > in_features:
+        missing = n - np.count_nonzero(slots[:, width - m :], axis=1)
+        slots[:, in_features:] = np.arange(width - in_features)[None, :] < missing[:, None]
+    return slots
+
+
+def _store_positions(slots: NDArray[np.bool_], n: int, m: int) -> Component:
+    """Mask bits, or the slots' positions within their group in ascending order, lowest bits first."""
+    rows, bits = slots.shape[0], position_bits(n, m)
+    if bits == 0:
+        return np.packbits(slots, axis=1, bitorder="little")
+    codes = (np.nonzero(slots)[1] % m).astype(np.uint8).reshape(rows, -1)
+    digits = np.unpackbits(codes[..., None], axis=2, bitorder="little")[..., :bits]
+    return np.packbits(digits.reshape(rows, -1), axis=1, bitorder="little")
+
+
+def _load_positions(positions: Component, shape: tuple[int, int], n: int, m: int) -> NDArray[np.bool_]:
+    """Inverse of `_store_positions`: bool [out, groups * M]."""
+    rows, bits = shape[0], position_bits(n, m)
+    groups = -(-shape[1] // m)
+    packed = positions.astype(np.uint8)
+    if bits == 0:
+        return np.unpackbits(packed, axis=1, count=groups * m, bitorder="little").astype(np.bool_)
+    digits = np.unpackbits(packed, axis=1, count=groups * n * bits, bitorder="little")
+    codes = digits.reshape(rows, groups, n, bits) @ _powers(bits)
+    slots = np.zeros((rows, groups, m), np.bool_)
+    np.put_along_axis(slots, codes.astype(np.intp), True, axis=2)
+    return slots.reshape(rows, -1)
+
+
+@cache
+def _powers(bits: int) -> NDArray[np.int64]:
+    return 1 << np.arange(bits, dtype=np.int64)
+
+
+NM = register(Layout("nm", pack, unpack, size, tolerates))

@@ -1,0 +1,172 @@
+"""Layouts: exact round trips over every pattern and awkward size, and the choice between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from losa_deploy.layouts import LAYOUTS, PackOptions, choose, unpack
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.nm import fits, position_bits
+from losa_deploy.layouts.values import dequantize, quantize
+
+VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+Matrix = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+def weight_of(rows: int, columns: int, seed: int) -> Matrix:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    weight[rng.random((rows, columns)) < 0.1] = 0.0  # kept weights may be zero
+    return weight
+
+
+def expected(weight: Matrix, mask: Mask, options: PackOptions) -> Matrix:
+    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
+    return dequantize(codes, options.value_type, {"group_size": options.group_size}, meaning)
+
+
+def check_round_trip(layout: str, weight: Matrix, mask: Mask, options: PackOptions) -> None:
+    packed = LAYOUTS[layout].pack(weight, mask, options)
+    result = unpack(packed)
+    assert result.weight.tobytes() == expected(weight, mask, options).tobytes()
+    assert not result.weight[~mask].any()
+    assert packed.nnz == mask.sum()
+    assert packed.nbytes == LAYOUTS[layout].size(mask, options)
+    if layout != "dense":
+        assert np.array_equal(result.mask, mask)
+    again = LAYOUTS[layout].pack(result.weight, mask, options)
+    if options.value_type in ("f32", "f16"):
+        assert again.sha256 == packed.sha256
+
+
+options_strategy = st.builds(
+    PackOptions,
+    value_type=st.sampled_from(VALUE_TYPES),
+    group_size=st.sampled_from((32, 64, 128)),
+    scale_type=st.sampled_from(("f32", "f16")),
+    table=st.sampled_from((tuple(range(-8, 8)), (-8, -6, -5, -4, -3, -2, -1, 7, 0, 1, 2, 3, 4, 5, 6, 8))),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    layout=st.sampled_from(("dense", "bitmask")),
+    rows=st.integers(1, 6),
+    columns=st.sampled_from((1, 7, 63, 64, 65, 128, 172, 300)),
+    density=st.sampled_from((0.0, 0.3, 0.5, 1.0)),
+    options=options_strategy,
+    seed=st.integers(0, 2**16),
+)
+def test_unstructured_masks_round_trip(
+    layout: str, rows: int, columns: int, density: float, options: PackOptions, seed: int
+) -> None:
+    mask = np.random.default_rng(seed).random((rows, columns)) < density
+    mask[rows // 2] = False  # an empty row
+    check_round_trip(layout, weight_of(rows, columns, seed), mask, options)
+
+
+def nm_mask(rows: int, columns: int, n: int, m: int, seed: int) -> Mask:
+    """Exactly N of M; a short last group keeps min(N, width) or its rounded share, row by row."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((rows, columns), np.bool_)
+    for row in range(rows):
+        for start in range(0, columns, m):
+            width = min(m, columns - start)
+            keep = n if width == m else (min(n, width) if row % 2 else round(n * width / m))
+            mask[row, start + rng.permutation(width)[:keep]] = True
+    return mask
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), options=options_strategy, seed=st.integers(0, 2**16))
+def test_every_n_of_m_round_trips(data: st.DataObject, options: PackOptions, seed: int) -> None:
+    m = data.draw(st.integers(2, 32))
+    n = data.draw(st.integers(1, m - 1))
+    columns = data.draw(st.sampled_from((m, 2 * m, 65, 172, 33)))
+    mask = nm_mask(3, columns, n, m, seed)
+    assert fits(mask, n, m)
+    check_round_trip("nm", weight_of(3, columns, seed), mask, replace(options, pattern=(n, m)))
+
+
+def test_all_patterns_are_exact() -> None:
+    for m in range(2, 33):
+        for n in range(1, m):
+            mask = nm_mask(2, 70, n, m, n * m)
+            check_round_trip("nm", weight_of(2, 70, m), mask, PackOptions("i8", pattern=(n, m)))
+
+
+def test_position_form_is_the_smaller_one() -> None:
+    assert position_bits(1, 2) == 1 and position_bits(1, 4) == 2 and position_bits(2, 16) == 4
+    assert position_bits(1, 32) == 8
+    for n, m in ((2, 4), (4, 8), (16, 32), (4, 16)):
+        assert position_bits(n, m) == 0
+
+
+def test_nm_refuses_other_masks() -> None:
+    mask = np.random.default_rng(0).random((4, 64)) < 0.5
+    with pytest.raises(ValueError, match="2:4"):
+        LAYOUTS["nm"].pack(weight_of(4, 64, 0), mask, PackOptions("f32", pattern=(2, 4)))
+    short = np.zeros((1, 7), np.bool_)
+    short[0, :3] = True  # 3:4, and then none of a last group of 3: one free slot is not enough
+    assert not fits(short, 3, 4)
+
+
+def test_kept_zero_stays_kept() -> None:
+    mask = np.zeros((1, 64), np.bool_)
+    mask[0, 5] = True
+    for value_type in VALUE_TYPES:
+        packed = LAYOUTS["bitmask"].pack(np.zeros((1, 64), np.float32), mask, PackOptions(value_type))
+        assert packed.nnz == 1 and np.array_equal(unpack(packed).mask, mask)
+
+
+def test_i8_error_is_half_a_step_and_f16_rounds_once() -> None:
+    weight, mask = weight_of(8, 172, 3), np.ones((8, 172), np.bool_)
+    packed = LAYOUTS["dense"].pack(weight, mask, PackOptions("i8"))
+    step = np.abs(weight).max(axis=1, keepdims=True) / 127
+    assert (np.abs(unpack(packed).weight - weight) <= step * 0.5001).all()
+    half = unpack(LAYOUTS["dense"].pack(weight, mask, PackOptions("f16"))).weight
+    assert np.array_equal(half, weight.astype(np.float16).astype(np.float32))
+
+
+def test_i4_extreme_of_a_group_is_kept_to_f16_and_zero_is_exact() -> None:
+    weight, mask = weight_of(4, 172, 5), np.ones((4, 172), np.bool_)
+    decoded = unpack(LAYOUTS["dense"].pack(weight, mask, PackOptions("i4", group_size=64))).weight
+    assert not decoded[weight == 0].any()
+    for start in (0, 64, 128):
+        group = slice(start, min(start + 64, 172))
+        peak = np.abs(weight[:, group]).argmax(axis=1)[:, None]
+        true = np.take_along_axis(weight[:, group], peak, axis=1)
+        assert np.allclose(np.take_along_axis(decoded[:, group], peak, axis=1), true, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 7e4])
+def test_values_that_do_not_fit_are_refused(bad: float) -> None:
+    weight = np.full((1, 4), bad, np.float32)
+    with pytest.raises(ValueError):
+        quantize(weight, PackOptions("f16"))
+
+
+def test_choice_saves_bytes_or_stays_dense() -> None:
+    rng = np.random.default_rng(1)
+    half = rng.random((64, 576)) < 0.5
+    options = PackOptions("i8")
+    assert choose(half, options).layout == "bitmask"
+    assert choose(np.ones((64, 576), np.bool_), options).layout == "dense"
+    almost_full = rng.random((64, 576)) < 0.95
+    choice = choose(almost_full, options)
+    assert choice.layout == "dense" and "bitmask takes 1" in choice.reason
+    one_of_four = choose(nm_mask(64, 576, 1, 4, 0), options)
+    assert (one_of_four.layout, one_of_four.options.pattern) == ("nm", (1, 4))
+    two_of_four = choose(nm_mask(64, 576, 2, 4, 0), options)
+    assert two_of_four.layout == "bitmask"  # the same bytes, and the simpler layout wins
+    for mask in (half, almost_full, nm_mask(64, 576, 1, 4, 0)):
+        choice = choose(mask, options)
+        packed = LAYOUTS[choice.layout].pack(weight_of(64, 576, 2), mask, choice.options)
+        assert packed.nbytes == choice.bytes <= LAYOUTS["dense"].size(mask, options)
