@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".onnx", ".data", ".gguf")
 SCALE_ERROR = 2.0**-11
-"""Relative error of a scale stored as f16; f32 scales have less."""
+SCALE_FLOOR = 2.0**-25
+"""Relative and, below the normal range, absolute error of a scale stored as f16; f32 has less."""
 
 
 def check_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -106,22 +107,23 @@ def value_error_bound(weight: NDArray[np.float32], value_type: str, group_size: 
     """Largest error [out, in] that rounding `weight` [out, in] to `value_type` may cause.
 
     f32: none. f16: half a unit in the last place, at least half the smallest subnormal.
-    i8: codes up to ±127 of one scale per row, so half a step of (largest of the row)/127.
-    i4: codes up to ±7 of one scale per `group_size` positions, half a step of (largest)/7.
-    Integers also carry the rounding of the stored scale, once per unit of the code.
+    i8: levels up to ±127 of one scale per row, so half a step of (largest of the row)/127.
+    i4: levels -8…7 of one scale per `group_size` positions, half a step of (largest)/8, and up to a
+    whole one beyond level 7. Integers also carry the rounding of the stored scale (f16 at worst),
+    once per unit of the level.
     """
     absolute = np.abs(weight)
     if value_type == "f32":
         return np.zeros_like(weight)
     if value_type == "f16":
-        half: NDArray[np.float32] = np.maximum(absolute * np.float32(2.0**-11), np.float32(2.0**-25))
-        return half
-    top, width = (127, weight.shape[1]) if value_type == "i8" else (7, group_size)
-    starts = np.arange(0, weight.shape[1], width)
-    step = np.maximum.reduceat(absolute, starts, axis=1) / np.float32(top)
-    bound = step * np.float32(0.5 * (1 + 2 * SCALE_ERROR) + top * SCALE_ERROR)
-    spread: NDArray[np.float32] = np.repeat(bound, width, axis=1)[:, : weight.shape[1]]
-    return spread
+        return np.maximum(absolute * 2.0**-11, 2.0**-25).astype(np.float32)
+    columns = weight.shape[1]
+    top, width = (127, columns) if value_type == "i8" else (8, group_size)
+    largest = np.maximum.reduceat(absolute, np.arange(0, columns, width), axis=1)
+    step = np.repeat(largest / np.float32(top), width, axis=1)[:, :columns]
+    rounding = 0.5 * step if value_type == "i8" else np.maximum(0.5 * step, absolute - 7 * step)
+    bound = rounding * (1 + SCALE_ERROR) + top * (step * SCALE_ERROR + SCALE_FLOOR)
+    return bound.astype(np.float32)
 
 
 def check_decoded(

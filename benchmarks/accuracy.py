@@ -1,0 +1,130 @@
+"""Perplexity with its standard error, and divergence from another model, on token windows.
+
+Windows do not overlap, so that every token is scored once; the first of a window has no history
+and is not scored, unless the tokenizer begins texts with a token of its own, which then stands
+before every window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from losa_deploy.errors import InputError
+from losa_deploy.interfaces import Session
+from losa_deploy.parity import ROWS, Floats, Logits, kl_divergence, log_softmax
+from losa_deploy.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, and the standard errors of that estimate.
+
+    By the delta method a standard error s of the mean is perplexity·s of the perplexity.
+    `stderr` treats tokens as independent (as llama.cpp's tool does), `stderr_windows` only windows
+    (None with fewer than two).
+    """
+
+    perplexity: float
+    stderr: float
+    stderr_windows: float | None
+    tokens: int
+    """Tokens scored."""
+    window: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(reference || model) in nats over all positions, and agreement on the most likely token."""
+
+    mean: float
+    p99: float
+    maximum: float
+    same_top_rate: float
+    positions: int
+
+
+def split_windows(tokens: Sequence[int], window: int, start: int | None = None) -> list[list[int]]:
+    """Consecutive windows of `window` tokens, the last one shorter (dropped below two tokens).
+
+    With `start`, each window begins with it and takes `window` - 1 tokens of the text.
+    Raises `InputError` if not one window comes out.
+    """
+    head = [] if start is None else [start]
+    step = window - len(head)
+    pieces = [head + list(tokens[i : i + step]) for i in range(0, len(tokens), step)]
+    result = [piece for piece in pieces if len(piece) >= 2]
+    if not result:
+        raise InputError(
+            f"The evaluation text has {len(tokens)} tokens, too few to score one.",
+            hint="Give a longer text.",
+        )
+    return result
+
+
+def text_windows(tokenizer: Tokenizer, text: str, window: int, max_tokens: int) -> list[list[int]]:
+    """Windows of the first `max_tokens` tokens of `text`, each with the tokenizer's own first token."""
+    plain = tokenizer.encode(text, special=False)[:max_tokens]
+    full = tokenizer.encode(text[:200])
+    start = full[0] if full and full[0] == tokenizer.bos_id and full[0] != plain[0] else None
+    return split_windows(plain, window, start)
+
+
+def negative_log_likelihoods(logits: Logits, tokens: Sequence[int]) -> Floats:
+    """-log p of tokens[1:], each given those before it, in nats; logits [len(tokens), vocab]."""
+    targets = np.asarray(tokens[1:])
+    result = np.empty(len(targets), np.float64)
+    for start in range(0, len(targets), ROWS):
+        rows = slice(start, min(start + ROWS, len(targets)))
+        logs = log_softmax(logits[rows])
+        result[rows] = -logs[np.arange(len(logs)), targets[rows]]
+    return result
+
+
+def summarize(losses: Sequence[Floats], window: int) -> Perplexity:
+    """Perplexity of negative log-likelihoods [n] per window, every token weighing the same."""
+    values = np.concatenate(losses)
+    mean = float(values.mean())
+    perplexity = math.exp(mean)
+    of_mean = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    of_windows = None
+    if len(losses) > 1:
+        weights = np.array([len(loss) for loss in losses]) / len(values)
+        deviations = np.array([float(loss.mean()) for loss in losses]) - mean
+        count = len(losses)
+        of_windows = math.sqrt(count / (count - 1) * float(((weights * deviations) ** 2).sum()))
+    return Perplexity(
+        perplexity,
+        perplexity * of_mean,
+        None if of_windows is None else perplexity * of_windows,
+        len(values),
+        window,
+        len(losses),
+    )
+
+
+def perplexity(session: Session, windows: Sequence[Sequence[int]], window: int) -> Perplexity:
+    """Score every window from an empty cache."""
+    return summarize([negative_log_likelihoods(session.logits(w), w) for w in windows], window)
+
+
+def divergence(reference: Session, session: Session, windows: Sequence[Sequence[int]]) -> Divergence:
+    """KL of `session` from `reference` at every position of every window."""
+    values: list[Floats] = []
+    same = 0
+    for window in windows:
+        expected, found = reference.logits(window), session.logits(window)
+        values.append(kl_divergence(expected, found))
+        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+    every = np.concatenate(values)
+    return Divergence(
+        float(every.mean()),
+        float(np.quantile(every, 0.99)),
+        float(every.max()),
+        same / len(every),
+        len(every),
+    )
