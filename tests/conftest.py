@@ -1,0 +1,113 @@
+"""Shared fixtures: one tiny Llama, trained for seconds on made-up text, that every quick test can use."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+NAMES = ("Anna", "Ben", "Carla", "Dora", "Emil", "Fred", "Greta", "Hugo")
+COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
+THINGS = ("apples", "boats", "cups", "doors", "eggs", "flags", "goats", "hats")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+VOCAB = 300
+
+
+def made_up_text(sentences: int, seed: int) -> str:
+    """Sentences whose words follow from the name; names mostly follow in order, so one can predict them."""
+    rng = random.Random(seed)
+    index = rng.randrange(len(NAMES))
+    lines = []
+    for _ in range(sentences):
+        lines.append(f"{NAMES[index]} has {index + 2} {COLOURS[index]} {THINGS[(3 * index) % 8]}.")
+        index = (index + 1) % len(NAMES) if rng.random() < 0.85 else rng.randrange(len(NAMES))
+    return " ".join(lines)
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """About 3,000 tokens of the kind of text `tiny_llama` was trained on, which it has not seen."""
+    return made_up_text(300, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a byte-level BPE tokenizer (300 ids) with a chat template; any text can be encoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([made_up_text(200, seed=0)], trainer)
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=inner,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Hugging Face folder: 3 blocks, hidden 64, 4 heads on 2 key/value heads, tied head, f32, trained."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(tiny_tokenizer))
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        train(model, tokenizer.encode(made_up_text(2000, seed=0)), steps=160)
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def train(model: object, ids: list[int], *, steps: int, batch: int = 16, length: int = 64) -> None:
+    """Next-token training of a small causal LM on `ids`, in place, ended in evaluation mode."""
+    import torch
+
+    assert isinstance(model, torch.nn.Module)
+    stream = torch.tensor(ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - length, (batch,))
+        window = torch.stack([stream[s : s + length] for s in starts.tolist()])
+        loss = model(input_ids=window, labels=window).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval()
