@@ -6,6 +6,7 @@ expected; no finding means the check passed.
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +91,16 @@ def check_pattern(name: str, mask: NDArray[np.bool_], group: tuple[int, int]) ->
     found = f"{len(wrong)} groups with more than {keep} of {size} kept"
     first = f"first in row {row} at column {index * size}: {int(counts[row, index])}"
     return [f"{name}: found {found} ({first}), expected at most {keep}"]
+
+
+def check_group(name: str, mask: NDArray[np.bool_], recipe: SparsityRecipe) -> list[str]:
+    """The recipe's N:M pattern, if it has one; with `mixed` N is the linear's own, from its density."""
+    if recipe.group is None:
+        return []
+    keep, size = recipe.group
+    if recipe.mixed:
+        keep = math.ceil(float(mask.mean()) * size - 1e-9)
+    return check_pattern(name, mask, (keep, size))
 
 
 def check_coverage(model: SparseModel, recipe: SparsityRecipe) -> list[str]:

@@ -15,7 +15,7 @@ from losa_deploy.integrity import (
     check_decoded,
     check_files,
     check_finite,
-    check_pattern,
+    check_group,
     check_side_files,
     check_support,
 )
@@ -36,7 +36,7 @@ class MergedCheck:
     reasons: tuple[str, ...]
     linears: int
     positions: int
-    """Weights of all block linears."""
+    """Weights of all masked linears."""
     kept: int
     sparsity: float
     """Pruned share of `positions`, from the masks."""
@@ -48,23 +48,21 @@ def verify_merged(model: SparseModel) -> MergedCheck:
     reasons = [*check_files(model.folder, manifest), *check_side_files(model.folder)]
     reasons += check_coverage(model, manifest.recipe.sparsity)
     records = {record.name: record for record in manifest.linears}
-    group = manifest.recipe.sparsity.group
-    kept = 0
+    kept = positions = 0
     for name in model.linears:
         mask = model.mask(name)
         count = int(mask.sum())
-        kept += count
         reasons += check_support(name, model.checkpoint.tensor(f"{name}.weight"), mask)
-        if group is not None and name in model.masked:
-            reasons += check_pattern(name, mask, group)
+        if name in model.masked:
+            kept, positions = kept + count, positions + mask.size
+            reasons += check_group(name, mask, manifest.recipe.sparsity)
         if name not in records:
             reasons.append(f"{name}: found no entry in losa.json, expected one")
         elif records[name].nnz != count:
             reasons.append(f"{name}: found nnz {records[name].nnz} in losa.json, expected {count}")
     for name in model.checkpoint.files:
         reasons += check_finite(name, model.checkpoint.tensor(name))
-    positions = sum(rows * columns for rows, columns in model.linears.values())
-    sparsity = 1.0 - kept / positions
+    sparsity = 1.0 - kept / max(1, positions)
     if abs(sparsity - manifest.sparsity_achieved) > 1e-6:
         reasons.append(
             f"losa.json: found sparsity {manifest.sparsity_achieved:.6f}, the masks give {sparsity:.6f}"
