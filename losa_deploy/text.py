@@ -116,6 +116,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"The tokenizer in {folder} cannot be read: {_first_line(error)}.",
             hint="Copy tokenizer.json and tokenizer_config.json of the original model again.",
         ) from error
+    # Corpora are encoded whole; the length of what a model is given is checked where it is given.
+    inner.model_max_length = 2**63 - 1
     return Tokenizer(inner, folder)
 
 
