@@ -43,9 +43,14 @@ class MergedCheck:
 
 
 def verify_merged(model: SparseModel) -> MergedCheck:
-    """Files, masks, zeros, pattern, counts and values of a merged folder, tensor by tensor."""
+    """Files, masks, zeros, pattern, counts and values of a merged folder, tensor by tensor.
+
+    Damaged files stop the check before any of them is read further.
+    """
     manifest = model.manifest
     reasons = [*check_files(model.folder, manifest), *check_side_files(model.folder)]
+    if reasons:
+        return MergedCheck(False, tuple(reasons), len(manifest.linears), 0, 0, 0.0)
     reasons += check_coverage(model, manifest.recipe.sparsity)
     records = {record.name: record for record in manifest.linears}
     kept = positions = 0

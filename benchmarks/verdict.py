@@ -1,0 +1,147 @@
+"""The verdict of a report: computed from its numbers and from nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+DENSE_INT4_BITS = 4.0
+"""From here on plain dense int4 (4.1-4.5 bits with its scales) stores a better model in the same bytes."""
+SPARSE_INT4_BITS = 3.2
+"""Below this no dense int4 exists, and sparse int4 is the better format."""
+ONNX_RUNTIMES = ("ort", "genai")
+LEAST_NOISE = 0.02
+"""Speeds closer than this are equal, however little the samples spread."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict is computed from; sizes in bytes, speeds in tokens per second."""
+
+    value_type: str
+    exported_bytes: int
+    dense_same_type_bytes: int
+    """The same folder with every linear dense in the same value type, computed from shapes."""
+    dense_f32_bytes: int
+    """The dense baseline on disk."""
+    block_bits_per_weight: float
+    packed: bool
+    """At least one linear is stored without its zeros."""
+    runtime: str
+    exported_decode: float
+    dense_decode: float
+    decode_noise: float
+    """Relative standard deviation of the decode speed, the larger of the two models'."""
+    exported_rss: int
+    dense_rss: int
+    dense_perplexity: float
+    merged_perplexity: float
+    exported_perplexity: float
+    merged_perplexity_stderr: float
+
+
+class Verdict(BaseModel):
+    """`smaller`: than a dense export of the same value type. `faster`: decode beyond noise."""
+
+    model_config = ConfigDict(frozen=True)
+
+    smaller: bool
+    faster: bool
+    lines: tuple[str, ...]
+
+
+def decide(evidence: Evidence) -> Verdict:
+    """The verdict; pure."""
+    smaller = evidence.exported_bytes < min(evidence.dense_same_type_bytes, evidence.dense_f32_bytes)
+    margin = max(LEAST_NOISE, evidence.decode_noise)
+    faster = evidence.exported_decode > evidence.dense_decode * (1 + margin)
+    lines = (
+        size_line(evidence, smaller),
+        speed_line(evidence, faster, margin),
+        memory_line(evidence),
+        quality_line(evidence),
+        bits_line(evidence.block_bits_per_weight),
+    )
+    return Verdict(smaller=smaller, faster=faster, lines=lines)
+
+
+def size_line(e: Evidence, smaller: bool) -> str:
+    """Against a dense export of the same value type, and against the dense f32 artifact."""
+    same, f32 = e.exported_bytes / e.dense_same_type_bytes, e.exported_bytes / e.dense_f32_bytes
+    numbers = (
+        f"{megabytes(e.exported_bytes)}, {same:.2f}× a dense {e.value_type} export "
+        f"({megabytes(e.dense_same_type_bytes)}), {f32:.2f}× the dense f32 one "
+        f"({megabytes(e.dense_f32_bytes)})"
+    )
+    if smaller:
+        return f"Smaller: {numbers}."
+    if e.exported_bytes == e.dense_same_type_bytes:
+        return f"Not smaller than dense {e.value_type}: {numbers}; every linear is stored dense."
+    return (
+        f"Not smaller: {numbers}; at this sparsity the positions of the kept weights cost as much as "
+        "the dropped ones save."
+    )
+
+
+def speed_line(e: Evidence, faster: bool, margin: float) -> str:
+    """Decode speed, and the reason where it is not faster."""
+    ratio = e.exported_decode / e.dense_decode
+    numbers = (
+        f"decode {e.exported_decode:.1f} against {e.dense_decode:.1f} tokens/s dense f32 in {e.runtime} "
+        f"({ratio:.2f}×, noise ±{margin:.0%})"
+    )
+    if faster:
+        return f"Faster: {numbers}."
+    word = "Slower" if ratio < 1 - margin else "Not faster"
+    return f"{word} here: {numbers}. {speed_reason(e)}"
+
+
+def speed_reason(e: Evidence) -> str:
+    """Why sparse weights do not decode faster in this runtime."""
+    if not e.packed:
+        return "Every linear is stored dense, so decode reads its zeros like any other weight."
+    if e.runtime in ONNX_RUNTIMES:
+        return (
+            "Stock ONNX Runtime expands packed weights to dense f32 at load, so decode reads as many "
+            "bytes as dense f32; native kernels are not part of this version."
+        )
+    return (
+        f"The runtime {e.runtime} computes with dense weights; native kernels are not part of this version."
+    )
+
+
+def memory_line(e: Evidence) -> str:
+    """Peak resident memory of a fresh process."""
+    ratio = e.exported_rss / e.dense_rss
+    word = "Less" if ratio < 1 - LEAST_NOISE else "More" if ratio > 1 + LEAST_NOISE else "As much"
+    return f"{word} memory: peak {megabytes(e.exported_rss)} against {megabytes(e.dense_rss)} dense f32."
+
+
+def quality_line(e: Evidence) -> str:
+    """What sparsity cost, and what the value type added."""
+    cost = e.merged_perplexity / e.dense_perplexity
+    change = e.exported_perplexity / e.merged_perplexity - 1
+    return (
+        f"Quality: perplexity {e.dense_perplexity:.2f} dense, {e.merged_perplexity:.2f} "
+        f"± {e.merged_perplexity_stderr:.2f} merged ({cost:.2f}×), {e.exported_perplexity:.2f} exported "
+        f"({change:+.1%} from {e.value_type})."
+    )
+
+
+def bits_line(bits: float) -> str:
+    """Where this size stands against plain dense int4."""
+    found = f"Blocks at {bits:.2f} bits per weight:"
+    if bits >= DENSE_INT4_BITS:
+        return (
+            f"{found} plain dense int4 (4.1–4.5 bits, e.g. llama.cpp Q4_0) has the better quality per "
+            "byte at this size; choose more sparsity or --value-type i4."
+        )
+    if bits < SPARSE_INT4_BITS:
+        return f"{found} fewer than any dense int4 format; here sparse weights are the better format."
+    return f"{found} slightly below dense int4 (4.1–4.5 bits); which is better depends on the model."
+
+
+def megabytes(count: int) -> str:
+    """Bytes as decimal megabytes."""
+    return f"{count / 1e6:.1f} MB"

@@ -1,0 +1,103 @@
+"""Both sides of every branch of the verdict."""
+
+from dataclasses import replace
+
+import pytest
+
+from losa_deploy.benchmarks.verdict import Evidence, bits_line, decide
+
+GOOD = Evidence(
+    value_type="i4",
+    exported_bytes=60_000_000,
+    dense_same_type_bytes=80_000_000,
+    dense_f32_bytes=540_000_000,
+    block_bits_per_weight=3.1,
+    packed=True,
+    runtime="ort",
+    exported_decode=30.0,
+    dense_decode=20.0,
+    decode_noise=0.05,
+    exported_rss=300_000_000,
+    dense_rss=600_000_000,
+    dense_perplexity=20.0,
+    merged_perplexity=30.0,
+    exported_perplexity=30.3,
+    merged_perplexity_stderr=0.5,
+)
+
+
+def line(evidence: Evidence, index: int) -> str:
+    return decide(evidence).lines[index]
+
+
+def test_smaller_and_faster() -> None:
+    verdict = decide(GOOD)
+    assert verdict.smaller and verdict.faster
+    assert verdict.lines[0].startswith("Smaller: 60.0 MB, 0.75× a dense i4 export (80.0 MB), 0.11×")
+    assert verdict.lines[1].startswith("Faster: decode 30.0 against 20.0 tokens/s dense f32 in ort (1.50×")
+    assert "native kernels" not in " ".join(verdict.lines)
+
+
+def test_not_smaller_names_the_price_of_positions_or_the_dense_layout() -> None:
+    larger = replace(GOOD, exported_bytes=81_000_000)
+    assert not decide(larger).smaller
+    assert "positions of the kept weights cost as much" in line(larger, 0)
+    equal = replace(GOOD, exported_bytes=80_000_000)
+    assert not decide(equal).smaller
+    assert "every linear is stored dense" in line(equal, 0)
+
+
+def test_smaller_than_its_dense_type_but_not_than_f32_is_not_smaller() -> None:
+    assert not decide(replace(GOOD, exported_bytes=70_000_000, dense_f32_bytes=65_000_000)).smaller
+
+
+@pytest.mark.parametrize(
+    ("decode", "noise", "faster", "word"),
+    [
+        (20.5, 0.0, True, "Faster"),
+        (20.3, 0.0, False, "Not faster here"),
+        (21.0, 0.10, False, "Not faster here"),
+        (19.7, 0.0, False, "Not faster here"),
+        (19.0, 0.0, False, "Slower here"),
+        (19.0, 0.10, False, "Not faster here"),
+    ],
+)
+def test_speed_is_judged_beyond_noise(decode: float, noise: float, faster: bool, word: str) -> None:
+    evidence = replace(GOOD, exported_decode=decode, decode_noise=noise)
+    assert decide(evidence).faster is faster
+    assert line(evidence, 1).startswith(word)
+
+
+def test_a_slow_model_is_told_why() -> None:
+    slow = replace(GOOD, exported_decode=10.0)
+    assert "expands packed weights to dense f32 at load" in line(slow, 1)
+    assert "Every linear is stored dense" in line(replace(slow, packed=False), 1)
+    other = line(replace(slow, runtime="reference"), 1)
+    assert "The runtime reference computes with dense weights" in other
+    assert "ONNX" not in other
+
+
+@pytest.mark.parametrize(
+    ("rss", "word"), [(580e6, "Less"), (590e6, "As much"), (610e6, "As much"), (620e6, "More")]
+)
+def test_memory(rss: float, word: str) -> None:
+    assert line(replace(GOOD, exported_rss=int(rss)), 2).startswith(f"{word} memory")
+
+
+def test_quality_separates_sparsity_from_rounding() -> None:
+    found = line(GOOD, 3)
+    assert "20.00 dense, 30.00 ± 0.50 merged (1.50×), 30.30 exported (+1.0% from i4)" in found
+
+
+@pytest.mark.parametrize(
+    ("bits", "text"),
+    [
+        (4.0, "plain dense int4"),
+        (5.1, "plain dense int4"),
+        (3.99, "slightly below dense int4"),
+        (3.2, "slightly below dense int4"),
+        (3.19, "sparse weights are the better format"),
+    ],
+)
+def test_bits_say_where_dense_int4_wins(bits: float, text: str) -> None:
+    assert text in bits_line(bits)
