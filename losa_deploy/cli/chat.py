@@ -1,0 +1,103 @@
+"""`losa-deploy chat`: a conversation; answers on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.cli.command import Command
+from losa_deploy.cli.flags import thread_count
+from losa_deploy.cli.generate import add_sampling, sampling
+from losa_deploy.console import Console
+from losa_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from losa_deploy.runtimes.chat import ChatSession
+
+PROMPT = "> "
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="PATH", help="exported or merged folder")
+    add_sampling(parser)
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    sampling(args)
+    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.runtimes.chat import ChatSession
+    from losa_deploy.text import load_tokenizer
+
+    runtime = pick_runtime(args.path, args.runtime)
+    tokenizer = load_tokenizer(args.path)
+    session = runtime.open(args.path, threads=thread_count(args))
+    try:
+        chat = ChatSession(
+            session,
+            tokenizer,
+            sampling(args),
+            system=args.system,
+            notice=lambda text: console.info(f"[{text}]"),
+        )
+        console.info(
+            f"{args.path} in {runtime.name}. /reset forgets the conversation, /exit or Ctrl-D ends it."
+        )
+        for line in _lines(console):
+            if not _turn(chat, line, console, as_json=args.json):
+                break
+    finally:
+        session.close()
+
+
+def _turn(chat: ChatSession, line: str, console: Console, *, as_json: bool) -> bool:
+    """Answer one line; False when the conversation is over."""
+    if line in ("/exit", "/quit"):
+        return False
+    if line == "/reset":
+        chat.reset()
+        console.info("[The conversation starts afresh.]")
+        return True
+    try:
+        if as_json:
+            console.result_json(
+                {"schema": "losa.chat/1", "role": "assistant", "content": "".join(chat.reply(line))}
+            )
+        else:
+            for piece in chat.reply(line):
+                console.stream(piece)
+            console.stream("\n")
+    except InputError as error:
+        console.error(error)
+    return True
+
+
+def _lines(console: Console) -> Iterator[str]:
+    """Non-empty lines of stdin; the prompt is shown on a terminal only, on stderr."""
+    shown = PROMPT if sys.stdin.isatty() and not console.quiet else ""
+    while True:
+        console.err.write(shown)
+        console.err.flush()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            console.err.write("\n")
+            return
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+COMMAND = Command(
+    name="chat",
+    summary="hold a conversation with a model, streamed",
+    examples=(
+        "losa-deploy chat build/demo",
+        "losa-deploy chat build/demo --system 'Answer briefly.' --temperature 0.7",
+    ),
+    add_arguments=_add,
+    run=_run,
+)

@@ -1,0 +1,70 @@
+"""`losa-deploy compress`: dense model → masks and adapted weights, resumable."""
+
+from __future__ import annotations
+
+import argparse
+
+from losa_deploy.cli.command import Command
+from losa_deploy.cli.flags import add_model, add_output, add_threads, thread_count
+from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
+from losa_deploy.console import Console
+from losa_deploy.errors import UsageError
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_output(parser, "./<name>-losa-<sparsity>-adapted")
+    add_threads(parser)
+    add_recipe_options(parser, (*COMPRESS, *MERGE))
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    recipe = make_recipe(args)
+    if printed_recipe(args, recipe, console):
+        return
+    from losa_deploy.artifact import remove
+    from losa_deploy.cli import stages
+    from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
+
+    output = args.output or stages.default_output(args.model, recipe, "adapted")
+    work = stages.work_folder(output)
+    console.info(f"Output: {output}")
+    with console.captured(work / "export.log"):
+        stages.set_threads(thread_count(args))
+        source, record = stages.open_source(args, work, console)
+        state = read_state(output) if (output / STATE_FILE).is_file() else None
+        if state is not None and args.overwrite:
+            remove(output)
+        elif state is not None and state.fingerprint != fingerprint(record.files, recipe):
+            raise UsageError(
+                f"{output} was made from another source, recipe or seed.",
+                hint="Add --overwrite to start afresh, or choose another --output.",
+            )
+        adapted = stages.run_compress(source, record, recipe, output, console)
+    if args.json:
+        console.result_json(
+            {
+                "schema": "losa.compress/1",
+                "folder": str(output),
+                "fingerprint": adapted.state.fingerprint,
+                "steps": adapted.state.step,
+                "block_sparsity": list(adapted.state.block_sparsity),
+                "block_rank": list(adapted.state.block_rank),
+                "block_error": list(adapted.state.block_error),
+            }
+        )
+    else:
+        console.result(str(output))
+
+
+COMMAND = Command(
+    name="compress",
+    summary="make a model sparse: masks and adapted weights, saved after every step",
+    examples=(
+        "losa-deploy compress --sparsity 0.6 --output build/adapted",
+        "losa-deploy compress --model path/to/model --pattern 2:4 --print-recipe",
+    ),
+    add_arguments=_add,
+    run=_run,
+    resumable=True,
+)

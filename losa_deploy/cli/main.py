@@ -1,0 +1,108 @@
+"""Entry point: arguments in, exit code out; the one place where errors become messages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from losa_deploy.cli.parser import PROGRAM, build_parser, commands, parse
+from losa_deploy.console import Console, wants_color
+from losa_deploy.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, LosaError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code (see README, "Exit codes")."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console(
+        json="--json" in arguments,
+        quiet="--quiet" in arguments,
+        verbose="--verbose" in arguments,
+        color=wants_color("--no-color" in arguments),
+    )
+    try:
+        return _run(arguments, console)
+    except SystemExit as stop:  # --help and --version
+        return stop.code if isinstance(stop.code, int) else EXIT_BUG
+    except KeyboardInterrupt:
+        return _interrupted(arguments, console)
+    except BrokenPipeError:
+        _silence_stdout()
+        return EXIT_OK
+    except LosaError as error:
+        return _failed(error, console)
+    except Exception as error:
+        return _unexpected(error, console)
+
+
+def _run(arguments: list[str], console: Console) -> int:
+    parser = build_parser()
+    if not arguments:
+        console.err.write(parser.format_help())
+        return 2
+    args = parse(parser, arguments)
+    with console.guarded():
+        commands()[args.command].run(args, console)
+    return EXIT_OK
+
+
+def _failed(error: LosaError, console: Console) -> int:
+    console.error(error)
+    if console.verbose:
+        console.detail("".join(traceback.format_exception(error)).rstrip())
+    return error.exit_code
+
+
+def _interrupted(arguments: list[str], console: Console) -> int:
+    again = f" Resume with: {shlex.join([PROGRAM, *arguments])}" if _resumable(arguments) else ""
+    kept = " Finished work is kept." if again else ""
+    error = LosaError(f"Interrupted.{kept}", hint=again.strip())
+    error.code, error.exit_code = "interrupted", EXIT_INTERRUPTED
+    return _failed(error, console)
+
+
+def _resumable(arguments: list[str]) -> bool:
+    command = commands().get(arguments[0]) if arguments else None
+    return command is not None and command.resumable
+
+
+def _unexpected(error: Exception, console: Console) -> int:
+    from losa_deploy.artifact import shortage_error
+
+    shortage = shortage_error(error)
+    if shortage is not None:
+        return _failed(shortage, console)
+    text = "".join(traceback.format_exception(error))
+    bug = LosaError(
+        f"This is a bug in losa-deploy: {type(error).__name__}: {error}.",
+        hint=f"The traceback is in {_write_log(text)}; please report it with the command line.",
+    )
+    console.error(bug)
+    console.detail(text.rstrip())
+    return EXIT_BUG
+
+
+def _write_log(text: str) -> Path:
+    state = os.environ.get("XDG_STATE_HOME")
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    home = Path(state) if state else Path.home() / ".local" / "state"
+    for folder in (home / PROGRAM, Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, "utf-8")
+        except OSError:
+            continue
+        return folder / name
+    return Path(os.devnull)
+
+
+def _silence_stdout() -> None:
+    """After a broken pipe Python would complain again when it flushes stdout at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

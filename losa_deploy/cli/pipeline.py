@@ -1,0 +1,103 @@
+"""The whole path of one command: source → compress → merge → export → verify → measure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.artifact import check_output, remove
+from losa_deploy.cli import finish, plan, stages
+from losa_deploy.cli.flags import thread_count
+from losa_deploy.console import Console
+
+if TYPE_CHECKING:
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.interfaces import Exporter
+    from losa_deploy.manifest import SourceRecord
+    from losa_deploy.model import SparseModel
+    from losa_deploy.recipe import Recipe
+
+
+def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Console) -> None:
+    """Run all stages, reusing those in `<output>.work` that belong to the same run; print the report."""
+    from losa_deploy import plugins
+
+    exporter = plugins.load_exporter(args.format)
+    output: Path = args.output or stages.default_output(args.model, recipe, args.format)
+    check_output(output, overwrite=args.overwrite)
+    work = stages.work_folder(output)
+    if args.dry_run:
+        _dry_run(args, exporter, recipe, output, console)
+        return
+    console.info(f"Output: {output} (work in {work})")
+    threads = thread_count(args)
+    with console.captured(work / "export.log"):
+        stages.set_threads(threads)
+        source, record = stages.open_source(args, work, console)
+        model = merged_model(source, record, recipe, work, console)
+        exporter.check(model, recipe.export)
+        planned = exporter.plan(model, recipe.export)
+        console.info(plan.line(planned, output))
+        plan.require_resources(planned, output)
+        job = finish.Job(exporter, model, recipe, output, work, threads, overwrite=args.overwrite)
+        report = finish.export_and_measure(job, source, console)
+    if not args.keep_work:
+        remove(work)
+    finish.show(report, output, console, as_json=args.json)
+
+
+def merged_model(
+    source: Checkpoint, record: SourceRecord, recipe: Recipe, work: Path, console: Console
+) -> SparseModel:
+    """The merged model in `work`: reused if it is of this source and recipe, otherwise made."""
+    from losa_deploy.model import SparseModel
+
+    folder = work / "merged"
+    if stages.merged_before(folder, record, recipe):
+        console.info(f"Compressed and merged before, reusing {folder}")
+        stages.stamp_recipe(folder, recipe)
+        return SparseModel.open(folder)
+    adapted = stages.run_compress(source, record, recipe, work / "adapted", console)
+    return stages.run_merge(source, record, adapted, folder, console, overwrite=True)
+
+
+def _dry_run(
+    args: argparse.Namespace, exporter: Exporter, recipe: Recipe, output: Path, console: Console
+) -> None:
+    """The exporter's plan if a merged model of this recipe is there, else an estimate from shapes.
+
+    Writes nothing, downloads nothing.
+    """
+    from losa_deploy.manifest import Manifest
+    from losa_deploy.model import SparseModel
+
+    merged = stages.work_folder(output) / "merged"
+    if merged.is_dir() and stages.merged_before(merged, Manifest.read(merged).source, recipe):
+        model = SparseModel.open(merged)
+        exporter.check(model, recipe.export)
+        plan.show(exporter.plan(model, recipe.export), output, console, as_json=args.json)
+        return
+    linears, others = source_shapes(args)
+    planned = plan.estimate(exporter.name, linears, others, recipe)
+    plan.show(planned, output, console, as_json=args.json, estimated=True)
+
+
+def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
+    """Shapes (out, in) of the block linears, and of embedding and head, from headers only."""
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.gguf_source import read_header
+    from losa_deploy.interfaces import no_progress
+    from losa_deploy.source import locate
+
+    path = locate(
+        args.model, revision=args.revision, offline=True, cache_dir=args.cache_dir, progress=no_progress
+    ).path
+    if path.is_file():
+        matrices = {n: s for n, s in read_header(path).shapes.items() if len(s) == 2}
+        linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith("blk.")}
+        return linears, {n: (s[0], s[1]) for n, s in matrices.items() if n not in linears}
+    checkpoint = Checkpoint.open(path)
+    names = [checkpoint.family.embedding] + ([] if checkpoint.tied else [checkpoint.family.head])
+    shapes = {name: checkpoint.shape(f"{name}.weight") for name in names}
+    return checkpoint.linears, {name: (shape[0], shape[1]) for name, shape in shapes.items()}

@@ -1,0 +1,136 @@
+"""What a run would write: shown by `--dry-run`, checked against disk and memory before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.artifact import free_bytes, require_disk
+from losa_deploy.console import Console, table
+from losa_deploy.errors import ResourceError
+
+if TYPE_CHECKING:
+    from losa_deploy.interfaces import ExportPlan, PlannedTensor
+    from losa_deploy.recipe import Recipe
+
+Shapes = Mapping[str, tuple[int, int]]
+LIBRARY_BYTES = 1_000_000_000
+"""What torch, transformers and ONNX Runtime take before a model is loaded."""
+COMPRESS_COPIES = 3
+"""f32 copies of the model in memory while it is compressed: dense, sparse, optimizer or statistics."""
+
+
+def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> ExportPlan:
+    """A plan from shapes alone, for a model that is not compressed yet.
+
+    `linears` are pruned at the recipe's mean rate, `others` (embedding, head) stay dense. Small
+    tensors, graph and tokenizer are left out.
+    """
+    from losa_deploy.interfaces import ExportPlan
+
+    tensors = tuple(_planned(n, shape, recipe, pruned=True) for n, shape in linears.items())
+    tensors += tuple(_planned(n, shape, recipe, pruned=False) for n, shape in others.items())
+    parameters = sum(rows * columns for rows, columns in (*linears.values(), *others.values()))
+    peak = LIBRARY_BYTES + COMPRESS_COPIES * 4 * parameters
+    return ExportPlan(name, {"model.onnx.data": sum(t.bytes for t in tensors)}, tensors, peak)
+
+
+def _planned(name: str, shape: tuple[int, int], recipe: Recipe, *, pruned: bool) -> PlannedTensor:
+    import numpy as np
+
+    from losa_deploy.interfaces import PlannedTensor
+    from losa_deploy.layouts import LAYOUTS, PackOptions, choose
+
+    export = recipe.export
+    value_type = export.value_type
+    mask = np.ones(shape, np.bool_)
+    if pruned:
+        columns = np.arange(shape[1])
+        group = recipe.sparsity.group
+        kept = (
+            columns % group[1] < group[0]
+            if group
+            else columns < round(shape[1] * (1 - recipe.sparsity.target))
+        )
+        mask[:] = kept
+    elif export.head == "same":
+        value_type = "i8" if value_type == "i4" else value_type
+    else:
+        value_type = export.head
+    options = PackOptions(value_type=value_type, group_size=export.group_size)
+    choice = choose(mask, options)
+    layout, size, reason = choice.layout, choice.bytes, choice.reason
+    if export.portable or export.layout == "dense" or not pruned:
+        layout, size = "dense", LAYOUTS["dense"].size(mask, options)
+        reason = "portable" if export.portable else "asked for" if pruned else "embedding or head"
+    return PlannedTensor(name, shape, layout, value_type, int(mask.sum()), size, reason)
+
+
+def line(plan: ExportPlan, output: Path) -> str:
+    """The plan in one line."""
+    return (
+        f"Plan: {plan.format}, {plan.total_bytes / 1e6:,.1f} MB in {output}, "
+        f"peak memory about {plan.peak_ram_bytes / 1e9:.1f} GB"
+    )
+
+
+def require_resources(plan: ExportPlan, output: Path) -> None:
+    """Raise `ResourceError` if the plan does not fit on this machine's disk or into its memory."""
+    import psutil
+
+    require_disk(output, plan.total_bytes, "The exported model")
+    available = int(psutil.virtual_memory().available)
+    if available < plan.peak_ram_bytes:
+        raise ResourceError(
+            f"This needs about {plan.peak_ram_bytes / 1e9:.1f} GB of memory, "
+            f"{available / 1e9:.1f} GB are available.",
+            hint="Close other programs, or use a smaller model.",
+            details={"needed_bytes": plan.peak_ram_bytes, "available_bytes": available},
+        )
+
+
+def show(plan: ExportPlan, output: Path, console: Console, *, as_json: bool, estimated: bool = False) -> None:
+    """Print a plan as the result of a dry run; raises `ResourceError` if it does not fit."""
+    if as_json:
+        console.result_json(_document(plan, output, estimated=estimated))
+    else:
+        console.result(line(plan, output) + (" (estimated from shapes)" if estimated else ""))
+        rows = [(name, f"{size / 1e6:,.1f} MB") for name, size in plan.files.items()]
+        console.result(table(("file", "size"), rows))
+        console.result("")
+        header = ("tensor", "shape", "layout", "values", "bytes", "bits/weight", "reason")
+        console.result(table(header, [_row(t) for t in plan.tensors]))
+    require_resources(plan, output)
+
+
+def _row(tensor: PlannedTensor) -> tuple[str, ...]:
+    shape = "x".join(map(str, tensor.shape))
+    size, bits = f"{tensor.bytes:,}", f"{tensor.bits_per_weight:.3f}"
+    return (tensor.name, shape, tensor.layout, tensor.value_type, size, bits, tensor.reason)
+
+
+def _document(plan: ExportPlan, output: Path, *, estimated: bool) -> dict[str, object]:
+    return {
+        "schema": "losa.plan/1",
+        "format": plan.format,
+        "output": str(output),
+        "estimated": estimated,
+        "total_bytes": plan.total_bytes,
+        "peak_ram_bytes": plan.peak_ram_bytes,
+        "disk_free_bytes": free_bytes(output),
+        "files": dict(plan.files),
+        "tensors": [
+            {
+                "name": t.name,
+                "shape": list(t.shape),
+                "layout": t.layout,
+                "value_type": t.value_type,
+                "nnz": t.nnz,
+                "bytes": t.bytes,
+                "bits_per_weight": t.bits_per_weight,
+                "reason": t.reason,
+            }
+            for t in plan.tensors
+        ],
+    }

@@ -1,0 +1,189 @@
+"""The stages as the commands run them: with progress, staging, reuse and messages."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from losa_deploy.artifact import require_disk, sibling, staged_output
+from losa_deploy.cli.flags import is_offline
+from losa_deploy.console import Console
+from losa_deploy.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.compress.adapted import AdaptedModel
+    from losa_deploy.interfaces import Exporter, OracleRuntime, Runtime
+    from losa_deploy.manifest import SourceRecord
+    from losa_deploy.model import SparseModel
+    from losa_deploy.recipe import Recipe
+    from losa_deploy.verify import Parity
+
+WORK = ".work"
+PREFERRED_RUNTIMES = ("ort", "genai", "reference")
+"""Which runtime opens a folder when several can and `--runtime` says nothing."""
+
+
+def work_folder(output: Path) -> Path:
+    """`<output>.work`: the converted source, the resume state, the merged model."""
+    return sibling(output.absolute(), WORK)
+
+
+def default_output(model: str | None, recipe: Recipe, suffix: str) -> Path:
+    """`./<name>-losa-<sparsity>-<suffix>`."""
+    from losa_deploy.source import model_name
+
+    return Path(f"{model_name(model)}-losa-{recipe.sparsity.target:g}-{suffix}")
+
+
+def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple[Checkpoint, SourceRecord]:
+    """The `source` stage: what `--model` names, opened."""
+    from losa_deploy.source import load_source
+
+    with console.stage("source") as progress:
+        checkpoint, record = load_source(
+            args.model,
+            revision=args.revision,
+            work=work,
+            offline=is_offline(args),
+            cache_dir=args.cache_dir,
+            progress=progress,
+        )
+    revision = f" @ {record.revision}" if record.revision else ""
+    console.info(
+        f"Source: {record.id}{revision}, family {checkpoint.family.name}, {checkpoint.block_count} blocks"
+    )
+    return checkpoint, record
+
+
+def set_threads(threads: int) -> None:
+    """Let torch compute with so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def run_compress(
+    source: Checkpoint, record: SourceRecord, recipe: Recipe, folder: Path, console: Console
+) -> AdaptedModel:
+    """The `compress` stage: continues or reuses `folder` if it belongs to the same run."""
+    from losa_deploy.compress.adapted import fingerprint, read_state
+    from losa_deploy.compress.schedule import compress
+
+    state = read_state(folder) if folder.is_dir() else None
+    if state is not None and state.fingerprint != fingerprint(record.files, recipe):
+        console.info(f"{folder} was made from another source, recipe or seed: compressing again.")
+    elif state is not None and state.complete:
+        console.info(f"Compressed before, reusing {folder}")
+    elif state is not None:
+        console.info(f"Resuming after step {state.step} of {state.recipe.schedule.steps} in {folder}")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(
+            f"{folder} holds files but no compression state, so losa-deploy will not delete it.",
+            hint="Choose another --output.",
+        )
+    weights = sum(path.stat().st_size for path in set(source.files.values()))
+    require_disk(folder, 2 * weights, "The compression state")
+    with console.stage("compress") as progress:
+        adapted = compress(source, record, recipe, folder, progress=progress)
+    # The state may stem from a run with other merge and export choices.
+    return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
+
+
+def run_merge(
+    source: Checkpoint,
+    record: SourceRecord,
+    adapted: AdaptedModel,
+    output: Path,
+    console: Console,
+    *,
+    overwrite: bool,
+) -> SparseModel:
+    """The `merge` stage, staged; a failed proof is a `GateError` and keeps `<output>.failed`."""
+    from losa_deploy.merge import merge
+    from losa_deploy.model import SparseModel
+
+    made_from = adapted.state.source.files
+    differing = sorted(set(made_from.items()) ^ set(record.files.items()))
+    if differing:
+        raise InputError(
+            f"{adapted.folder} was not made from {record.id}: {differing[0][0]} differs.",
+            hint=f"Give --model the model it was made from: {adapted.state.source.id}.",
+        )
+    weights = sum(path.stat().st_size for path in set(source.files.values()))
+    require_disk(output, weights + weights // 16, "The merged model")
+    with staged_output(output, overwrite=overwrite) as folder, console.stage("merge") as progress:
+        merge(source, adapted, folder, progress=progress)
+    return SparseModel.open(output)
+
+
+def merged_before(folder: Path, record: SourceRecord, recipe: Recipe) -> bool:
+    """True if `folder` is a merged model of exactly this source, recipe and program version."""
+    from losa_deploy import __version__
+    from losa_deploy.manifest import Manifest
+
+    if not folder.is_dir():
+        return False
+    try:
+        manifest = Manifest.read(folder)
+    except InputError:
+        return False
+    later = {"preset", "export", "verify"}
+    same_recipe = manifest.recipe.model_dump(exclude=later) == recipe.model_dump(exclude=later)
+    proved = manifest.merge_proof is not None and manifest.merge_proof.ok
+    return same_recipe and proved and manifest.source == record and manifest.tool_version == __version__
+
+
+def stamp_recipe(folder: Path, recipe: Recipe) -> None:
+    """Let `losa.json` of a staged folder carry the recipe that was in effect."""
+    from losa_deploy.manifest import Manifest
+
+    manifest = Manifest.read(folder)
+    if manifest.recipe != recipe:
+        manifest.model_copy(update={"recipe": recipe}).write(folder)
+
+
+def pick_runtime(folder: Path, name: str | None) -> Runtime:
+    """The runtime called `name`, or the first preferred one that can open `folder`."""
+    from losa_deploy import plugins
+
+    if name is not None:
+        runtime = plugins.load_runtime(name)
+        if not runtime.supports(folder):
+            raise InputError(f"The runtime {name} cannot open {folder}.", hint="Leave --runtime out.")
+        return runtime
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no folder {folder}.", hint="Give the output folder of an export or merge."
+        )
+    installed = plugins.runtimes()
+    ordered = [n for n in PREFERRED_RUNTIMES if n in installed]
+    ordered += [n for n in installed if n not in PREFERRED_RUNTIMES]
+    for candidate in ordered:
+        runtime = plugins.load_runtime(candidate)
+        if runtime.supports(folder):
+            return runtime
+    raise InputError(
+        f"No installed runtime ({', '.join(ordered)}) can open {folder}.",
+        hint="Give a folder with model.onnx or with safetensors weights.",
+    )
+
+
+def run_verify(
+    folder: Path,
+    model: SparseModel,
+    exporter: Exporter,
+    runtime: Runtime,
+    recipe: Recipe,
+    threads: int,
+    console: Console,
+) -> Parity:
+    """The parity of an exported folder with the merged model, judged by the reference runtime."""
+    from losa_deploy import plugins
+    from losa_deploy.verify import verify_export
+
+    oracle = cast("OracleRuntime", plugins.load_runtime("reference"))
+    console.info(f"Verifying in {runtime.name} against the merged model in {oracle.name} …")
+    return verify_export(folder, model, exporter, runtime, oracle, recipe.verify, threads=threads)

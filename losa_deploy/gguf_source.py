@@ -1,0 +1,143 @@
+"""A GGUF checkpoint as a Hugging Face folder in f32: the form every later stage reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from losa_deploy import __version__
+from losa_deploy.artifact import remove, require_disk, sibling
+from losa_deploy.checkpoint import Checkpoint, write_weights
+from losa_deploy.errors import InputError
+from losa_deploy.families import find_family
+from losa_deploy.interfaces import Progress
+from losa_deploy.manifest import SourceRecord, sha256_file
+
+STAMP = "losa-source.json"
+"""Written last into a converted folder: hash of the GGUF file and version of this program."""
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a run needs to know before the weights are read."""
+
+    architecture: str
+    license: str
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor name as in the file → shape [out, in]."""
+
+    @property
+    def parameters(self) -> int:
+        total = 0
+        for shape in self.shapes.values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read a GGUF header; `InputError` if the file is damaged or of an unsupported architecture."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {
+            key: str(field.contents())
+            for key in ("general.architecture", "general.license")
+            if (field := reader.get_field(key)) is not None
+        }
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as GGUF: {error}.", hint="Download the file again."
+        ) from None
+    header = GgufHeader(fields.get("general.architecture", ""), fields.get("general.license", ""), shapes)
+    find_family({"model_type": header.architecture})
+    return header
+
+
+def convert_gguf(
+    path: Path, identity: str, folder: Path, progress: Progress
+) -> tuple[Checkpoint, SourceRecord]:
+    """Convert `path` into `folder` (f32), or reuse `folder` if it was made from the same file."""
+    progress(0, 4, f"hashing {path.name}")
+    header = read_header(path)
+    digest = sha256_file(path)
+    record = SourceRecord(id=identity, files={path.name: digest}, license=header.license)
+    stamp = json.dumps({"sha256": digest, "tool_version": __version__}) + "\n"
+    if not _stamped(folder, stamp):
+        require_disk(folder, 4 * header.parameters, "The converted model")
+        partial = sibling(folder, ".partial")
+        remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            _convert(path, partial, progress)
+            (partial / STAMP).write_text(stamp, "utf-8")
+            remove(folder)
+            partial.rename(folder)
+        finally:
+            remove(partial)
+    progress(4, 4, identity)
+    return Checkpoint.open(folder), record
+
+
+def _stamped(folder: Path, stamp: str) -> bool:
+    try:
+        return (folder / STAMP).read_text("utf-8") == stamp
+    except OSError:
+        return False
+
+
+def _convert(path: Path, folder: Path, progress: Progress) -> None:
+    """Transformers refuses to save a GGUF-loaded model, so the parts are written one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    progress(1, 4, f"tokenizer of {path.name}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        progress(2, 4, f"weights of {path.name}")
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        )
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"transformers cannot read {path}: {reason}.",
+            hint="Use the model's original Hugging Face folder instead.",
+        ) from error
+    progress(3, 4, f"writing {folder.name}")
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    config = _portable_config(model.config.to_diff_dict(), type(model).__name__)
+    _write_json(folder / "config.json", config)
+    _portable_tokenizer(folder / "tokenizer_config.json")
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    write_weights(folder, ((name, tensor.contiguous()) for name, tensor in tensors.items()))
+
+
+def _portable_config(config: dict[str, object], architecture: str) -> dict[str, object]:
+    """`config.json` without traces of this machine or of GGUF, readable by transformers 4 and 5."""
+    kept = {k: v for k, v in config.items() if "name_or_path" not in k and k != "quantization_config"}
+    rope = kept.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        kept["rope_theta"] = rope["rope_theta"]
+    return kept | {"architectures": [architecture], "dtype": "float32"}
+
+
+def _portable_tokenizer(path: Path) -> None:
+    """The class name of transformers 5 is unknown to version 4; both know the older one."""
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only", "name_or_path"):
+        config.pop(key, None)
+    _write_json(path, config)
+
+
+def _write_json(path: Path, document: dict[str, object]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", "utf-8")
