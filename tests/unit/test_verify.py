@@ -1,0 +1,334 @@
+"""Verification finds every kind of damage, and passes what is whole."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
+from losa_deploy.integrity import check_decoded, check_pattern, value_error_bound
+from losa_deploy.interfaces import Session
+from losa_deploy.layouts import LAYOUTS
+from losa_deploy.layouts.base import PackOptions, ValueType
+from losa_deploy.manifest import Manifest, SourceRecord, TensorRecord, hash_files
+from losa_deploy.model import MASK_FILE, SparseModel, pack_mask, unpack_mask
+from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.runtimes.reference import ReferenceRuntime
+from losa_deploy.verify import Parity, verify_export, verify_merged
+
+LINEAR = "model.layers.1.mlp.down_proj"
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+def record(name: str, mask: NDArray[np.bool_], value_type: str = "f32") -> TensorRecord:
+    size = mask.size * 4
+    return TensorRecord(
+        name=name,
+        shape=mask.shape,
+        layout="dense",
+        value_type=value_type,
+        nnz=int(mask.sum()),
+        bytes=size,
+        bits_per_weight=32.0,
+        sha256="0" * 64,
+    )
+
+
+def write_merged(source: Path, folder: Path, recipe: Recipe, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+    """A merged folder of the trained tiny model under the given masks."""
+    checkpoint = Checkpoint.open(source)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.files}
+    for name, mask in masks.items():
+        tensors[f"{name}.weight"] = torch.where(torch.from_numpy(mask), tensors[f"{name}.weight"], 0.0)
+    write_weights(folder, tensors.items())
+    save_file({n: torch.from_numpy(pack_mask(m)) for n, m in masks.items()}, folder / MASK_FILE)
+    copy_side_files(source, folder)
+    kept, positions = sum(int(m.sum()) for m in masks.values()), sum(m.size for m in masks.values())
+    Manifest(
+        kind="merged",
+        source=SourceRecord(id="tiny"),
+        recipe=recipe,
+        sparsity_achieved=1 - kept / positions,
+        linears=tuple(record(n, masks[n]) for n in checkpoint.linears),
+        files=hash_files(folder),
+    ).write(folder)
+
+
+@pytest.fixture(scope="module")
+def merged_half(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the smaller half of every group of 32 neighbours pruned (16:32)."""
+    folder = tmp_path_factory.mktemp("merged_half")
+    checkpoint = Checkpoint.open(tiny_llama)
+    masks = {}
+    for name, (rows, columns) in checkpoint.linears.items():
+        weight = np.abs(checkpoint.array(f"{name}.weight")).reshape(rows, columns // 32, 32)
+        rank = weight.argsort(-1).argsort(-1)
+        masks[name] = (rank >= 16).reshape(rows, columns)
+    write_merged(tiny_llama, folder, load_recipe(overrides=[("sparsity.pattern", "16:32")]), masks)
+    return folder
+
+
+@pytest.fixture
+def merged(merged_half: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(merged_half, tmp_path / "merged"))
+
+
+def rehash(folder: Path, **changes: object) -> None:
+    """Make the hashes right again, so that only deeper checks can find the damage."""
+    document = json.loads((folder / "losa.json").read_text())
+    document |= {"files": hash_files(folder), **changes}
+    (folder / "losa.json").write_text(json.dumps(document))
+
+
+def change_weight(folder: Path, linear: str, change: Callable[[torch.Tensor], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[f"{linear}.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_mask(folder: Path, linear: str, change: Callable[[NDArray[np.bool_]], None]) -> None:
+    masks = load_file(folder / MASK_FILE)
+    shape = SparseModel.open(folder).linears[linear]
+    mask = unpack_mask(masks[linear].numpy(), shape)
+    change(mask)
+    masks[linear] = torch.from_numpy(pack_mask(mask))
+    save_file(masks, folder / MASK_FILE)
+
+
+def reasons(folder: Path) -> str:
+    check = verify_merged(SparseModel.open(folder))
+    assert check.ok == (not check.reasons)
+    return "\n".join(check.reasons)
+
+
+def first(mask: NDArray[np.bool_], value: bool) -> tuple[int, int]:
+    row, column = np.argwhere(mask == value)[0]
+    return int(row), int(column)
+
+
+def test_a_whole_folder_passes_with_its_numbers(merged_half: Path) -> None:
+    check = verify_merged(SparseModel.open(merged_half))
+    assert check.ok, check.reasons
+    assert (check.linears, check.sparsity) == (21, 0.5)
+    assert check.kept * 2 == check.positions
+
+
+def test_a_changed_byte_is_found_by_its_hash(merged: Path) -> None:
+    path = merged / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert "model.safetensors: found sha256" in reasons(merged)
+
+
+def test_missing_and_unlisted_files_are_found(merged: Path) -> None:
+    (merged / "tokenizer.json").unlink()
+    shutil.copyfile(merged / MASK_FILE, merged / "extra.safetensors")
+    found = reasons(merged)
+    assert "tokenizer.json: file missing" in found
+    assert "tokenizer: found none of" in found
+    assert "extra.safetensors: found a weight file that losa.json does not list" in found
+
+
+def test_a_weight_outside_the_mask_is_found_even_if_it_is_a_negative_zero(merged: Path) -> None:
+    row, column = first(SparseModel.open(merged).mask(LINEAR), False)
+
+    def damage(weight: torch.Tensor) -> None:
+        weight[row, column] = -0.0
+
+    change_weight(merged, LINEAR, damage)
+    rehash(merged)
+    assert reasons(merged) == (
+        f"{LINEAR}: found 1 non-zero weights outside the mask (first at [{row}, {column}]: -0), "
+        "expected zero bits"
+    )
+
+
+def test_a_zero_inside_the_mask_is_legal(merged: Path) -> None:
+    row, column = first(SparseModel.open(merged).mask(LINEAR), True)
+
+    def zero(weight: torch.Tensor) -> None:
+        weight[row, column] = 0.0
+
+    change_weight(merged, LINEAR, zero)
+    rehash(merged)
+    assert reasons(merged) == ""
+
+
+def test_a_cleared_mask_bit_is_found(merged: Path) -> None:
+    row, column = first(SparseModel.open(merged).mask(LINEAR), True)
+
+    def clear(mask: NDArray[np.bool_]) -> None:
+        mask[row, column] = False
+
+    change_mask(merged, LINEAR, clear)
+    rehash(merged)
+    found = reasons(merged)
+    assert f"{LINEAR}: found 1 non-zero weights outside the mask" in found
+    assert f"{LINEAR}: found nnz 6144 in losa.json, expected 6143" in found
+
+
+def test_a_set_mask_bit_breaks_its_group(merged: Path) -> None:
+    row, column = first(SparseModel.open(merged).mask(LINEAR), False)
+
+    def add(mask: NDArray[np.bool_]) -> None:
+        mask[row, column] = True
+
+    change_mask(merged, LINEAR, add)
+    rehash(merged)
+    found = reasons(merged)
+    assert (
+        f"{LINEAR}: found 1 groups with more than 16 of 32 kept (first in row {row} at column 0: 17)" in found
+    )
+    assert "losa.json: found sparsity 0.500000" in found
+
+
+def test_a_nan_is_found_by_name(merged: Path) -> None:
+    tensors = load_file(merged / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    rehash(merged)
+    assert reasons(merged) == "model.norm.weight: found 1 values that are NaN or infinite, expected none"
+
+
+def test_a_linear_without_its_mask_is_found_unless_excluded(merged: Path) -> None:
+    masks = load_file(merged / MASK_FILE)
+    del masks[LINEAR]
+    save_file(masks, merged / MASK_FILE)
+    rehash(merged)
+    assert f"{LINEAR}: found no mask, expected one" in reasons(merged)
+
+
+def test_the_last_partial_group_may_keep_at_most_n() -> None:
+    mask = np.array([[1, 1, 0, 0, 1, 1]], np.bool_)
+    assert check_pattern("x", mask, (2, 4)) == []
+    assert "1 groups with more than 1 of 4" in check_pattern("x", mask[:, 2:], (1, 4))[0]
+    assert "first in row 0 at column 4: 2" in check_pattern("x", mask & (np.arange(6) != 0), (1, 4))[0]
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+def test_the_error_bound_holds_for_the_layouts_and_is_not_slack(value_type: ValueType) -> None:
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(40, 172)) * rng.choice([1e-6, 1e-2, 1.0], size=(40, 1))).astype(np.float32)
+    mask = rng.random(weight.shape) < 0.5
+    weight *= mask
+    options = PackOptions(value_type=value_type, group_size=32)
+    layout = LAYOUTS["bitmask"]
+    decoded = layout.unpack(layout.pack(weight, mask, options)).weight
+    findings, error = check_decoded(record("x", mask, value_type), decoded, weight, mask, 32)
+    assert findings == []
+    bound = value_error_bound(weight, value_type, 32)
+    assert error == np.abs(decoded - weight).max() <= bound.max()
+    large = np.abs(weight) > 1e-3
+    if value_type != "f32":
+        assert (np.abs(decoded - weight)[large] > 0.4 * bound[large]).any()
+
+
+def test_a_decoded_weight_one_step_off_or_outside_the_mask_is_found() -> None:
+    weight = np.array([[1.27, 0.5, 0.0]], np.float32)
+    mask = np.array([[True, True, False]])
+    wrong = np.array([[1.27, 0.51, 0.0]], np.float32)
+    found, error = check_decoded(record("x", mask, "i8"), wrong, weight, mask, 128)
+    assert "x: found 1 weights further off than i8 rounds (first at [0, 1]: 0.51, expected 0.5)" in found
+    assert error == pytest.approx(0.01, rel=1e-5)
+    outside = np.array([[1.27, 0.5, 1e-9]], np.float32)
+    assert "outside the mask" in check_decoded(record("x", mask, "i8"), outside, weight, mask, 128)[0][0]
+    assert "decoder returned nothing" in check_decoded(record("x", mask), None, weight, mask, 128)[0][0]
+    assert "found shape (1, 2)" in check_decoded(record("x", mask), wrong[:, :2], weight, mask, 128)[0][0]
+
+
+class FolderExporter:
+    """Reads a Hugging Face folder back as an artifact: the smallest format there can be."""
+
+    name = "folder"
+
+    def decode(self, folder: Path) -> Weights:
+        linears = Checkpoint.open(folder).linears
+        with safe_open(folder / "model.safetensors", framework="numpy") as handle:
+            return {name: handle.get_tensor(f"{name}.weight") for name in linears}
+
+
+class StaleRuntime(ReferenceRuntime):
+    """A runtime that reads the artifact wrongly: one linear of it is taken from elsewhere."""
+
+    def __init__(self, replacement: Weights) -> None:
+        self.replacement = replacement
+
+    def open(self, folder: Path, *, threads: int) -> Session:
+        return self.open_with(folder, self.replacement, threads=threads)
+
+
+def parity(exported: Path, merged: Path, runtime: ReferenceRuntime | None = None) -> Parity:
+    return verify_export(
+        exported,
+        SparseModel.open(merged),
+        FolderExporter(),  # type: ignore[arg-type]  # verification only decodes
+        runtime or ReferenceRuntime(),
+        ReferenceRuntime(),
+        load_recipe().verify,
+        threads=1,
+    )
+
+
+@pytest.fixture
+def exported(merged_half: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(merged_half, tmp_path / "exported"))
+    rehash(folder, kind="exported", format="folder")
+    return folder
+
+
+def test_an_equal_model_has_perfect_parity(exported: Path, merged_half: Path) -> None:
+    found = parity(exported, merged_half)
+    assert found.ok, found.reasons
+    assert found.max_abs_logit_difference == found.mean_kl == found.largest_weight_error == 0.0
+    assert found.greedy_tokens_equal and found.decoded_tokens_equal
+    assert (found.same_top_rate, found.prompts, found.tokens) == (1.0, 3, 16)
+    assert found.positions > 128
+
+
+def test_a_wrong_weight_in_the_artifact_is_named(exported: Path, merged_half: Path) -> None:
+    row, column = first(SparseModel.open(merged_half).mask(LINEAR), True)
+
+    def nudge(weight: torch.Tensor) -> None:
+        weight[row, column] *= 1.0001
+
+    change_weight(exported, LINEAR, nudge)
+    rehash(exported)
+    found = parity(exported, merged_half)
+    assert not found.ok
+    assert (
+        f"{LINEAR}: found 1 weights further off than f32 rounds (first at [{row}, {column}]"
+        in found.reasons[0]
+    )
+
+
+def test_a_runtime_that_reads_a_weight_wrongly_fails(exported: Path, merged_half: Path) -> None:
+    wrong = SparseModel.open(merged_half).weight(LINEAR).copy()
+    wrong[0] = np.roll(wrong[0], 1)
+    found = parity(exported, merged_half, StaleRuntime({LINEAR: wrong}))
+    assert not found.ok
+    text = "\n".join(found.reasons)
+    assert "from the decoded weights, expected at most" in text
+    assert found.decoded_logit_difference is not None and found.decoded_logit_tolerance is not None
+    assert found.decoded_logit_difference > 10 * found.decoded_logit_tolerance
+
+
+def test_damaged_files_stop_before_anything_is_opened(exported: Path, merged_half: Path) -> None:
+    with (exported / "model.safetensors").open("r+b") as handle:
+        handle.seek(-1, 2)
+        handle.write(b"\x7f")
+    found = parity(exported, merged_half)
+    assert not found.ok and found.max_abs_logit_difference is None
+    assert "model.safetensors: found sha256" in found.reasons[0]
+
+
+def test_a_merged_folder_is_not_an_exported_one(merged_half: Path) -> None:
+    assert "found kind 'merged', expected 'exported'" in parity(merged_half, merged_half).reasons[0]
