@@ -130,10 +130,11 @@ class StopScanner:
         if self.stopped:
             return ""
         self._held += text
-        found = [i for i in (self._held.find(s) for s in self._stop) if i >= 0]
+        found = [(i + len(s), i) for s in self._stop if (i := self._held.find(s)) >= 0]
         if found:
+            # The one complete first wins, as it would if the text came letter by letter.
             self.stopped = True
-            passed, self._held = self._held[: min(found)], ""
+            passed, self._held = self._held[: min(found)[1]], ""
             return passed
         keep = max((_overlap(self._held, s) for s in self._stop), default=0)
         passed = self._held[: len(self._held) - keep]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,14 @@ def train(model: object, ids: list[int], *, steps: int, batch: int = 16, length:
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_dense_onnx(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """`tiny_llama` as onnxruntime-genai's own builder writes it: dense f32, no part of it ours."""
+    folder = tmp_path_factory.mktemp("tiny_dense_onnx")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(tiny_llama)]
+    command += ["-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder

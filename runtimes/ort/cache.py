@@ -72,7 +72,8 @@ class SharedCache:
         self._arrays: list[NDArray[np.generic]] = []
         self._values: list[ort.OrtValue] = []
         self._bound: ort.IOBinding | None = None
-        self._capacity = 0
+        self.capacity = 0
+        """Tokens the buffers have room for."""
         self._used = 0
 
     def reset(self) -> None:
@@ -81,7 +82,7 @@ class SharedCache:
 
     def bind(self, binding: ort.IOBinding, length: int) -> None:
         """Bind the cache for a run after which the sequence has `length` tokens."""
-        if length > self._capacity:
+        if length > self.capacity:
             self._grow(length)
             self._bound = None
         self._used = length
@@ -99,8 +100,8 @@ class SharedCache:
         import onnxruntime as ort
 
         capacity = max(SMALLEST_BUFFER, 1 << (length - 1).bit_length())
-        self._capacity = min(capacity, self._context_length) if self._context_length else capacity
-        grown = [self._spec.zeros(self._capacity) for _ in self._spec.past]
+        self.capacity = min(capacity, self._context_length) if self._context_length else capacity
+        grown = [self._spec.zeros(self.capacity) for _ in self._spec.past]
         for old, new in zip(self._arrays, grown, strict=False):
             new[:, :, : self._used] = old[:, :, : self._used]
         self._arrays = grown

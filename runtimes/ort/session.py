@@ -76,6 +76,7 @@ class OrtSession:
     def __init__(self, inner: ort.InferenceSession, graph: Graph, facts: ModelFacts) -> None:
         self._inner: ort.InferenceSession | None = inner
         self._graph = graph
+        self._facts = facts
         self._cache: GrowingCache | SharedCache = (
             SharedCache(graph.cache, facts.context_length)
             if facts.shared_cache
