@@ -30,7 +30,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens", type=positive, default=128, metavar="N", help="prefill length (128)"
     )
     parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N", help="decode length (32)")
-    parser.add_argument("--samples", type=positive, default=5, metavar="N", help="kept samples (5)")
+    parser.add_argument("--repetitions", type=positive, default=5, metavar="N", help="measured runs (5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompt and order")
     add_threads(parser)
 
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if len(models) == len(args.paths):
         console.warn("No dense baseline beside it; give one with --baseline to see what sparsity brings.")
     runtimes = {label: pick_runtime(path, args.runtime) for label, path in models.items()}
-    load = Workload("bench", args.prompt_tokens, args.decode_tokens, args.samples)
+    load = Workload("bench", args.prompt_tokens, args.decode_tokens, args.repetitions)
     footprints: dict[str, Footprint] = {}
     with console.stage("memory") as progress:
         for done, (label, path) in enumerate(models.items()):
@@ -138,7 +138,7 @@ COMMAND = Command(
     summary="measure prefill and decode speed, load time and peak memory, beside the dense model",
     examples=(
         "losa-deploy bench build/demo",
-        "losa-deploy bench build/demo other/model --samples 3 --threads 2 --json",
+        "losa-deploy bench build/demo other/model --repetitions 3 --threads 2 --json",
     ),
     add_arguments=_add,
     run=_run,

@@ -16,7 +16,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--text", default="builtin", metavar="FILE", help="UTF-8 text (default: the shipped one)"
     )
     parser.add_argument("--window", type=positive, default=512, metavar="N", help="tokens per window (512)")
-    parser.add_argument("--max-tokens", type=positive, default=4096, metavar="N", help="tokens used (4096)")
+    parser.add_argument("--text-tokens", type=positive, default=4096, metavar="N", help="tokens used (4096)")
     parser.add_argument("--runtime", metavar="NAME", help="see `losa-deploy formats` (default: by folder)")
     add_threads(parser)
 
@@ -32,7 +32,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     tokenizer = load_tokenizer(args.path)
     session = runtime.open(args.path, threads=thread_count(args))
     window = min(args.window, session.context_length or args.window)
-    windows = text_windows(tokenizer, text, window, args.max_tokens)
+    windows = text_windows(tokenizer, text, window, args.text_tokens)
     try:
         found = perplexity(session, windows, window)
     finally:

@@ -61,7 +61,9 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     ),
     RecipeOption("--samples", "calibration.samples", "number", "calibration sequences"),
     RecipeOption("--sequence-length", "calibration.sequence_length", "number", "tokens per sequence"),
-    RecipeOption("--temperature", "calibration.temperature", "number", "sampling temperature of `self`"),
+    RecipeOption(
+        "--calibration-temperature", "calibration.temperature", "number", "sampling temperature of `self`"
+    ),
     RecipeOption("--seed", "seed", "number", "seed of everything random"),
     _choice("--allocation", "allocation.method", "rmi|slope|uniform", "how blocks share the sparsity"),
     _choice("--prune-method", "prune.method", "magnitude|wanda|sparsegpt", "how masks are chosen"),
@@ -85,18 +87,16 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     _choice("--verify", "verify.level", "off|quick|full", "check of the exported model"),
     RecipeOption("--text", "verify.text", "text", "text for the perplexities: `builtin` or a file"),
     RecipeOption("--window", "verify.window", "number", "tokens per perplexity window"),
-    RecipeOption("--max-tokens", "verify.max_tokens", "number", "tokens of the text that are used"),
+    RecipeOption("--text-tokens", "verify.max_tokens", "number", "tokens of the text that are used"),
 )
 
 
-def _number(text: str) -> int | float:
+def number(text: str) -> int | float:
+    """A whole number if the text is one, so that messages repeat it as typed."""
     try:
         return int(text)
     except ValueError:
         return float(text)
-
-
-_number.__name__ = "number"
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, sections: Iterable[str]) -> None:
@@ -125,7 +125,7 @@ def _add(group: argparse._ArgumentGroup, option: RecipeOption) -> None:
     group.add_argument(
         option.flag,
         dest=option.dest,
-        type=_number if option.kind == "number" else str,
+        type=number if option.kind == "number" else str,
         choices=option.choices or None,
         action="append" if option.kind == "list" else "store",
         metavar=metavar,

@@ -54,6 +54,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=_WIDTH, max_help_position=34)
+        # Python 3.11 forgets the indentation of subcommands when it computes this column.
+        self._action_max_length = 26
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -91,6 +93,7 @@ def build_parser() -> Parser:
 def _add_command(subparsers: argparse._SubParsersAction[Parser], command: Command) -> None:
     child = subparsers.add_parser(
         command.name,
+        prog=f"{PROGRAM} {command.name}",
         help=command.summary,
         usage=f"{PROGRAM} {command.name} [OPTIONS]",
         description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
