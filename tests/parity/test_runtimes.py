@@ -272,3 +272,29 @@ def test_a_closed_session_says_so(tiny_dense_onnx: Path, tokens: list[int]) -> N
     session.close()
     with pytest.raises(RuntimeError, match="closed"):
         session.logits(tokens)
+
+
+def test_steps_of_an_opt_model(tmp_path: Path) -> None:
+    """Learned positions, which the model counts itself: a step must not start again at 0."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=90,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=40,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        OPTForCausalLM(config).save_pretrained(str(tmp_path))
+    session = ReferenceRuntime().open(tmp_path, threads=1)
+    tokens = [5, 9, 9, 9, 30, 9, 9, 2]
+    full = session.logits(tokens)
+    assert largest(full[2:3], full[3:4]) > 1e-3
+    assert largest(session.prefill(tokens[:3]), full[2]) < TOLERANCE
+    for position in range(3, len(tokens)):
+        assert largest(session.step(tokens[position]), full[position]) < TOLERANCE
