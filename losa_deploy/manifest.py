@@ -56,8 +56,10 @@ class MergeProof(Record):
     support_equal: bool
     """No position outside the mask is non-zero, bit for bit, in every linear."""
     max_abs_logit_difference: float
-    """Merged model as loaded from disk against the adapted model (base plus adapter branch), f32."""
+    """Merged weights before the cast against the adapted model (base plus adapter branch), f32."""
     logit_tolerance: float
+    cast_logit_difference: float
+    """The merged folder as loaded from disk against the adapted model; includes the cast."""
     cast_error: float
     """Largest relative Frobenius error of the one cast to the output dtype, over the linears."""
     kept_zeros: int
@@ -75,7 +77,7 @@ class Manifest(Record):
     recipe: Recipe
     calibration_sha256: str = ""
     sparsity_achieved: float
-    """Zeros over all positions of all block linears."""
+    """Pruned positions over all positions of the masked linears."""
     block_sparsity: tuple[float, ...] = ()
     block_rank: tuple[int, ...] = ()
     block_error: tuple[float, ...] = ()

@@ -39,6 +39,8 @@ class SparsityRecipe(Part):
     """`unstructured`, or `N:M`: N kept of every M along the input dimension (2 ≤ M ≤ 32)."""
     scope: Literal["row", "columns"] = "row"
     """Unstructured only: equal count per output row, or per block of columns over all rows."""
+    mixed: bool = False
+    """N:M only: more important blocks keep more than N of M, others fewer, N on average."""
     exclude: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave dense, e.g. `*.v_proj`."""
 
@@ -212,6 +214,29 @@ class Recipe(Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without base-60 integers: there `pattern: 2:4` would silently be the number 124."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> object:
+    """Parse recipe YAML (or one value of `--set`); raises `yaml.YAMLError`."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
 def preset_names() -> tuple[str, ...]:
     """Names of the shipped presets, sorted."""
     folder = resources.files("losa_deploy") / "recipes"
@@ -252,6 +277,12 @@ def load_recipe(
         raise _usage_error(error, path) from None
 
 
+def _preset(name: str) -> dict[str, object]:
+    data = parse_yaml((resources.files("losa_deploy") / "recipes" / f"{name}.yaml").read_text("utf-8"))
+    assert isinstance(data, dict)
+    return data
+
+
 def _overlay(base: dict[str, object], top: Mapping[str, object]) -> None:
     for key, value in top.items():
         current = base.get(key)
@@ -263,7 +294,7 @@ def _overlay(base: dict[str, object], top: Mapping[str, object]) -> None:
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(
             f"Cannot read the recipe {path}: {error.strerror}.", hint="Check --recipe."

@@ -1,0 +1,199 @@
+"""`AdaptedModel`: base weights, bit masks and adapters of every linear, as per-block shards.
+
+The folder is the resume state of `compress`: each finished schedule step is written beside the
+old one, and `state.json`, replaced in one move, says which step counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from losa_deploy.compress.decoder import Decoder
+from losa_deploy.errors import InputError
+from losa_deploy.manifest import Record, SourceRecord
+from losa_deploy.model import pack_mask, unpack_mask
+from losa_deploy.recipe import Recipe
+
+STATE_FILE = "state.json"
+CALIBRATION_FILE = "calibration.safetensors"
+SCHEMA = "losa.adapted/1"
+
+
+class AdaptedState(Record):
+    """The parsed `state.json`."""
+
+    schema_: str = Field(default=SCHEMA, alias="schema")
+    fingerprint: str
+    """Hash of everything the weights depend on: source files and the recipe without its export."""
+    step: int
+    """Finished schedule steps; the model is complete when it equals `recipe.schedule.steps`."""
+    source: SourceRecord
+    recipe: Recipe
+    masked: tuple[str, ...]
+    """Linears that are pruned; the others are excluded by the recipe."""
+    calibration_sha256: str
+    block_sparsity: tuple[float, ...] = ()
+    block_rank: tuple[int, ...] = ()
+    block_error: tuple[float, ...] = ()
+    scales: dict[str, float] = Field(default_factory=dict)
+    """Adapter scale s by linear."""
+
+    @property
+    def complete(self) -> bool:
+        return self.step == self.recipe.schedule.steps
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """One linear: W [out, in] f32 (zero outside M), M bool, A [rank, in], B [out, rank], s."""
+
+    weight: Tensor
+    mask: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+    def merged(self) -> Tensor:
+        """(W + s·BA) ∘ M in f32; selected, not multiplied: a product would leave negative zeros."""
+        whole = self.weight
+        if self.lora_a.shape[0]:
+            whole = whole + self.scale * (self.lora_b @ self.lora_a)
+        return torch.where(self.mask, whole, 0.0)
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """The folder written by `compress`."""
+
+    folder: Path
+    state: AdaptedState
+
+    @classmethod
+    def open(cls, folder: Path) -> AdaptedModel:
+        """Read `state.json`; raises `InputError` if it is missing, damaged or unfinished."""
+        state = read_state(folder)
+        if state is None:
+            raise InputError(
+                f"{folder} has no {STATE_FILE}, so it is not the output of `compress`.",
+                hint="Run `losa-deploy compress` first.",
+            )
+        if not state.complete:
+            raise InputError(
+                f"{folder} holds step {state.step} of {state.recipe.schedule.steps}: "
+                "compression was interrupted.",
+                hint="Run the same `losa-deploy compress` command again; it resumes.",
+            )
+        return cls(folder, state)
+
+    def block(self, block: int) -> Mapping[str, AdaptedLinear]:
+        """The linears of one block, by full name."""
+        return load_block(self.folder, self.state, block)
+
+
+def fingerprint(source_files: Mapping[str, str], recipe: Recipe) -> str:
+    """SHA-256 over the source's hashes and the recipe parts that decide the weights."""
+    kept = recipe.model_dump(mode="json", exclude={"preset", "merge", "export", "verify"})
+    text = json.dumps({"source": dict(sorted(source_files.items())), "recipe": kept}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_state(folder: Path) -> AdaptedState | None:
+    """The state of `folder`, None if there is none; raises `InputError` if it is damaged."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return AdaptedState.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is damaged or of another version: {error.errors()[0]['msg']}.",
+            hint=f"Delete {folder} and compress again.",
+        ) from None
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the shards of a step are, e.g. `adapted/step-02`."""
+    return folder / f"step-{step:02d}"
+
+
+def save_step(folder: Path, state: AdaptedState, student: Decoder) -> None:
+    """Write the shards of `state.step`, then switch `state.json` to them and drop the old step."""
+    from safetensors.torch import save_file
+
+    target = step_folder(folder, state.step)
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for block in range(len(student.blocks)):
+        tensors: dict[str, Tensor] = {}
+        for name in student.block_linears(block):
+            linear = student.masked(name)
+            tensors[f"{name}.weight"] = linear.weight.data.contiguous()
+            tensors[f"{name}.mask"] = torch.from_numpy(pack_mask(linear.mask.numpy()))
+            if linear.rank:
+                tensors[f"{name}.lora_a"] = linear.lora_a.data.contiguous()
+                tensors[f"{name}.lora_b"] = linear.lora_b.data.contiguous()
+        save_file(tensors, partial / f"block-{block:05d}.safetensors")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    write_state(folder, state)
+    shutil.rmtree(step_folder(folder, state.step - 1), ignore_errors=True)
+
+
+def write_state(folder: Path, state: AdaptedState) -> None:
+    """Replace `state.json` in one move."""
+    partial = folder / f"{STATE_FILE}.partial"
+    partial.write_text(state.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
+    os.replace(partial, folder / STATE_FILE)
+
+
+def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, AdaptedLinear]:
+    """Read one shard; raises `InputError` naming the file if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = step_folder(folder, state.step) / f"block-{block:05d}.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}.", hint="Compress again with --restart.") from None
+    result: dict[str, AdaptedLinear] = {}
+    for key in tensors:
+        if not key.endswith(".weight"):
+            continue
+        name = key.removesuffix(".weight")
+        weight = tensors[key]
+        shape = (weight.shape[0], weight.shape[1])
+        result[name] = AdaptedLinear(
+            weight=weight,
+            mask=torch.from_numpy(unpack_mask(tensors[f"{name}.mask"].numpy(), shape)),
+            lora_a=tensors.get(f"{name}.lora_a", weight.new_zeros(0, shape[1])),
+            lora_b=tensors.get(f"{name}.lora_b", weight.new_zeros(shape[0], 0)),
+            scale=state.scales.get(name, 0.0),
+        )
+    return result
+
+
+def restore(folder: Path, state: AdaptedState, student: Decoder) -> None:
+    """Put the saved step into `student`, whose linears are `MaskedLinear`s."""
+    from torch import nn
+
+    with torch.no_grad():
+        for block in range(len(student.blocks)):
+            for name, saved in load_block(folder, state, block).items():
+                linear = student.masked(name)
+                linear.mask.copy_(saved.mask)
+                linear.weight.copy_(saved.weight)
+                linear.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
+                linear.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
+                linear.scale = saved.scale

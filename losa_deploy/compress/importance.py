@@ -1,0 +1,48 @@
+"""Layer-wise importance from representation mutual information (RMI), as linear CKA.
+
+The features of a block are flattened to [samples, tokens·hidden]; only their Gram matrix
+[samples, samples] is kept (method sheet D9, D10). Linear CKA is the normalised biased HSIC
+(Kornblith et al. 2019); LoSA uses it as its estimate of mutual information between blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gram(features: Tensor) -> Tensor:
+    """Centred Gram matrix [samples, samples] f64 of `features` [samples, …]."""
+    flat = features.flatten(1)
+    product = torch.zeros(flat.shape[0], flat.shape[0], dtype=torch.float64)
+    # Pieces bound the f64 copy; sums over features are exact enough this way for any hidden size.
+    for piece in flat.split(1 << 16, dim=1):
+        wide = piece.double()
+        product += wide @ wide.T
+    product -= product.mean(dim=0, keepdim=True)
+    product -= product.mean(dim=1, keepdim=True)
+    return (product + product.T) / 2
+
+
+def linear_cka(grams: list[Tensor]) -> Tensor:
+    """Pairwise linear CKA [blocks, blocks] in [0, 1] from centred Gram matrices.
+
+    CKA(K, L) = <K, L> / (‖K‖·‖L‖); constant features (zero Gram) count as unrelated.
+    """
+    flat = torch.stack([matrix.flatten() for matrix in grams])
+    norms = flat.norm(dim=1)
+    safe = torch.where(norms > 0, norms, torch.ones_like(norms))
+    unit = flat / safe[:, None]
+    return (unit @ unit.T).clamp(0.0, 1.0)
+
+
+def block_importance(cka: Tensor, beta: float) -> Tensor:
+    """importance_i = exp(-β·p_i), p = row sums without the diagonal, normalised to sum 1 [blocks].
+
+    A block whose features resemble all others' carries little of its own, so it may be pruned more.
+    With one block everything is 1.
+    """
+    redundancy = cka.sum(dim=1) - cka.diagonal()
+    total = redundancy.sum()
+    share = redundancy / total if total > 0 else torch.zeros_like(redundancy)
+    return torch.exp(-beta * share)

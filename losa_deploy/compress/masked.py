@@ -1,0 +1,119 @@
+"""A linear with an explicit mask and an optional masked low-rank adapter: W + s·(B·A)∘M."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class _MaskedAdapterFunction(torch.autograd.Function):
+    """x ↦ x·(W + s·(BA)∘M)ᵀ in one matmul; the masked product is rebuilt in the backward pass.
+
+    Gradients go to x, A and B only, so that no dense weight gradient outlives the call
+    (method sheet D13; the same idea as LoRS, arXiv 2501.08582).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask, lora_a, lora_b)
+        ctx.scale = scale  # type: ignore[attr-defined]
+        return x @ (weight + scale * (lora_b @ lora_a) * mask).T
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, mask, lora_a, lora_b = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale: float = ctx.scale  # type: ignore[attr-defined]
+        grad_x = grad @ (weight + scale * (lora_b @ lora_a) * mask)
+        grad_product = scale * (grad.flatten(0, -2).T @ x.flatten(0, -2)) * mask
+        return grad_x, None, None, lora_b.T @ grad_product, grad_product @ lora_a.T, None
+
+
+class MaskedLinear(nn.Module):
+    """y = x·(W + s·(B·A)∘M)ᵀ + b with W zero outside M.
+
+    `weight` [out, in] f32, `mask` [out, in] bool (True = kept), `lora_a` [rank, in],
+    `lora_b` [out, rank]; rank 0 means no adapter.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, mask: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("mask", mask)
+        self.lora_a = nn.Parameter(weight.new_zeros(0, weight.shape[1]), requires_grad=False)
+        self.lora_b = nn.Parameter(weight.new_zeros(weight.shape[0], 0), requires_grad=False)
+        self.scale = 0.0
+        self.mask: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> MaskedLinear:
+        """The same function with a full mask; shares the weight's storage."""
+        bias = None if linear.bias is None else linear.bias.data
+        return cls(linear.weight.data, bias, torch.ones_like(linear.weight, dtype=torch.bool))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_a.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rank == 0:
+            return nn.functional.linear(x, self.weight, self.bias)
+        y: Tensor = _MaskedAdapterFunction.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.mask, self.lora_a, self.lora_b, self.scale
+        )
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def adapter(self) -> Tensor:
+        """The masked adapter s·(B·A)∘M [out, in]."""
+        return self.scale * (self.lora_b @ self.lora_a) * self.mask
+
+    @torch.no_grad()
+    def effective(self) -> Tensor:
+        """What the layer multiplies by: W + s·(B·A)∘M [out, in]."""
+        return self.weight.data.clone() if self.rank == 0 else self.weight + self.adapter()
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor, effective: Tensor | None = None) -> None:
+        """Change the mask; afterwards the layer multiplies by `effective`∘mask.
+
+        Without `effective` the kept weights stay as they are. The adapter is kept and the base
+        weight takes up the difference, so that pruning with a weight update loses nothing.
+        """
+        self.mask.copy_(mask)
+        if effective is None:
+            self.weight.masked_fill_(~self.mask, 0.0)
+        else:
+            base = effective if self.rank == 0 else effective - self.adapter()
+            self.weight.copy_(torch.where(self.mask, base, 0.0))
+
+    @torch.no_grad()
+    def set_rank(self, rank: int, alpha: float, generator: torch.Generator) -> None:
+        """Resize the adapter to `rank` without changing the function.
+
+        New directions are (random A row, zero B column). Directions that go are folded into the
+        weight first (D4). The scale is alpha/√rank (rank-stabilised, D5), so B is rescaled.
+        """
+        old_a, old_b, old_scale = self.lora_a.data, self.lora_b.data, self.scale
+        keep = min(rank, self.rank)
+        if keep < self.rank:
+            self.weight.add_(old_scale * (old_b[:, keep:] @ old_a[keep:]) * self.mask)
+        scale = alpha / rank**0.5 if rank else 0.0
+        new_a = torch.empty(rank - keep, self.weight.shape[1])
+        new_a.uniform_(-1.0, 1.0, generator=generator).div_(self.weight.shape[1] ** 0.5)
+        kept_b = old_b[:, :keep] * (old_scale / scale if scale and old_scale else 1.0)
+        self.lora_a = nn.Parameter(torch.cat([old_a[:keep], new_a]), requires_grad=False)
+        self.lora_b = nn.Parameter(
+            torch.cat([kept_b, old_b.new_zeros(old_b.shape[0], rank - keep)], dim=1), requires_grad=False
+        )
+        self.scale = scale

@@ -1,0 +1,180 @@
+"""Mask selection and pruning of one linear: magnitude, Wanda, SparseGPT.
+
+All functions take a weight [out, in] f32 and give a mask [out, in] bool, True = kept.
+`allowed` is the mask before: a position outside it can never come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losa_deploy.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a mask must look like: a rate, and where its count is kept.
+
+    Unstructured: `rate` of zeros, per `row` or per block of `columns` (all rows together).
+    N:M: `kept` of every `group` positions along the input dimension (rate is 1 - kept/group).
+    """
+
+    rate: float
+    scope: str = "row"
+    kept: int = 0
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A new mask, and the weight after the method's update (None: kept weights are unchanged)."""
+
+    mask: Tensor
+    weight: Tensor | None
+
+
+class InputStatistics:
+    """Second moments of a linear's input, accumulated over calibration batches.
+
+    `squares` [in] is Σ x², `hessian` [in, in] is Σ x·xᵀ (only if asked for), `count` the tokens.
+    """
+
+    def __init__(self, in_features: int, *, hessian: bool) -> None:
+        self.count = 0
+        self.squares = torch.zeros(in_features)
+        self.hessian = torch.zeros(in_features, in_features) if hessian else None
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch [..., in]."""
+        flat = x.reshape(-1, x.shape[-1])
+        self.count += flat.shape[0]
+        if self.hessian is not None:
+            self.hessian.addmm_(flat.T, flat)
+        self.squares += flat.square().sum(dim=0)
+
+
+def select(scores: Tensor, pattern: Pattern, allowed: Tensor) -> Tensor:
+    """Keep the highest `scores` in the pattern's shape; positions not `allowed` go first.
+
+    Counts are exact: round(rate·size) zeros in every row (or over the whole block of columns).
+    The last, shorter N:M group of r positions keeps min(N, r).
+    """
+    ranked = scores.masked_fill(~allowed, float("-inf"))
+    if pattern.group:
+        return select_group(ranked, pattern.kept, pattern.group) & allowed
+    if pattern.scope == "columns":
+        return (
+            _drop_lowest(ranked.reshape(1, -1), round(pattern.rate * ranked.numel())).view_as(ranked)
+            & allowed
+        )
+    return _drop_lowest(ranked, round(pattern.rate * ranked.shape[1])) & allowed
+
+
+def select_group(scores: Tensor, kept: int, group: int) -> Tensor:
+    """N:M mask [out, in]: the `kept` highest of every `group` scores along the input dimension."""
+    rows, columns = scores.shape
+    padding = -columns % group
+    padded = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
+    groups = padded.view(rows, -1, group)
+    # A stable sort makes ties (and the padding) fall the same way on every machine.
+    order = torch.sort(groups, dim=-1, descending=True, stable=True).indices[..., :kept]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True)
+    return mask.view(rows, -1)[:, :columns]
+
+
+def _drop_lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask without the `count` lowest scores of each row."""
+    order = torch.sort(scores, dim=1, stable=True).indices[:, :count]
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, False)
+
+
+def prune_magnitude(weight: Tensor, pattern: Pattern, allowed: Tensor) -> Pruned:
+    """Keep the largest |w|."""
+    return Pruned(select(weight.abs(), pattern, allowed), None)
+
+
+def prune_wanda(weight: Tensor, statistics: InputStatistics, pattern: Pattern, allowed: Tensor) -> Pruned:
+    """Keep the largest |w|·√E[x²] (Sun et al. 2023, arXiv 2306.11695)."""
+    norms = (statistics.squares / max(1, statistics.count)).sqrt()
+    return Pruned(select(weight.abs() * norms, pattern, allowed), None)
+
+
+def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
+    """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, λ = damping·mean(diag H), doubled until it exists.
+
+    Raises `InputError` naming the linear if its activations are not finite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise InputError(
+            f"The inputs of {name} are not finite on the calibration text.",
+            hint="The model or the text is damaged; try another --calibration.",
+        )
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    base = hessian + torch.diag(dead.to(hessian.dtype))
+    amount = damping * float(base.diagonal().mean())
+    eye = torch.eye(base.shape[0], dtype=base.dtype)
+    for attempt in range(20):
+        factor, failed = torch.linalg.cholesky_ex(base + amount * 2.0**attempt * eye)
+        if int(failed) == 0:
+            inverse = torch.cholesky_inverse(factor)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(failed) == 0:
+                return upper
+    raise InputError(f"The input statistics of {name} are degenerate.", hint="Use more calibration samples.")
+
+
+def prune_sparsegpt(
+    weight: Tensor,
+    statistics: InputStatistics,
+    pattern: Pattern,
+    allowed: Tensor,
+    *,
+    damping: float,
+    block_columns: int,
+    name: str,
+) -> Pruned:
+    """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): prune and compensate column by column.
+
+    Saliency is w²/[H⁻¹]² of the current, already updated weight; the error of a pruned weight
+    is spread over the columns to its right. Unstructured counts are kept per block of columns.
+    """
+    assert statistics.hessian is not None
+    upper = inverse_factor(statistics.hessian, damping, name)
+    work = weight.clone()
+    work[:, statistics.hessian.diagonal() == 0] = 0.0
+    mask = torch.zeros_like(allowed)
+    columns = work.shape[1]
+    width = block_columns + (-block_columns % pattern.group if pattern.group else 0)
+    for start in range(0, columns, width):
+        end = min(start + width, columns)
+        piece, factor = work[:, start:end].clone(), upper[start:end, start:end]
+        if not pattern.group:
+            saliency = (piece / factor.diagonal()).square()
+            counted = _block_pattern(pattern, start, end)
+            mask[:, start:end] = select(saliency, counted, allowed[:, start:end])
+        errors = torch.empty_like(piece)
+        for j in range(end - start):
+            if pattern.group and j % pattern.group == 0:
+                stop = min(j + pattern.group, end - start)
+                saliency = (piece[:, j:stop] / factor.diagonal()[j:stop]).square()
+                window = slice(start + j, start + stop)
+                mask[:, window] = select(saliency, pattern, allowed[:, window])
+            column = piece[:, j].clone()
+            error = torch.where(mask[:, start + j], 0.0, column) / factor[j, j]
+            piece[:, j:].addr_(error, factor[j, j:], alpha=-1.0)
+            errors[:, j] = error
+        work[:, start:end] = piece
+        work[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1.0)
+    return Pruned(mask, work * mask)
+
+
+def _block_pattern(pattern: Pattern, start: int, end: int) -> Pattern:
+    """Per row the counts of all column blocks must add up to round(rate·in): cumulative rounding."""
+    if pattern.scope != "row":
+        return pattern
+    zeros = round(pattern.rate * end) - round(pattern.rate * start)
+    return Pattern(zeros / (end - start), "row")

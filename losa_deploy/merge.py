@@ -1,0 +1,232 @@
+"""The lossless merge: W' = (W + s·BA) ∘ M in f32, cast once, and the proof that nothing was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
+from losa_deploy.errors import GateError
+from losa_deploy.manifest import Manifest, MergeProof, TensorRecord, hash_files
+from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+
+if TYPE_CHECKING:
+    import torch
+
+    from losa_deploy.compress.adapted import AdaptedLinear, AdaptedModel
+    from losa_deploy.compress.decoder import Decoder
+    from losa_deploy.interfaces import Progress
+
+PROOF_WINDOWS = 2
+VALUE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@dataclass
+class _Evidence:
+    """What the writer notes about every linear while it streams them to disk."""
+
+    support_equal: bool = True
+    culprit: str = ""
+    cast_error: float = 0.0
+    kept_zeros: int = 0
+    pruned: int = 0
+    positions: int = 0
+    records: list[TensorRecord] = field(default_factory=list)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: Progress) -> SparseModel:
+    """Merge `adapted` (made from `source`) into `folder`, which exists and is empty.
+
+    Writes an ordinary Hugging Face folder plus `masks.safetensors` and `losa.json` with the proof.
+    Raises `GateError` (after writing, so that the evidence can be looked at) if the proof fails.
+    """
+    from safetensors.torch import save_file
+
+    evidence = _Evidence()
+    dtype = _target_dtype(adapted)
+    write_weights(folder, _merged_tensors(source, adapted, dtype, evidence, progress))
+    save_file(dict(sorted(evidence.masks.items())), folder / MASK_FILE)
+    copy_side_files(source.folder, folder)
+    if dtype is not None:
+        _set_config_dtype(folder, dtype)
+    proof = prove(source, adapted, folder, evidence)
+    state = adapted.state
+    Manifest(
+        kind="merged",
+        source=state.source,
+        recipe=state.recipe,
+        calibration_sha256=state.calibration_sha256,
+        sparsity_achieved=evidence.pruned / max(1, evidence.positions),
+        block_sparsity=state.block_sparsity,
+        block_rank=state.block_rank,
+        block_error=state.block_error,
+        linears=tuple(evidence.records),
+        merge_proof=proof,
+        files=hash_files(folder),
+    ).write(folder)
+    if not proof.ok:
+        raise GateError(
+            f"The merge proof failed: support equal {proof.support_equal}"
+            + (f" (first in {evidence.culprit})" if evidence.culprit else "")
+            + f", logits differ by {proof.max_abs_logit_difference:.3g}"
+            + f" (allowed {proof.logit_tolerance:.3g}).",
+            hint="This is a defect of losa-deploy; please report it with losa.json.",
+        )
+    return SparseModel.open(folder)
+
+
+def _target_dtype(adapted: AdaptedModel) -> torch.dtype | None:
+    """The dtype to cast to, None for each tensor's own."""
+    import torch
+
+    names = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    return names.get(adapted.state.recipe.merge.dtype)
+
+
+def _merged_tensors(
+    source: Checkpoint,
+    adapted: AdaptedModel,
+    dtype: torch.dtype | None,
+    evidence: _Evidence,
+    progress: Progress,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of `source` in its order of blocks, the linears merged; one block in memory."""
+    linears = source.linears
+    masked = frozenset(adapted.state.masked)
+    for name in source.files:
+        if name.removesuffix(".weight") not in linears:
+            tensor = source.tensor(name)
+            yield name, tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    for block in range(source.block_count):
+        for name, linear in adapted.block(block).items():
+            kept_dtype = source.tensor(f"{name}.weight").dtype if dtype is None else dtype
+            cast = linear.merged().to(kept_dtype)
+            _note(evidence, name, linear, cast, masked=name in masked)
+            yield f"{name}.weight", cast
+        progress(block + 1, source.block_count, "merging")
+
+
+def _note(evidence: _Evidence, name: str, linear: AdaptedLinear, cast: torch.Tensor, *, masked: bool) -> None:
+    """Collect one linear's part of the proof and its manifest record."""
+    import hashlib
+
+    import torch
+
+    exact = linear.merged()
+    outside = cast[~linear.mask]
+    # Bits, not values: a negative zero outside the mask is a position that did not come from M.
+    support_equal = not bool(outside.view(_integer_view(cast.dtype)).any())
+    if not support_equal and evidence.support_equal:
+        evidence.support_equal, evidence.culprit = False, name
+    size = float(exact.norm())
+    error = float((cast.float() - exact).norm()) / size if size else 0.0
+    evidence.cast_error = max(evidence.cast_error, error)
+    evidence.kept_zeros += int((cast[linear.mask] == 0).sum())
+    kept = int(linear.mask.sum())
+    if masked:
+        evidence.masks[name] = torch.from_numpy(pack_mask(linear.mask.numpy()))
+        evidence.pruned += linear.mask.numel() - kept
+        evidence.positions += linear.mask.numel()
+    raw = cast.contiguous().view(torch.uint8).numpy().tobytes()
+    evidence.records.append(
+        TensorRecord(
+            name=name,
+            shape=tuple(cast.shape),
+            layout="dense",
+            value_type=VALUE_TYPES[str(cast.dtype).removeprefix("torch.")],
+            nnz=kept,
+            bytes=len(raw),
+            bits_per_weight=8.0 * cast.element_size(),
+            sha256=hashlib.sha256(raw).hexdigest(),
+        )
+    )
+
+
+def _integer_view(dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    return torch.int32 if dtype == torch.float32 else torch.int16
+
+
+def prove(source: Checkpoint, adapted: AdaptedModel, folder: Path, evidence: _Evidence) -> MergeProof:
+    """Compare the adapted model (adapter as a separate branch) with the merged one, in logits.
+
+    The bound on the f32 logits is a rounding bound: both models do the same sums in another
+    order, so per linear the relative difference is at most ε·√in, and residual blocks add up.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from losa_deploy.compress.adapted import CALIBRATION_FILE
+    from losa_deploy.compress.decoder import Decoder
+
+    tokens = load_file(adapted.folder / CALIBRATION_FILE)["tokens"][:PROOF_WINDOWS]
+    decoder = Decoder(source)
+    with torch.no_grad():
+        expected = _branch_logits(decoder, adapted, tokens)
+        _load_merged(decoder, adapted)
+        merged = decoder.logits(tokens)
+        del decoder
+        from_disk = Decoder(Checkpoint.open(folder)).logits(tokens)
+    widest = max(shape[1] for shape in source.linears.values())
+    depth = len(source.linears)
+    tolerance = float(expected.abs().max()) * torch.finfo(torch.float32).eps * widest**0.5 * depth
+    difference = float((merged - expected).abs().max())
+    return MergeProof(
+        ok=evidence.support_equal and difference <= tolerance,
+        support_equal=evidence.support_equal,
+        max_abs_logit_difference=difference,
+        logit_tolerance=tolerance,
+        cast_logit_difference=float((from_disk - expected).abs().max()),
+        cast_error=evidence.cast_error,
+        kept_zeros=evidence.kept_zeros,
+    )
+
+
+def _branch_logits(decoder: Decoder, adapted: AdaptedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of base plus adapter branch: x·(W∘M)ᵀ + s·x·((BA)∘M)ᵀ, two matmuls, nothing merged."""
+    from torch import nn
+
+    handles = []
+    for block in range(len(decoder.blocks)):
+        for name, linear in adapted.block(block).items():
+            module = decoder.linear(name)
+            module.weight.data = linear.weight * linear.mask
+            if linear.lora_a.shape[0]:
+                branch = linear.scale * (linear.lora_b @ linear.lora_a) * linear.mask
+
+                def add(
+                    m: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor, w: torch.Tensor = branch
+                ) -> torch.Tensor:
+                    return y + nn.functional.linear(x[0], w)
+
+                handles.append(module.register_forward_hook(add))
+    logits = decoder.logits(tokens)
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def _load_merged(decoder: Decoder, adapted: AdaptedModel) -> None:
+    """Put the merged f32 weights, before any cast, into `decoder`."""
+    for block in range(len(decoder.blocks)):
+        for name, linear in adapted.block(block).items():
+            decoder.linear(name).weight.data = linear.merged()
+
+
+def _set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """`config.json` says what the weights are; nothing else in it changes."""
+    import json
+
+    path = folder / "config.json"
+    config: dict[str, object] = json.loads(path.read_text("utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = name
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = name
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

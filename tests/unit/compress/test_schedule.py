@@ -1,0 +1,203 @@
+"""The outer loop on a small trained model: every mode keeps its masks, resumes and repeats itself."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
+from losa_deploy.compress.decoder import Decoder, batch_size
+from losa_deploy.compress.schedule import compress, rmi_importance
+from losa_deploy.errors import InputError
+from losa_deploy.interfaces import no_progress
+from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.recipe import Recipe, load_recipe
+
+BASE = {
+    "calibration.samples": 12,
+    "calibration.sequence_length": 48,
+    "allocation.samples": 12,
+    "schedule.steps": 2,
+    "adapt.steps": 6,
+    "adapt.batch_size": 4,
+}
+
+
+def recipe(**changes: object) -> Recipe:
+    """The quick preset, small, with `section__key=value` changes."""
+    values = {**BASE, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return load_recipe(overrides=values.items())
+
+
+def source_of(folder: Path) -> tuple[Checkpoint, SourceRecord]:
+    return Checkpoint.open(folder), SourceRecord(
+        id="tiny", files={"model.safetensors": sha256_file(folder / "model.safetensors")}
+    )
+
+
+def run(folder: Path, out: Path, chosen: Recipe) -> AdaptedModel:
+    checkpoint, record = source_of(folder)
+    return compress(checkpoint, record, chosen, out, progress=no_progress)
+
+
+def shard_hashes(out: Path, step: int) -> list[str]:
+    return [sha256_file(path) for path in sorted(step_folder(out, step).iterdir())]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapt__mode": "reconstruct"},
+        {"adapt__mode": "adapters", "prune__method": "wanda", "adapt__learning_rate": 1e-3},
+        {"adapt__mode": "adapters", "adapt__loss": "ce", "rank__error": "cumulative", "adapt__alpha": 8.0},
+        {"adapt__mode": "direct", "prune__method": "magnitude", "allocation__method": "slope"},
+        {"adapt__mode": "none", "prune__regrow": True, "allocation__method": "uniform"},
+        {"adapt__mode": "none", "prune__method": "wanda", "prune__regrow": True, "sparsity__scope": "row"},
+    ],
+    ids=str,
+)
+def test_every_mode_ends_on_target_with_zeros_outside_the_mask(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    model = run(tiny_llama, tmp_path / "adapted", recipe(sparsity__target=0.6, **changes))
+    pruned = total = 0
+    for block in range(3):
+        for linear in model.block(block).values():
+            outside = linear.merged()[~linear.mask]
+            assert not bool(outside.view(torch.int32).any())
+            assert bool((linear.weight[~linear.mask] == 0).all())
+            pruned += int((~linear.mask).sum())
+            total += linear.mask.numel()
+    # Counts are whole positions per row (or per 128 columns), so the total can be off by half a row.
+    assert pruned / total == pytest.approx(0.6, abs=0.5 / 64)
+    weights = np.array(model.state.block_sparsity)
+    assert weights.mean() == pytest.approx(pruned / total, abs=1e-9)
+
+
+def test_ranks_follow_errors_and_meet_the_budget(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(adapt__mode="adapters", rank__start=4, rank__end=5, rank__maximum=8)
+    model = run(tiny_llama, tmp_path / "adapted", chosen)
+    assert sum(model.state.block_rank) == 15
+    errors, ranks = model.state.block_error, model.state.block_rank
+    assert sorted(range(3), key=lambda i: errors[i])[-1] in [i for i in range(3) if ranks[i] == max(ranks)]
+    for block, rank in enumerate(ranks):
+        assert {linear.lora_a.shape[0] for linear in model.block(block).values()} == {rank}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "3:7", "1:8"])
+def test_group_patterns_hold_in_every_group(tiny_llama: Path, tmp_path: Path, pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    model = run(tiny_llama, tmp_path / "adapted", recipe(sparsity__pattern=pattern, adapt__mode="none"))
+    for block in range(3):
+        for linear in model.block(block).values():
+            for start in range(0, linear.mask.shape[1], m):
+                group = linear.mask[:, start : start + m]
+                assert bool((group.sum(dim=1) == min(n, group.shape[1])).all())
+
+
+def test_mixed_pattern_differs_between_blocks_and_averages_to_n(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(sparsity__pattern="4:8", sparsity__mixed=True, adapt__mode="none")
+    model = run(tiny_llama, tmp_path / "adapted", chosen)
+    kept = []
+    for block in range(3):
+        counts = {
+            int(c)
+            for linear in model.block(block).values()
+            for c in linear.mask.view(linear.mask.shape[0], -1, 8).sum(dim=-1).unique()
+        }
+        assert len(counts) == 1, "one N per block"
+        kept.append(counts.pop())
+    assert sum(kept) == 12
+    assert len(set(kept)) > 1
+
+
+def test_excluded_linears_stay_dense(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(sparsity__exclude=["*.v_proj"], adapt__mode="none")
+    model = run(tiny_llama, tmp_path / "adapted", chosen)
+    dense = Checkpoint.open(tiny_llama)
+    for name, linear in model.block(0).items():
+        if name.endswith("v_proj"):
+            assert name not in model.state.masked
+            assert torch.equal(linear.weight, dense.tensor(f"{name}.weight"))
+        else:
+            assert not bool(linear.mask.all())
+    with pytest.raises(InputError, match="leaves no linear"):
+        run(tiny_llama, tmp_path / "other", recipe(sparsity__exclude=["*"]))
+
+
+def test_same_recipe_and_seed_give_equal_bytes_another_seed_does_not(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(adapt__mode="adapters")
+    first, second = (run(tiny_llama, tmp_path / name, chosen) for name in ("a", "b"))
+    assert shard_hashes(first.folder, 2) == shard_hashes(second.folder, 2)
+    third = run(tiny_llama, tmp_path / "c", recipe(adapt__mode="adapters", seed=1))
+    assert shard_hashes(third.folder, 2) != shard_hashes(first.folder, 2)
+
+
+def test_interrupted_run_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(adapt__mode="adapters")
+    whole = run(tiny_llama, tmp_path / "whole", chosen)
+
+    def stop(done: int, total: int, label: str) -> None:
+        if label.startswith("step 2/2"):
+            raise KeyboardInterrupt
+
+    checkpoint, record = source_of(tiny_llama)
+    with pytest.raises(KeyboardInterrupt):
+        compress(checkpoint, record, chosen, tmp_path / "cut", progress=stop)
+    state = read_state(tmp_path / "cut")
+    assert state is not None and state.step == 1
+    with pytest.raises(InputError, match="step 1 of 2"):
+        AdaptedModel.open(tmp_path / "cut")
+    labels: list[str] = []
+    resumed = compress(
+        checkpoint, record, chosen, tmp_path / "cut", progress=lambda d, t, label: labels.append(label)
+    )
+    assert not any(label.startswith(("step 1/2", "sampling")) for label in labels)
+    assert shard_hashes(resumed.folder, 2) == shard_hashes(whole.folder, 2)
+
+
+def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
+    first = run(tiny_llama, tmp_path / "adapted", recipe(adapt__mode="none"))
+    before = shard_hashes(first.folder, 2)
+    again = run(tiny_llama, tmp_path / "adapted", recipe(adapt__mode="none", sparsity__target=0.4))
+    assert shard_hashes(again.folder, 2) != before
+    assert again.state.recipe.sparsity.target == 0.4
+
+
+def test_reconstruction_lowers_the_block_errors(tiny_llama: Path, tmp_path: Path) -> None:
+    plain = run(tiny_llama, tmp_path / "plain", recipe(adapt__mode="none", prune__method="wanda"))
+    repaired = run(tiny_llama, tmp_path / "repaired", recipe(prune__method="wanda", adapt__steps=30))
+    assert repaired.state.block_error[-1] < 0.8 * plain.state.block_error[-1]
+
+
+def test_block_stream_equals_the_whole_model(tiny_llama: Path) -> None:
+    decoder = Decoder(Checkpoint.open(tiny_llama))
+    tokens = torch.arange(60).view(4, 15)
+    stream = decoder.stream(tokens, 2)
+    for block in range(3):
+        stream = decoder.advance(block, stream)
+    normed = decoder.model.get_submodule("model.norm")(stream.hidden)
+    logits = decoder.model.get_submodule("lm_head")(normed)
+    assert torch.allclose(logits, decoder.logits(tokens), atol=1e-5)
+
+
+def test_batch_size_divides() -> None:
+    assert [batch_size(n) for n in (1, 7, 12, 64)] == [1, 7, 6, 8]
+
+
+def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Path) -> None:
+    """Blocks that change nothing have identical features, so none is more important."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    decoder = Decoder(Checkpoint.open(copy))
+    for name in decoder.names:
+        decoder.linear(name).weight.data.zero_()
+    importance = rmi_importance(decoder, torch.arange(60).view(6, 10), beta=1.0)
+    assert np.ptp(importance) < 1e-9
