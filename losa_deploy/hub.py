@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from losa_deploy.checkpoint import SIDE_FILES, Checkpoint
@@ -87,7 +88,8 @@ def _cached_or_fetched(
 
     missing = f"{name} is not in the hub cache"
     try:
-        path = get(True)
+        with _no_connections():
+            path = get(True)
         check(path)
         return path
     except LocalEntryNotFoundError:
@@ -104,6 +106,19 @@ def _cached_or_fetched(
         raise _hub_error(error, name) from error
     check(path)
     return path
+
+
+@contextmanager
+def _no_connections() -> Iterator[None]:
+    """`local_files_only` alone does not keep the hub library from asking the network for other things."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _hub_error(error: Exception, name: str) -> LosaError:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import thread_count
-from losa_deploy.cli.generate import add_sampling, sampling
+from losa_deploy.cli.generate import add_model_folder, add_sampling, sampling
 from losa_deploy.console import Console
 from losa_deploy.errors import InputError
 
@@ -21,7 +20,7 @@ PROMPT = "> "
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="exported or merged folder")
+    add_model_folder(parser)
     add_sampling(parser)
 
 
@@ -31,9 +30,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.runtimes.chat import ChatSession
     from losa_deploy.text import load_tokenizer
 
-    runtime = pick_runtime(args.path, args.runtime)
-    tokenizer = load_tokenizer(args.path)
-    session = runtime.open(args.path, threads=thread_count(args))
+    runtime = pick_runtime(args.model, args.runtime)
+    tokenizer = load_tokenizer(args.model)
+    session = runtime.open(args.model, threads=thread_count(args))
     try:
         chat = ChatSession(
             session,
@@ -43,7 +42,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             notice=lambda text: console.info(f"[{text}]"),
         )
         console.info(
-            f"{args.path} in {runtime.name}. /reset forgets the conversation, /exit or Ctrl-D ends it."
+            f"{args.model} in {runtime.name}. /reset forgets the conversation, /exit or Ctrl-D ends it."
         )
         for line in _lines(console):
             if not _turn(chat, line, console, as_json=args.json):
@@ -95,8 +94,8 @@ COMMAND = Command(
     name="chat",
     summary="hold a conversation with a model, streamed",
     examples=(
-        "losa-deploy chat build/demo",
-        "losa-deploy chat build/demo --system 'Answer briefly.' --temperature 0.7",
+        "losa-deploy chat -m build/demo",
+        "losa-deploy chat -m build/demo --system 'Answer briefly.' --temperature 0.7",
     ),
     add_arguments=_add,
     run=_run,

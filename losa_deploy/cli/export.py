@@ -42,10 +42,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     plan.require_resources(planned, output)
     console.info(plan.line(planned, output))
     work = work_folder(output)
-    with console.captured(work / "export.log"):
-        job = finish.Job(exporter, model, recipe, output, work, thread_count(args), overwrite=args.overwrite)
-        result = finish.export_and_measure(job, None, console)
-    finish.show(result, output, console, as_json=args.json)
+    with console.captured(work / finish.LOG):
+        job = finish.Job(exporter, model, recipe, output, work, thread_count(args), args.overwrite)
+        report = finish.export_and_measure(job, console)
+    finish.show(report, output, console, as_json=args.json)
 
 
 COMMAND = Command(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.artifact import staged_output
 from losa_deploy.cli import stages
-from losa_deploy.console import Console
+from losa_deploy.console import Console, table
 from losa_deploy.errors import GateError
 
 if TYPE_CHECKING:
+    from losa_deploy.benchmarks.assemble import Job as Measurement
+    from losa_deploy.benchmarks.report import Report
     from losa_deploy.checkpoint import Checkpoint
-    from losa_deploy.interfaces import Exporter
+    from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
     from losa_deploy.verify import Parity
+
+LOG = "export.log"
 
 
 @dataclass(frozen=True)
@@ -31,41 +35,83 @@ class Job:
     work: Path
     threads: int
     overwrite: bool
+    source: Checkpoint | None = None
+    """The dense model, if it is at hand."""
+    timings: dict[str, float] = field(default_factory=dict)
+    """Stage → seconds; the stages here add theirs."""
 
 
-def export_and_measure(job: Job, source: Checkpoint | None, console: Console) -> None:
+def export_and_measure(job: Job, console: Console) -> Report:
     """Export into a staged folder, verify and measure it there, then publish it in one move.
 
-    `source` is the dense model if it is at hand. Raises `GateError` (the artifact is kept as
-    `<output>.failed`) if the artifact does not compute the merged model.
+    Raises `GateError` (the artifact is kept as `<output>.failed`) if the artifact does not compute
+    the merged model.
     """
+    from losa_deploy.benchmarks.measure import measure
+    from losa_deploy.card import write_card
+    from losa_deploy.manifest import Manifest
+
     with staged_output(job.output, overwrite=job.overwrite) as folder:
-        with console.stage("export") as progress:
+        with stages.timed(job.timings, "export"), console.stage("export") as progress:
             job.exporter.export(job.model, job.recipe.export, folder, progress)
         stages.stamp_recipe(folder, job.recipe)
-        parity = _verified(job, folder, console)
-        log = job.work / "export.log"
+        (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
+        runtime = stages.pick_runtime(folder, None)
+        with stages.timed(job.timings, "verify"):
+            parity = _verified(job, folder, runtime, console)
+        with console.stage("measure") as progress:
+            report = measure(
+                _measurement(job, folder, runtime), parity, timings=job.timings, progress=progress
+            )
+        report.write(folder)
+        write_card(folder, Manifest.read(folder), report.card())
+        log = job.work / LOG
         if log.is_file():
-            shutil.copyfile(log, folder / "export.log")
+            shutil.copyfile(log, folder / LOG)
+    return report
 
 
-def _verified(job: Job, folder: Path, console: Console) -> Parity | None:
+def _verified(job: Job, folder: Path, runtime: Runtime, console: Console) -> Parity | None:
     """Parity with the merged model, None at level `off`."""
     if job.recipe.verify.level == "off":
-        console.warn("--verify off: nobody has checked that the artifact computes the merged model.")
+        console.warn("--verify off: nothing has checked that the artifact computes the merged model.")
         return None
-    runtime = stages.pick_runtime(folder, None)
     parity = stages.run_verify(folder, job.model, job.exporter, runtime, job.recipe, job.threads, console)
     for tie in parity.ties:
         console.detail(f"Undecided token: {tie}")
     if not parity.ok:
         raise GateError(
             f"The exported model is not the merged one: {parity.reasons[0]}.",
-            hint="Please report this with the folder's losa.json and export.log.",
+            hint="Please report this with losa.json and export.log of the kept folder.",
             details={"failed_checks": len(parity.reasons)},
         )
     return parity
 
 
-def show(report: None, output: Path, console: Console, *, as_json: bool) -> None:
+def _measurement(job: Job, folder: Path, runtime: Runtime) -> Measurement:
+    from losa_deploy import plugins
+    from losa_deploy.benchmarks import assemble
+
+    return assemble.Job(
+        source=job.source,
+        model=job.model,
+        exported=folder,
+        exporter=job.exporter,
+        runtime=runtime,
+        reference=plugins.load_runtime("reference"),
+        work=job.work,
+        recipe=job.recipe,
+        threads=job.threads,
+    )
+
+
+def show(report: Report, output: Path, console: Console, *, as_json: bool) -> None:
+    """The result of a run: its table and verdict (at most 15 lines), then the folder; or the report."""
+    if as_json:
+        console.result_json(report.to_json())
+        return
+    console.result(table(("", "dense", "merged", "exported"), report.table()))
+    for line in report.verdict.lines[:2]:
+        console.result(line)
     console.result(str(output))
+    console.info(f"Report: {output / 'report.md'}. Next: losa-deploy chat -m {output}")

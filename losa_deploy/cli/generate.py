@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from losa_deploy.runtimes.generate import GenerateOptions
 
 
+def add_model_folder(parser: argparse.ArgumentParser) -> None:
+    """The model to talk to."""
+    parser.add_argument(
+        "-m", "--model", type=Path, required=True, metavar="MODEL", help="exported or merged folder"
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Flags of `generate` and `chat`."""
     parser.add_argument("--runtime", metavar="NAME", help="see `losa-deploy formats` (default: by folder)")
@@ -45,7 +52,7 @@ def sampling(args: argparse.Namespace, stop_ids: tuple[int, ...] = ()) -> Genera
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="exported or merged folder")
+    add_model_folder(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="text to continue (default: stdin)")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument(
@@ -63,15 +70,15 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.text import load_tokenizer
 
     text = args.prompt if args.prompt is not None else _standard_input()
-    runtime = pick_runtime(args.path, args.runtime)
-    tokenizer = load_tokenizer(args.path)
+    runtime = pick_runtime(args.model, args.runtime)
+    tokenizer = load_tokenizer(args.model)
     if args.chat:
         system = [{"role": "system", "content": args.system}] if args.system else []
         prompt = tokenizer.chat([*system, {"role": "user", "content": text}])
     else:
         prompt = tokenizer.encode(text)
     options = sampling(args, tokenizer.eos_ids)
-    session = runtime.open(args.path, threads=thread_count(args))
+    session = runtime.open(args.model, threads=thread_count(args))
     start = time.perf_counter()
     pieces: list[str] = []
     try:
@@ -102,7 +109,7 @@ def _standard_input() -> str:
 
     if sys.stdin.isatty():
         raise UsageError(
-            "There is no prompt.", hint='Example: losa-deploy generate build/demo "Once upon a time"'
+            "There is no prompt.", hint='Example: losa-deploy generate -m build/demo "Once upon a time"'
         )
     return sys.stdin.read()
 
@@ -111,8 +118,8 @@ COMMAND = Command(
     name="generate",
     summary="continue a prompt, streamed",
     examples=(
-        'losa-deploy generate build/demo "The capital of France is" --max-tokens 20',
-        'losa-deploy generate build/demo "Name three colours." --chat --temperature 0.7 --seed 1',
+        'losa-deploy generate -m build/demo "The capital of France is" --max-tokens 20',
+        'losa-deploy generate -m build/demo "Name three colours." --chat --temperature 0.7 --seed 1',
     ),
     add_arguments=_add,
     run=_run,

@@ -47,9 +47,17 @@ def _run(arguments: list[str], console: Console) -> int:
         console.err.write(parser.format_help())
         return 2
     args = parse(parser, arguments)
+    _go_offline(bool(getattr(args, "offline", False)))
     with console.guarded():
         commands()[args.command].run(args, console)
     return EXIT_OK
+
+
+def _go_offline(offline: bool) -> None:
+    """Before the hub library is imported, which reads these once; it asks the network unbidden otherwise."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _failed(error: LosaError, console: Console) -> int:

@@ -32,23 +32,32 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         return
     console.info(f"Output: {output} (work in {work})")
     threads = thread_count(args)
-    with console.captured(work / "export.log"):
+    timings: dict[str, float] = {}
+    with console.captured(work / finish.LOG):
         stages.set_threads(threads)
-        source, record = stages.open_source(args, work, console)
-        model = merged_model(source, record, recipe, work, console)
+        with stages.timed(timings, "source"):
+            source, record = stages.open_source(args, work, console)
+        model = merged_model(source, record, recipe, work, timings, console)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
         console.info(plan.line(planned, output))
         plan.require_resources(planned, output)
-        job = finish.Job(exporter, model, recipe, output, work, threads, overwrite=args.overwrite)
-        report = finish.export_and_measure(job, source, console)
+        job = finish.Job(
+            exporter, model, recipe, output, work, threads, args.overwrite, source=source, timings=timings
+        )
+        report = finish.export_and_measure(job, console)
     if not args.keep_work:
         remove(work)
     finish.show(report, output, console, as_json=args.json)
 
 
 def merged_model(
-    source: Checkpoint, record: SourceRecord, recipe: Recipe, work: Path, console: Console
+    source: Checkpoint,
+    record: SourceRecord,
+    recipe: Recipe,
+    work: Path,
+    timings: dict[str, float],
+    console: Console,
 ) -> SparseModel:
     """The merged model in `work`: reused if it is of this source and recipe, otherwise made."""
     from losa_deploy.model import SparseModel
@@ -58,8 +67,10 @@ def merged_model(
         console.info(f"Compressed and merged before, reusing {folder}")
         stages.stamp_recipe(folder, recipe)
         return SparseModel.open(folder)
-    adapted = stages.run_compress(source, record, recipe, work / "adapted", console)
-    return stages.run_merge(source, record, adapted, folder, console, overwrite=True)
+    with stages.timed(timings, "compress"):
+        adapted = stages.run_compress(source, record, recipe, work / "adapted", console)
+    with stages.timed(timings, "merge"):
+        return stages.run_merge(source, record, adapted, folder, console, overwrite=True)
 
 
 def _dry_run(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -56,6 +59,14 @@ def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple
         f"Source: {record.id}{revision}, family {checkpoint.family.name}, {checkpoint.block_count} blocks"
     )
     return checkpoint, record
+
+
+@contextmanager
+def timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of the block to `timings`."""
+    start = time.perf_counter()
+    yield
+    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - start
 
 
 def set_threads(threads: int) -> None:
