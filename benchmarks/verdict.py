@@ -35,7 +35,8 @@ class Evidence:
     """Relative standard deviation of the decode speed, the larger of the two models'."""
     exported_rss: int
     dense_rss: int
-    dense_perplexity: float
+    dense_perplexity: float | None
+    """None if the dense model was not at hand."""
     merged_perplexity: float
     exported_perplexity: float
     merged_perplexity_stderr: float
@@ -120,13 +121,13 @@ def memory_line(e: Evidence) -> str:
 
 def quality_line(e: Evidence) -> str:
     """What sparsity cost, and what the value type added."""
-    cost = e.merged_perplexity / e.dense_perplexity
     change = e.exported_perplexity / e.merged_perplexity - 1
-    return (
-        f"Quality: perplexity {e.dense_perplexity:.2f} dense, {e.merged_perplexity:.2f} "
-        f"± {e.merged_perplexity_stderr:.2f} merged ({cost:.2f}×), {e.exported_perplexity:.2f} exported "
-        f"({change:+.1%} from {e.value_type})."
-    )
+    merged = f"{e.merged_perplexity:.2f} ± {e.merged_perplexity_stderr:.2f} merged"
+    exported = f"{e.exported_perplexity:.2f} exported ({change:+.1%} from {e.value_type})"
+    if e.dense_perplexity is None:
+        return f"Quality: perplexity {merged}, {exported}; the dense model was not at hand to compare."
+    cost = e.merged_perplexity / e.dense_perplexity
+    return f"Quality: perplexity {e.dense_perplexity:.2f} dense, {merged} ({cost:.2f}×), {exported}."
 
 
 def bits_line(bits: float) -> str:

@@ -87,6 +87,8 @@ def test_memory(rss: float, word: str) -> None:
 def test_quality_separates_sparsity_from_rounding() -> None:
     found = line(GOOD, 3)
     assert "20.00 dense, 30.00 ± 0.50 merged (1.50×), 30.30 exported (+1.0% from i4)" in found
+    unknown = line(replace(GOOD, dense_perplexity=None), 3)
+    assert "dense model was not at hand" in unknown and "×" not in unknown
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
 from losa_deploy.integrity import check_decoded, check_pattern, value_error_bound
-from losa_deploy.interfaces import Session
+from losa_deploy.interfaces import Exporter, Runtime, Session
 from losa_deploy.layouts import LAYOUTS
 from losa_deploy.layouts.base import PackOptions, ValueType
-from losa_deploy.manifest import Manifest, SourceRecord, TensorRecord, hash_files
+from losa_deploy.manifest import TensorRecord, hash_files
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask, unpack_mask
-from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.recipe import load_recipe
 from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.verify import Parity, verify_export, verify_merged
 
 LINEAR = "model.layers.1.mlp.down_proj"
 Weights = Mapping[str, NDArray[np.float32]]
+Check = Callable[..., Parity]
 
 
 def record(name: str, mask: NDArray[np.bool_], value_type: str = "f32") -> TensorRecord:
@@ -39,40 +38,6 @@ def record(name: str, mask: NDArray[np.bool_], value_type: str = "f32") -> Tenso
         bits_per_weight=32.0,
         sha256="0" * 64,
     )
-
-
-def write_merged(source: Path, folder: Path, recipe: Recipe, masks: Mapping[str, NDArray[np.bool_]]) -> None:
-    """A merged folder of the trained tiny model under the given masks."""
-    checkpoint = Checkpoint.open(source)
-    tensors = {name: checkpoint.tensor(name) for name in checkpoint.files}
-    for name, mask in masks.items():
-        tensors[f"{name}.weight"] = torch.where(torch.from_numpy(mask), tensors[f"{name}.weight"], 0.0)
-    write_weights(folder, tensors.items())
-    save_file({n: torch.from_numpy(pack_mask(m)) for n, m in masks.items()}, folder / MASK_FILE)
-    copy_side_files(source, folder)
-    kept, positions = sum(int(m.sum()) for m in masks.values()), sum(m.size for m in masks.values())
-    Manifest(
-        kind="merged",
-        source=SourceRecord(id="tiny"),
-        recipe=recipe,
-        sparsity_achieved=1 - kept / positions,
-        linears=tuple(record(n, masks[n]) for n in checkpoint.linears),
-        files=hash_files(folder),
-    ).write(folder)
-
-
-@pytest.fixture(scope="module")
-def merged_half(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with the smaller half of every group of 32 neighbours pruned (16:32)."""
-    folder = tmp_path_factory.mktemp("merged_half")
-    checkpoint = Checkpoint.open(tiny_llama)
-    masks = {}
-    for name, (rows, columns) in checkpoint.linears.items():
-        weight = np.abs(checkpoint.array(f"{name}.weight")).reshape(rows, columns // 32, 32)
-        rank = weight.argsort(-1).argsort(-1)
-        masks[name] = (rank >= 16).reshape(rows, columns)
-    write_merged(tiny_llama, folder, load_recipe(overrides=[("sparsity.pattern", "16:32")]), masks)
-    return folder
 
 
 @pytest.fixture
@@ -245,17 +210,6 @@ def test_a_decoded_weight_one_step_off_or_outside_the_mask_is_found() -> None:
     assert "found shape (1, 2)" in check_decoded(record("x", mask), wrong[:, :2], weight, mask, 128)[0][0]
 
 
-class FolderExporter:
-    """Reads a Hugging Face folder back as an artifact: the smallest format there can be."""
-
-    name = "folder"
-
-    def decode(self, folder: Path) -> Weights:
-        linears = Checkpoint.open(folder).linears
-        with safe_open(folder / "model.safetensors", framework="numpy") as handle:
-            return {name: handle.get_tensor(f"{name}.weight") for name in linears}
-
-
 class StaleRuntime(ReferenceRuntime):
     """A runtime that reads the artifact wrongly: one linear of it is taken from elsewhere."""
 
@@ -266,27 +220,29 @@ class StaleRuntime(ReferenceRuntime):
         return self.open_with(folder, self.replacement, threads=threads)
 
 
-def parity(exported: Path, merged: Path, runtime: ReferenceRuntime | None = None) -> Parity:
-    return verify_export(
-        exported,
-        SparseModel.open(merged),
-        FolderExporter(),  # type: ignore[arg-type]  # verification only decodes
-        runtime or ReferenceRuntime(),
-        ReferenceRuntime(),
-        load_recipe().verify,
-        threads=1,
-    )
+@pytest.fixture
+def parity(merged_half: Path, folder_exporter: Exporter) -> Check:
+    """Verify a folder against `merged_half`, in the reference runtime or the one given."""
+
+    def run(exported: Path, runtime: Runtime | None = None) -> Parity:
+        reference = ReferenceRuntime()
+        model = SparseModel.open(merged_half)
+        recipe = load_recipe().verify
+        return verify_export(
+            exported, model, folder_exporter, runtime or reference, reference, recipe, threads=1
+        )
+
+    return run
 
 
 @pytest.fixture
-def exported(merged_half: Path, tmp_path: Path) -> Path:
-    folder = Path(shutil.copytree(merged_half, tmp_path / "exported"))
-    rehash(folder, kind="exported", format="folder")
-    return folder
+def exported(exported_half: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(exported_half, tmp_path / "exported"))
 
 
-def test_an_equal_model_has_perfect_parity(exported: Path, merged_half: Path) -> None:
-    found = parity(exported, merged_half)
+def test_an_equal_model_has_perfect_parity(exported: Path, parity: Check) -> None:
+    found = parity(exported)
     assert found.ok, found.reasons
     assert found.max_abs_logit_difference == found.mean_kl == found.largest_weight_error == 0.0
     assert found.greedy_tokens_equal and found.decoded_tokens_equal
@@ -294,7 +250,7 @@ def test_an_equal_model_has_perfect_parity(exported: Path, merged_half: Path) ->
     assert found.positions > 128
 
 
-def test_a_wrong_weight_in_the_artifact_is_named(exported: Path, merged_half: Path) -> None:
+def test_a_wrong_weight_in_the_artifact_is_named(exported: Path, merged_half: Path, parity: Check) -> None:
     row, column = first(SparseModel.open(merged_half).mask(LINEAR), True)
 
     def nudge(weight: torch.Tensor) -> None:
@@ -302,7 +258,7 @@ def test_a_wrong_weight_in_the_artifact_is_named(exported: Path, merged_half: Pa
 
     change_weight(exported, LINEAR, nudge)
     rehash(exported)
-    found = parity(exported, merged_half)
+    found = parity(exported)
     assert not found.ok
     assert (
         f"{LINEAR}: found 1 weights further off than f32 rounds (first at [{row}, {column}]"
@@ -310,10 +266,10 @@ def test_a_wrong_weight_in_the_artifact_is_named(exported: Path, merged_half: Pa
     )
 
 
-def test_a_runtime_that_reads_a_weight_wrongly_fails(exported: Path, merged_half: Path) -> None:
+def test_a_runtime_reading_a_weight_wrongly_fails(exported: Path, merged_half: Path, parity: Check) -> None:
     wrong = SparseModel.open(merged_half).weight(LINEAR).copy()
     wrong[0] = np.roll(wrong[0], 1)
-    found = parity(exported, merged_half, StaleRuntime({LINEAR: wrong}))
+    found = parity(exported, StaleRuntime({LINEAR: wrong}))
     assert not found.ok
     text = "\n".join(found.reasons)
     assert "from the decoded weights, expected at most" in text
@@ -321,14 +277,14 @@ def test_a_runtime_that_reads_a_weight_wrongly_fails(exported: Path, merged_half
     assert found.decoded_logit_difference > 10 * found.decoded_logit_tolerance
 
 
-def test_damaged_files_stop_before_anything_is_opened(exported: Path, merged_half: Path) -> None:
+def test_damaged_files_stop_before_anything_is_opened(exported: Path, parity: Check) -> None:
     with (exported / "model.safetensors").open("r+b") as handle:
         handle.seek(-1, 2)
         handle.write(b"\x7f")
-    found = parity(exported, merged_half)
+    found = parity(exported)
     assert not found.ok and found.max_abs_logit_difference is None
     assert "model.safetensors: found sha256" in found.reasons[0]
 
 
-def test_a_merged_folder_is_not_an_exported_one(merged_half: Path) -> None:
-    assert "found kind 'merged', expected 'exported'" in parity(merged_half, merged_half).reasons[0]
+def test_a_merged_folder_is_not_an_exported_one(merged_half: Path, parity: Check) -> None:
+    assert "found kind 'merged', expected 'exported'" in parity(merged_half).reasons[0]

@@ -1,0 +1,201 @@
+"""From measurements to the report document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+from losa_deploy.card import mean_bits
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.gate import Parity
+from losa_deploy.interfaces import Exporter, Runtime
+from losa_deploy.layouts.base import PackOptions
+from losa_deploy.layouts.dense import dense_size
+from losa_deploy.manifest import Manifest
+from losa_deploy.model import SparseModel
+from losa_deploy.recipe import Recipe, ValueType
+
+from .accuracy import Perplexity
+from .environment import collect
+from .latency import Latency
+from .memory import Footprint
+from .report import (
+    BlocksPart,
+    EvaluationPart,
+    MergeProofPart,
+    ModelNumbers,
+    ParityPart,
+    Report,
+    SamplesPart,
+    SparsityPart,
+    WorkloadPart,
+)
+from .verdict import Evidence, decide
+from .workloads import QUICK, Workload
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured, and with what."""
+
+    source: Checkpoint | None
+    """The dense model; None if it is not at hand, then only its perplexity is left out: the merged
+    model exported dense has its size and speed."""
+    model: SparseModel
+    exported: Path
+    exporter: Exporter
+    runtime: Runtime
+    reference: Runtime
+    work: Path
+    """Where the dense baseline is kept."""
+    recipe: Recipe
+    threads: int
+    workload: Workload = QUICK
+
+
+@dataclass
+class Found:
+    """Numbers by model name, filled in step by step."""
+
+    dense_folder: Path
+    quality: dict[str, Perplexity] = field(default_factory=dict)
+    speed: dict[str, Latency] = field(default_factory=dict)
+    footprint: dict[str, Footprint] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
+    exported, merged = Manifest.read(job.exported), job.model.manifest
+    dense = Manifest.read(found.dense_folder)
+    exported_bytes = folder_bytes(job.exported, exported)
+    dense_numbers = _numbers("dense", job.runtime.name, folder_bytes(found.dense_folder, dense), dense, found)
+    merged_bytes = folder_bytes(job.model.folder, merged)
+    merged_numbers = _numbers("merged", job.reference.name, merged_bytes, merged, found)
+    exported_numbers = _numbers("exported", job.runtime.name, exported_bytes, exported, found)
+    quality = found.quality["exported"]
+    same_type = dense_same_type_bytes(exported_bytes, exported)
+    return Report(
+        model=merged.source.id,
+        revision=merged.source.revision,
+        format=exported.format,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe=job.recipe.model_dump(mode="json"),
+        sparsity=SparsityPart(
+            target=job.recipe.sparsity.target,
+            achieved=merged.sparsity_achieved,
+            pattern=job.recipe.sparsity.pattern,
+        ),
+        merge_proof=_proof_part(merged),
+        parity=_parity_part(parity),
+        dense=dense_numbers,
+        merged=merged_numbers,
+        exported=exported_numbers,
+        dense_same_type_bytes=same_type,
+        evaluation=EvaluationPart(
+            text=job.recipe.verify.text, window=quality.window, windows=quality.windows, tokens=quality.tokens
+        ),
+        workload=_workload_part(found.speed["exported"].workload, job.threads),
+        samples={name: _samples_part(speed) for name, speed in found.speed.items()},
+        blocks=BlocksPart(sparsity=merged.block_sparsity, rank=merged.block_rank, error=merged.block_error),
+        environment=collect(),
+        timings=found.timings,
+        verdict=decide(_evidence(job, found, exported, dense_numbers, exported_numbers, same_type)),
+    )
+
+
+def folder_bytes(folder: Path, manifest: Manifest) -> int:
+    """Bytes of the files of the manifest: the model without reports and card."""
+    return sum((folder / name).stat().st_size for name in manifest.files)
+
+
+def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
+    """The exported folder if each linear were dense in its own value type, from shapes."""
+    group_size = manifest.recipe.export.group_size
+    total = exported_bytes
+    for record in manifest.linears:
+        options = PackOptions(value_type=cast("ValueType", record.value_type), group_size=group_size)
+        total += dense_size((record.shape[0], record.shape[1]), options) - record.bytes
+    return total
+
+
+def _numbers(name: str, runtime: str, size_bytes: int, manifest: Manifest, found: Found) -> ModelNumbers:
+    """What was measured on one model; the rest stays None."""
+    quality, speed = found.quality.get(name), found.speed.get(name)
+    footprint = found.footprint.get(name)
+    return ModelNumbers(
+        runtime=runtime,
+        size_bytes=size_bytes,
+        bits_per_weight=mean_bits(manifest),
+        perplexity=quality.perplexity if quality else None,
+        perplexity_stderr=quality.stderr if quality else None,
+        perplexity_stderr_windows=quality.stderr_windows if quality else None,
+        decode_tokens_per_second=speed.decode_tokens_per_second if speed else None,
+        prefill_tokens_per_second=speed.prefill_tokens_per_second if speed else None,
+        peak_rss_bytes=footprint.peak_rss_bytes if footprint else None,
+        load_seconds=footprint.load_seconds if footprint else None,
+    )
+
+
+def _proof_part(manifest: Manifest) -> MergeProofPart | None:
+    proof = manifest.merge_proof
+    if proof is None:
+        return None
+    return MergeProofPart(
+        ok=proof.ok,
+        support_equal=proof.support_equal,
+        max_abs_logit_difference=proof.max_abs_logit_difference,
+        cast_error=proof.cast_error,
+    )
+
+
+def _parity_part(parity: Parity | None) -> ParityPart | None:
+    """None if parity was not checked."""
+    if parity is None:
+        return None
+    return ParityPart.model_validate({key: getattr(parity, key) for key in ParityPart.model_fields})
+
+
+def _workload_part(workload: Workload, threads: int) -> WorkloadPart:
+    return WorkloadPart(
+        prompt_tokens=workload.prompt_tokens,
+        decode_tokens=workload.decode_tokens,
+        warmup=workload.warmup,
+        threads=threads,
+    )
+
+
+def _samples_part(speed: Latency) -> SamplesPart:
+    return SamplesPart(
+        prefill_tokens_per_second=speed.prefill_rates, decode_tokens_per_second=speed.decode_rates
+    )
+
+
+def _evidence(
+    job: Job,
+    found: Found,
+    exported: Manifest,
+    dense_numbers: ModelNumbers,
+    exported_numbers: ModelNumbers,
+    same_type_bytes: int,
+) -> Evidence:
+    dense_speed, exported_speed = found.speed["dense"], found.speed["exported"]
+    return Evidence(
+        value_type=job.recipe.export.value_type,
+        exported_bytes=exported_numbers.size_bytes,
+        dense_same_type_bytes=same_type_bytes,
+        dense_f32_bytes=dense_numbers.size_bytes,
+        block_bits_per_weight=exported_numbers.bits_per_weight,
+        packed=any(record.layout != "dense" for record in exported.linears),
+        runtime=job.runtime.name,
+        exported_decode=exported_speed.decode_tokens_per_second,
+        dense_decode=dense_speed.decode_tokens_per_second,
+        decode_noise=max(dense_speed.decode_spread, exported_speed.decode_spread),
+        exported_rss=found.footprint["exported"].peak_rss_bytes,
+        dense_rss=found.footprint["dense"].peak_rss_bytes,
+        dense_perplexity=found.quality["dense"].perplexity if "dense" in found.quality else None,
+        merged_perplexity=found.quality["merged"].perplexity,
+        exported_perplexity=found.quality["exported"].perplexity,
+        merged_perplexity_stderr=found.quality["merged"].stderr,
+    )

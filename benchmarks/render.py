@@ -1,0 +1,182 @@
+"""The report as people read it: rows for the terminal and the card, and `report.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .report import ModelNumbers, Report
+
+TableRow = tuple[str, str, str, str]
+"""Label, dense, merged, exported; empty where a number does not apply."""
+BAR_WIDTH = 30
+FULL, EMPTY = "█", "░"
+
+
+def terminal_rows(report: Report) -> list[TableRow]:
+    """At most 14 rows: numbers side by side, then proof, parity and verdict in the last column."""
+    rows = card_rows(report)
+    rows.append(("merge proof", "", proof_line(report), ""))
+    rows.append(("parity", "", "", parity_line(report)))
+    smaller = "smaller" if report.verdict.smaller else "not smaller"
+    faster = "faster" if report.verdict.faster else "not faster"
+    rows.append(("verdict", "", "", f"{smaller}, {faster}"))
+    return rows
+
+
+def card_rows(report: Report) -> list[TableRow]:
+    """The measured numbers of the three models."""
+
+    def row(label: str, show: Callable[[ModelNumbers], str]) -> TableRow:
+        return (label, show(report.dense), show(report.merged), show(report.exported))
+
+    found = report.sparsity
+    return [
+        row("size", lambda m: f"{m.size_bytes / 1e6:.1f} MB"),
+        row("bits per block weight", lambda m: f"{m.bits_per_weight:.2f}"),
+        ("sparsity achieved", "", f"{found.achieved:.2%}", f"{found.achieved:.2%}"),
+        row("perplexity", perplexity_cell),
+        row("decode tokens/s", lambda m: number(m.decode_tokens_per_second, "{:.1f}")),
+        row("prefill tokens/s", lambda m: number(m.prefill_tokens_per_second, "{:.1f}")),
+        row("peak RSS", lambda m: "" if m.peak_rss_bytes is None else f"{m.peak_rss_bytes / 1e6:.0f} MB"),
+        row("load", lambda m: number(m.load_seconds, "{:.2f} s")),
+    ]
+
+
+def perplexity_cell(m: ModelNumbers) -> str:
+    """Perplexity with its standard error."""
+    if m.perplexity is None:
+        return ""
+    return f"{m.perplexity:.2f} ± {m.perplexity_stderr or 0.0:.2f}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or nothing where it does not apply."""
+    return "" if value is None else form.format(value)
+
+
+def proof_line(report: Report) -> str:
+    """The merge proof in a few words."""
+    proof = report.merge_proof
+    if proof is None:
+        return "none"
+    word = "ok" if proof.ok else "FAILED"
+    return f"{word}, Δlogit {proof.max_abs_logit_difference:.1e}"
+
+
+def parity_line(report: Report) -> str:
+    """Parity in a few words."""
+    parity = report.parity
+    if parity is None:
+        return "not checked"
+    word = "ok" if parity.ok else "FAILED"
+    tokens = "tokens equal" if parity.greedy_tokens_equal else f"{len(parity.ties)} tie(s)"
+    return f"{word}, {tokens}, Δlogit {parity.max_abs_logit_difference:.1e}"
+
+
+def bar(value: float, top: float) -> str:
+    """A text bar of `BAR_WIDTH` cells, full at `top`."""
+    filled = round(BAR_WIDTH * min(1.0, max(0.0, value / top))) if top > 0 else 0
+    return FULL * filled + EMPTY * (BAR_WIDTH - filled)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A pipe table, first column left, others right."""
+    line = "|" + "|".join([" --- ", *[" ---: "] * (len(header) - 1)]) + "|"
+    return ["| " + " | ".join(header) + " |", line, *("| " + " | ".join(r) + " |" for r in rows)]
+
+
+def conditions(report: Report) -> str:
+    """How the numbers were taken, in one paragraph."""
+    e, w = report.evaluation, report.workload
+    samples = min(len(s.decode_tokens_per_second) for s in report.samples.values())
+    return (
+        f"Perplexity on the text `{e.text}`: {e.tokens} scored tokens in {e.windows} windows of {e.window}, "
+        f"± one standard error over tokens. Speed: median of {samples} samples after {w.warmup} warm-up, "
+        f"the models in turns in shuffled order, prefill of {w.prompt_tokens} and decode of "
+        f"{w.decode_tokens} tokens, {w.threads} threads. Peak RSS and load time: a fresh process each."
+    )
+
+
+def markdown(report: Report) -> str:
+    """`report.md`."""
+    lines = [
+        f"# {report.model}: {report.sparsity.achieved:.0%} sparse, {report.format}",
+        "",
+        *[f"- {line}" for line in report.verdict.lines],
+        "",
+        "## Numbers",
+        "",
+        *markdown_table(("", "dense", "merged", "exported"), terminal_rows(report)),
+        "",
+        conditions(report),
+        "",
+        *_parity_section(report),
+        *_blocks_section(report),
+        *_samples_section(report),
+        *_environment_section(report),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _parity_section(report: Report) -> list[str]:
+    parity = report.parity
+    if parity is None:
+        return []
+    logits = (
+        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; with the artifact's own "
+        f"decoded weights {parity.decoded_logit_difference:.3g} (f32 arithmetic allows "
+        f"{parity.decoded_logit_tolerance:.3g})"
+    )
+    closeness = (
+        f"- mean divergence {parity.mean_kl:.3g} nats, same most likely token at "
+        f"{parity.same_top_rate:.1%} of {parity.positions} positions"
+    )
+    tokens = f"- greedy tokens {'equal' if parity.greedy_tokens_equal else 'differ only where undecided'}"
+    ties = [f"  - {tie}" for tie in parity.ties]
+    return ["## Parity of exported and merged", "", logits, closeness, tokens, *ties, ""]
+
+
+def _blocks_section(report: Report) -> list[str]:
+    lines: list[str] = []
+    blocks = report.blocks
+    for title, values, form in (
+        ("Sparsity per block", blocks.sparsity, "{:.1%}"),
+        ("Adapter rank per block", blocks.rank, "{:.0f}"),
+        ("Relative output error per block", blocks.error, "{:.4f}"),
+    ):
+        if not any(values):
+            continue
+        top = 1.0 if title.startswith("Sparsity") else max(values)
+        lines += [f"## {title}", "", "```"]
+        lines += [f"{i:3d} {bar(v, top)} {form.format(v)}" for i, v in enumerate(values)]
+        lines += ["```", ""]
+    return lines
+
+
+def _samples_section(report: Report) -> list[str]:
+    rows = [
+        (name, kind, ", ".join(f"{v:.1f}" for v in values))
+        for name, sample in report.samples.items()
+        for kind, values in (
+            ("prefill", sample.prefill_tokens_per_second),
+            ("decode", sample.decode_tokens_per_second),
+        )
+    ]
+    return ["## Samples, tokens/s", "", *markdown_table(("model", "phase", "samples"), rows), ""]
+
+
+def _environment_section(report: Report) -> list[str]:
+    env = report.environment
+    versions = ", ".join(f"{name} {version}" for name, version in env.versions.items())
+    timings = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.timings.items())
+    return [
+        "## Machine and software",
+        "",
+        f"- {env.line()}; governor {env.governor or 'unknown'}; features {' '.join(env.flags) or 'unknown'}",
+        f"- Python {env.python}; {versions}" + (f"; commit {env.commit}" if env.commit else ""),
+        f"- stages: {timings}",
+        f"- made {report.created}",
+        "",
+    ]
