@@ -1,0 +1,247 @@
+"""The operators of domain `ai.losa`, each defined by a model-local function of standard operators.
+
+One operator per layout and value type. A runtime with our library replaces the node by a kernel;
+any other inlines the function, folds the decoding of the constant inputs at load and is left with
+an ordinary MatMul. The bodies are chosen for what ONNX Runtime's constant folding does: it keeps
+every intermediate until the whole graph is folded, skips operators with data-dependent output
+shapes (NonZero, Compress), and is fast for GatherElements but not for Gather of single elements.
+So positions become 32-bit indices (two arrays of 4 bytes per position), values stay 8 or 16 bits
+wide until the last step, and transposition happens before the cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from losa_deploy.layouts.base import PackedTensor, ValueType
+
+DOMAIN = "ai.losa"
+VERSION = 1
+BLOCK = 8
+"""Levels per block in the bitmask decoding."""
+F32, I8, I32, U8, I64, F16 = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.INT8,
+    onnx.TensorProto.INT32,
+    onnx.TensorProto.UINT8,
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.FLOAT16,
+)
+LEVEL_DTYPE: dict[ValueType, type[np.generic]] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "i8": np.int8,
+    "i4": np.int8,
+}
+"""What a stored value is before its scale is applied; i4 codes become int8 levels."""
+
+
+@dataclass
+class Body:
+    """A function body under construction; every method returns the name of a new value."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def op(self, op_type: str, *inputs: str, **attributes: int | Sequence[int] | str) -> str:
+        """Append a standard operator with one output."""
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
+        return name
+
+    def const(self, value: NDArray[np.generic]) -> str:
+        """A constant tensor."""
+        name = f"v{len(self.nodes)}"
+        tensor = numpy_helper.from_array(np.asarray(value, order="C"))
+        self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant int64 vector."""
+        return self.const(np.array(values, np.int64))
+
+    def attribute(self, name: str) -> str:
+        """An integer attribute of the node, as an int64 vector of one element."""
+        node = helper.make_node("Constant", [], [f"v{len(self.nodes)}"])
+        node.attribute.append(
+            onnx.AttributeProto(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
+        )
+        self.nodes.append(node)
+        return self.op("Reshape", node.output[0], self.ints(1))
+
+    def cast(self, value: str, to: int) -> str:
+        return self.op("Cast", value, to=to)
+
+    def size(self, value: str, axis: int) -> str:
+        """One dimension of a value, as an int64 vector of one element."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def reshape(self, value: str, *parts: str) -> str:
+        """Reshape to the concatenation of int64 vectors."""
+        shape = parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+        return self.op("Reshape", value, shape)
+
+    def head(self, value: str, count: str, axis: int) -> str:
+        """The first `count` entries along an axis."""
+        return self.op("Slice", value, self.ints(0), count, self.ints(axis))
+
+    def scalar(self, vector: str) -> str:
+        """A vector of one element as a scalar."""
+        return self.op("Squeeze", vector)
+
+    def zeros(self, dtype: type[np.generic], *parts: str) -> str:
+        """Zeros of the shape given by int64 vectors."""
+        shape = parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+        name = f"v{len(self.nodes)}"
+        zero = numpy_helper.from_array(np.zeros(1, dtype))
+        self.nodes.append(helper.make_node("ConstantOfShape", [shape], [name], value=zero))
+        return name
+
+
+def op_type(packed: PackedTensor) -> str:
+    """Operator of a packed tensor, e.g. `BitmaskMatMulI8` or `NmCodesMatMulI4`."""
+    layout = {"dense": "Dense", "bitmask": "Bitmask"}.get(packed.layout)
+    if layout is None:
+        layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
+    return f"{layout}MatMul{packed.value_type.upper()}"
+
+
+def parse_op_type(name: str) -> tuple[str, ValueType]:
+    """Layout and value type of an operator name; the inverse of `op_type`."""
+    layout, _, value_type = name.partition("MatMul")
+    types: dict[str, ValueType] = {"F32": "f32", "F16": "f16", "I8": "i8", "I4": "i4"}
+    return {"Dense": "dense", "Bitmask": "bitmask"}.get(layout, "nm"), types[value_type]
+
+
+def attributes(packed: PackedTensor) -> dict[str, int]:
+    """Node attributes of a packed tensor."""
+    return {"out_features": packed.shape[0], "in_features": packed.shape[1], **packed.params}
+
+
+def function(packed: PackedTensor, opset: int) -> onnx.FunctionProto:
+    """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T."""
+    body, name = Body(), op_type(packed)
+    matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type)
+    _finish(body, matrix, packed.value_type)
+    imports = [helper.make_opsetid("", opset)]
+    inputs = ["X", *packed.arrays]
+    return helper.make_function(
+        DOMAIN, name, inputs, ["Y"], body.nodes, imports, attributes=list(attributes(packed))
+    )
+
+
+def _levels(body: Body, value_type: ValueType) -> str:
+    """Stored values → levels of the same shape, or for i4 [..., 2] levels per byte."""
+    if value_type != "i4":
+        return "values"
+    byte = np.arange(256, dtype=np.int32)
+    pairs = body.op("Gather", "table", body.const(np.stack([byte & 15, byte >> 4], axis=1)), axis=0)
+    return body.op("Gather", pairs, body.cast("values", I32), axis=0)
+
+
+def _decode_dense(body: Body, value_type: ValueType) -> str:
+    """Levels [out, in], or [out, 2 * ceil(in/2)] for i4."""
+    levels = _levels(body, value_type)
+    if value_type != "i4":
+        return levels
+    return body.reshape(levels, body.attribute("out_features"), body.ints(-1))
+
+
+def _decode_bits(body: Body, value_type: ValueType) -> str:
+    """Mask bits and levels → levels [out, padded in].
+
+    A mask byte's kept values are a run that starts at `first`; it lies within two neighbouring
+    blocks of 8 levels. A table indexed by `first % 8` and the byte says which of the 16 levels
+    each of the byte's 8 positions takes, or the zero behind them if it is pruned.
+    """
+    levels = body.reshape(_levels(body, value_type), body.ints(-1))
+    rest = body.op("Mod", body.size(levels, 0), body.ints(BLOCK))
+    zeros = body.zeros(LEVEL_DTYPE[value_type], body.op("Sub", body.ints(3 * BLOCK), rest))
+    blocks = body.reshape(body.op("Concat", levels, zeros, axis=0), body.ints(-1, BLOCK))
+    here = body.op("Slice", blocks, body.ints(0), body.ints(-1), body.ints(0))
+    after = body.op("Slice", blocks, body.ints(1), body.size(blocks, 0), body.ints(0))
+    nothing = body.zeros(LEVEL_DTYPE[value_type], body.size(here, 0), body.ints(1))
+    pairs = body.op("Concat", here, after, nothing, axis=1)
+    byte = body.cast(body.reshape("positions", body.ints(-1)), I32)
+    bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
+    kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
+    first = body.op("CumSum", kept, body.const(np.array(0, np.int64)), exclusive=1)
+    eight = body.const(np.array(BLOCK, np.int32))
+    phase = body.op("Mul", body.op("Mod", first, eight), body.const(np.array(256, np.int32)))
+    column = body.op("Gather", body.const(_columns(bits)), body.op("Add", phase, byte), axis=0)
+    run = body.op("Gather", pairs, body.op("Div", first, eight), axis=0)
+    found = body.op("GatherElements", run, column, axis=1)
+    return body.reshape(found, body.attribute("out_features"), body.ints(-1))
+
+
+def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    """[8 * 256, 8]: for each phase and mask byte, the column of each position in a pair of blocks."""
+    rank = np.cumsum(bits, axis=1) - bits
+    phases = np.arange(BLOCK)[:, None, None] + rank[None]
+    columns = np.where(bits[None] > 0, phases, 2 * BLOCK)
+    return columns.reshape(-1, 8).astype(np.int32)
+
+
+def _decode_codes(body: Body, value_type: ValueType) -> str:
+    """Position codes and levels → levels [out, groups * M]."""
+    rows, n, m = (body.attribute(name) for name in ("out_features", "n", "m"))
+    width = body.attribute("position_bits")
+    rounded = body.op("Add", body.attribute("in_features"), body.op("Sub", m, body.ints(1)))
+    groups = body.op("Div", rounded, m)
+    slots = body.op("Mul", groups, n)
+    zero, one = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
+    shifts = body.cast(body.op("Range", zero, body.const(np.array(8, np.int64)), body.scalar(width)), U8)
+    low_bits = body.cast(body.op("Sub", body.op("Pow", body.ints(2), width), body.ints(1)), U8)
+    shifted = body.op("BitShift", body.op("Unsqueeze", "positions", body.ints(-1)), shifts, direction="RIGHT")
+    codes = body.reshape(body.op("BitwiseAnd", shifted, low_bits), rows, body.ints(-1))
+    codes = body.cast(body.head(codes, slots, 1), I32)
+    first = body.op("Mul", body.op("Range", zero, body.scalar(groups), one), m)
+    starts = body.reshape(body.cast(first, I32), body.ints(1, -1, 1))
+    index = body.reshape(body.op("Add", body.reshape(codes, rows, groups, n), starts), rows, slots)
+    levels = body.reshape(_levels(body, value_type), body.ints(-1))
+    if value_type == "i4":
+        levels = body.head(levels, body.op("Mul", rows, slots), 0)
+    empty = body.zeros(LEVEL_DTYPE[value_type], rows, body.op("Mul", groups, m))
+    return body.op("ScatterElements", empty, index, body.reshape(levels, rows, slots), axis=1)
+
+
+def _finish(body: Body, matrix: str, value_type: ValueType) -> None:
+    """Levels [out, >= in] → Y. Row scales are applied to the product, which costs no memory."""
+    features = body.attribute("in_features")
+    weight = body.head(body.op("Transpose", matrix, perm=[1, 0]), features, 0)
+    if value_type in ("f16", "i8"):
+        weight = body.cast(weight, F32)
+    elif value_type == "i4":
+        weight = _scale_groups(body, weight, features)
+    product = body.op("MatMul", "X", weight)
+    if value_type == "i8":
+        body.op("Mul", product, body.cast("scale", F32))
+    body.nodes[-1].output[0] = "Y"
+
+
+def _scale_groups(body: Body, weight: str, features: str) -> str:
+    """int8 levels [in, out] → f32 weights [in, out] with the scale of each group of positions."""
+    groups, size = body.size("scale", 1), body.attribute("group_size")
+    missing = body.op("Sub", body.op("Mul", groups, size), features)
+    pads = body.op("Concat", body.ints(0, 0), missing, body.ints(0), axis=0)
+    padded = body.cast(body.op("Pad", weight, pads), F32)
+    scale = body.op("Transpose", body.cast("scale", F32), perm=[1, 0])
+    scaled = body.op(
+        "Mul",
+        body.reshape(padded, groups, size, body.ints(-1)),
+        body.op("Unsqueeze", scale, body.ints(1)),
+    )
+    return body.head(body.reshape(scaled, body.ints(-1), body.attribute("out_features")), features, 0)
+
+
+_DECODERS: dict[str, Callable[[Body, ValueType], str]] = {
+    "Dense": _decode_dense,
+    "Bitmask": _decode_bits,
+    "NmBits": _decode_bits,
+    "NmCodes": _decode_codes,
+}

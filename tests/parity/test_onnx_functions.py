@@ -1,0 +1,110 @@
+"""Every `ai.losa` operator, run through its function: ONNX Runtime and the reference evaluator."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from losa_deploy.exporters.onnx.functions import DOMAIN, VERSION, attributes, function, op_type
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
+from losa_deploy.layouts.base import ValueType
+
+OPSET = 20
+SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576))
+
+
+def one_node_model(packed: PackedTensor) -> onnx.ModelProto:
+    """Y = X @ W.T with the packed weight."""
+    components = [numpy_helper.from_array(a, name) for name, a in packed.arrays.items()]
+    node = helper.make_node(
+        op_type(packed), ["X", *packed.arrays], ["Y"], domain=DOMAIN, **attributes(packed)
+    )
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node],
+        "one",
+        [value("X", onnx.TensorProto.FLOAT, ["batch", "tokens", packed.shape[1]])],
+        [value("Y", onnx.TensorProto.FLOAT, ["batch", "tokens", packed.shape[0]])],
+        components,
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(
+        graph, opset_imports=imports, functions=[function(packed, OPSET)], ir_version=10
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+def mask_of(layout: str, rows: int, columns: int) -> NDArray[np.bool_]:
+    rng = np.random.default_rng(rows * columns)
+    if not layout.startswith("nm"):
+        mask = rng.random((rows, columns)) < 0.4
+        mask[0] = False
+        mask[-1] = True
+        return mask
+    n, m = map(int, layout.split()[1].split(":"))
+    mask = np.zeros((rows, columns), np.bool_)
+    for row in range(rows):
+        for start in range(0, columns, m):
+            width = min(m, columns - start)
+            mask[row, start + rng.permutation(width)[: min(n, width)]] = True
+    return mask
+
+
+def check(packed: PackedTensor, *, reference: bool) -> None:
+    model, weight = one_node_model(packed), unpack(packed).weight
+    x = np.random.default_rng(0).standard_normal((2, 3, packed.shape[1])).astype(np.float32)
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+    tolerance = 1e-6 * (np.abs(x.astype(np.float64)) @ np.abs(weight.T.astype(np.float64))) + 1e-12
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    assert (np.abs(session.run(None, {"X": x})[0] - expected) <= tolerance).all()
+    if reference:
+        assert (np.abs(ReferenceEvaluator(model).run(None, {"X": x})[0] - expected) <= tolerance).all()
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize(
+    "layout", ["dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32"]
+)
+def test_operator_equals_the_unpacked_weight(layout: str, value_type: ValueType) -> None:
+    for rows, columns in SIZES:
+        mask = mask_of(layout, rows, columns)
+        pattern = None
+        if layout.startswith("nm"):
+            n, m = layout.split()[1].split(":")
+            pattern = int(n), int(m)
+        weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
+        options = PackOptions(value_type, group_size=32 if columns < 100 else 128, pattern=pattern)
+        packed = LAYOUTS[layout.split()[0]].pack(weight, mask, options)
+        check(packed, reference=True)
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_all_or_nothing_kept(value_type: ValueType, keep: bool) -> None:
+    weight = np.random.default_rng(1).standard_normal((3, 70)).astype(np.float32)
+    mask = np.full((3, 70), keep)
+    check(LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type)), reference=True)
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4"])
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+def test_decoding_is_folded_at_load(layout: str, value_type: ValueType, tmp_path: object) -> None:
+    mask = mask_of(layout, 64, 172)
+    weight = np.random.default_rng(2).standard_normal((64, 172)).astype(np.float32)
+    packed = LAYOUTS[layout.split()[0]].pack(weight, mask, PackOptions(value_type))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = f"{tmp_path}/folded.onnx"
+    ort.InferenceSession(one_node_model(packed).SerializeToString(), options)
+    folded = onnx.load(f"{tmp_path}/folded.onnx")
+    left = {node.op_type for node in folded.graph.node}
+    assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})
