@@ -79,10 +79,13 @@ class Console:
             yield self._lines(name)
 
     def _lines(self, name: str) -> Progress:
-        shown = -1
+        shown, last_done, last_total = -1, 0, 0
 
         def progress(done: int, total: int, label: str) -> None:
-            nonlocal shown
+            nonlocal shown, last_done, last_total
+            if done < last_done or total != last_total:  # the next part of a stage with several
+                shown = -1
+            last_done, last_total = done, total
             step = _STEPS * done // max(1, total)
             if step > shown:
                 shown = step

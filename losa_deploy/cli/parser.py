@@ -10,7 +10,7 @@ import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NoReturn
 
@@ -90,6 +90,17 @@ def build_parser() -> Parser:
     return parser
 
 
+def command_help(name: str) -> str:
+    """The help page of one command."""
+    return _children(build_parser())[name].format_help()
+
+
+def _children(parser: Parser) -> Mapping[str, Parser]:
+    found = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    children: Mapping[str, Parser] = found.choices
+    return children
+
+
 def _add_command(subparsers: argparse._SubParsersAction[Parser], command: Command) -> None:
     child = subparsers.add_parser(
         command.name,
@@ -125,8 +136,7 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _unknown_argument(parser: Parser, command: str, argument: str) -> UsageError:
-    children = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    child = children.choices.get(command, parser)
+    child = _children(parser).get(command, parser)
     if not argument.startswith("-"):
         return UsageError(f"{argument!r} is one argument too many.", hint=f"See `{child.prog} --help`.")
     flag = argument.split("=")[0]

@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
 from losa_deploy.cli.flags import add_output_flags, positive
 from losa_deploy.cli.main import main
 from losa_deploy.cli.options import number
+from losa_deploy.cli.page import page
 from losa_deploy.cli.parser import MODULES, Parser, build_parser, commands, parse
 
 HEAVY = ("torch", "pydantic", "numpy", "transformers", "onnx", "onnxruntime", "rich", "yaml")
@@ -71,6 +74,12 @@ def test_every_flag_is_kebab_case_explained_and_of_one_kind() -> None:
             assert flag == flag.lower()
             assert "_" not in flag
             assert action.help
-            value = "number" if action.type in (int, float, positive, number) else str(action.type or str)
+            value = "number" if action.type in (int, float, positive, number) else "text"
+            assert value == "number" or action.type in (None, str, Path) or action.nargs == 0
             kinds.setdefault(flag, set()).add("switch" if action.nargs == 0 else value)
     assert {flag: kind for flag, kind in kinds.items() if len(kind) > 1} == {}
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "cli.md").read_text("utf-8")
+    assert written == page(), "run `make docs`"

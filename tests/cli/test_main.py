@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from losa_deploy.cli import formats
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.main import main

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
+
 from losa_deploy.cli.options import RECIPE_OPTIONS, RecipeOption, make_recipe, revise_recipe
 from losa_deploy.cli.parser import build_parser, parse
 from losa_deploy.errors import UsageError

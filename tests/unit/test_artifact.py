@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from losa_deploy.artifact import check_output, require_disk, shortage_error, sibling, staged_output
 from losa_deploy.errors import GateError, ResourceError, UsageError
 

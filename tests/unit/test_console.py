@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from losa_deploy.console import Console, table, wants_color
 from losa_deploy.errors import InputError
 
@@ -38,6 +39,17 @@ def test_without_a_terminal_one_line_per_ten_percent() -> None:
     assert len(lines) == 11
     assert lines[1] == "compress:  10 % (20/200) block 20"
     assert all("\x1b" not in line for line in lines)
+
+
+def test_every_part_of_a_stage_counts_from_zero() -> None:
+    console = Console(io.StringIO(), err := io.StringIO())
+    with console.stage("compress") as progress:
+        for part, total in (("sampling", 2), ("pruning", 2), ("tuning", 1)):
+            for done in range(total + 1):
+                progress(done, total, part)
+    assert [line.split()[-1] for line in err.getvalue().splitlines()] == (
+        ["sampling"] * 3 + ["pruning"] * 3 + ["tuning"] * 2
+    )
 
 
 def test_on_a_terminal_a_bar(terminal: Terminal) -> None:

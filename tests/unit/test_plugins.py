@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from losa_deploy import plugins
 from losa_deploy.errors import MissingError, UsageError
 

