@@ -27,6 +27,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
+    stages.check_state_folder(output)
     work = stages.work_folder(output)
     console.info(f"Output: {output}")
     with console.captured(work / "export.log"):

@@ -31,7 +31,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         return
     output = args.output or sibling(args.path.absolute(), "-merged")
     check_output(output, overwrite=args.overwrite)
-    work = stages.work_folder(args.path)
+    work = stages.enclosing_work_folder(args.path)
     console.info(f"Output: {output}")
     with console.captured(work / "export.log"):
         stages.set_threads(thread_count(args))

@@ -34,6 +34,12 @@ def work_folder(output: Path) -> Path:
     return sibling(output.absolute(), WORK)
 
 
+def enclosing_work_folder(path: Path) -> Path:
+    """The work folder that `path` lies in, or its own."""
+    parent = path.absolute().parent
+    return parent if parent.name.endswith(WORK) else work_folder(path)
+
+
 def default_output(model: str | None, recipe: Recipe, suffix: str) -> Path:
     """`./<name>-losa-<sparsity>-<suffix>`."""
     from losa_deploy.source import model_name
@@ -76,6 +82,19 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def check_state_folder(folder: Path) -> None:
+    """Raise `UsageError` if `folder` is in use for something else than compression."""
+    from losa_deploy.compress.adapted import STATE_FILE
+
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).is_file()
+    ):
+        raise UsageError(
+            f"{folder} exists and is not the state of a compression, so losa-deploy will not delete it.",
+            hint="Choose another --output.",
+        )
+
+
 def run_compress(
     source: Checkpoint, record: SourceRecord, recipe: Recipe, folder: Path, console: Console
 ) -> AdaptedModel:
@@ -83,6 +102,7 @@ def run_compress(
     from losa_deploy.compress.adapted import fingerprint, read_state
     from losa_deploy.compress.schedule import compress
 
+    check_state_folder(folder)
     state = read_state(folder) if folder.is_dir() else None
     if state is not None and state.fingerprint != fingerprint(record.files, recipe):
         console.info(f"{folder} was made from another source, recipe or seed: compressing again.")
@@ -90,11 +110,6 @@ def run_compress(
         console.info(f"Compressed before, reusing {folder}")
     elif state is not None:
         console.info(f"Resuming after step {state.step} of {state.recipe.schedule.steps} in {folder}")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(
-            f"{folder} holds files but no compression state, so losa-deploy will not delete it.",
-            hint="Choose another --output.",
-        )
     weights = sum(path.stat().st_size for path in set(source.files.values()))
     require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:

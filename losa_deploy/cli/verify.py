@@ -11,7 +11,7 @@ from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import add_threads, thread_count
 from losa_deploy.cli.options import add_recipe_options, printed_recipe, revise_recipe
 from losa_deploy.console import Console, table
-from losa_deploy.errors import GateError, UsageError
+from losa_deploy.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
     from losa_deploy.manifest import Manifest
@@ -68,7 +68,13 @@ def _exported(
     from losa_deploy.cli import stages
     from losa_deploy.model import SparseModel
 
-    model = SparseModel.open(args.against or stages.work_folder(args.path) / "merged")
+    merged = args.against or stages.work_folder(args.path) / "merged"
+    if not merged.is_dir():
+        raise InputError(
+            f"There is no merged model at {merged} to compare with.",
+            hint="Name the merged folder the export was made from with --against.",
+        )
+    model = SparseModel.open(merged)
     exporter = plugins.load_exporter(manifest.format)
     runtime = stages.pick_runtime(args.path, args.runtime)
     parity = stages.run_verify(args.path, model, exporter, runtime, recipe, thread_count(args), console)

@@ -1,0 +1,281 @@
+"""The whole path through the program, on the tiny model: files, streams, reuse, refusal, gates."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from losa_deploy import gate
+from losa_deploy.cli.main import main
+
+FILES = {
+    "model.onnx",
+    "model.onnx.data",
+    "genai_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "losa.json",
+    "report.json",
+    "report.md",
+    "README.md",
+    "recipe.yaml",
+    "export.log",
+}
+QUICK = ["--samples", "8", "--sequence-length", "32", "--steps", "2", "--adapt-steps", "5"]
+QUICK += ["--text-tokens", "200", "--window", "100", "--threads", "1", "--offline"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def losa(*argv: str | Path) -> Result:
+    """Run one command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in argv])
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def whole_path(model: Path, output: Path, *extra: str) -> Result:
+    return losa("compress-and-export", "-m", model, "-f", "onnx", "-o", output, *QUICK, *extra)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Output folder and streams of one run of the whole path."""
+    output = tmp_path_factory.mktemp("whole") / "demo"
+    return output, whole_path(tiny_llama, output)
+
+
+@pytest.fixture
+def copy(finished: tuple[Path, Result], tmp_path: Path) -> Path:
+    """A copy of that output and its work folder, to be damaged or replaced."""
+    output = tmp_path / "demo"
+    for source, target in ((finished[0], output), (work(finished[0]), work(output))):
+        shutil.copytree(source, target, symlinks=True)
+    return output
+
+
+def work(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def test_the_result_is_a_short_table_and_the_folder(finished: tuple[Path, Result]) -> None:
+    output, result = finished
+    assert result.code == 0, result.err
+    *table, folder = result.out.splitlines()
+    assert folder == str(output)
+    assert 10 <= len(table) <= 15
+    assert table[0].split() == ["dense", "merged", "exported"]
+    for word in ("size", "sparsity", "perplexity", "decode", "peak RSS", "merge proof", "parity", "verdict"):
+        assert any(line.startswith(word) for line in table), word
+    assert result.err.startswith(f"Output: {output}")
+    assert f"losa-deploy chat -m {output}" in result.err
+
+
+def test_all_files_are_there_and_nothing_half_written(finished: tuple[Path, Result]) -> None:
+    output, _ = finished
+    assert names(output) >= FILES
+    assert names(output.parent) == {"demo", "demo.work"}
+    assert {"adapted", "merged"} <= names(work(output))
+    report = json.loads((output / "report.json").read_text())
+    assert report["schema"] == "losa.report/1"
+    assert report["merge_proof"]["ok"] is True
+    assert report["parity"]["ok"] is True
+    assert report["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
+    assert {"source", "compress", "merge", "export", "verify"} <= set(report["timings"])
+
+
+def test_no_path_of_this_machine_is_published(finished: tuple[Path, Result], tiny_llama: Path) -> None:
+    output, _ = finished
+    for path in output.iterdir():
+        if path.suffix in {".json", ".md", ".yaml", ".onnx"}:
+            text = path.read_bytes()
+            assert str(output.parent).encode() not in text, path.name
+            assert str(tiny_llama).encode() not in text, path.name
+
+
+def test_an_existing_output_is_refused_at_once(finished: tuple[Path, Result], tiny_llama: Path) -> None:
+    output, _ = finished
+    before = (output / "report.json").read_bytes()
+    result = whole_path(tiny_llama, output)
+    assert (result.code, result.out) == (2, "")
+    assert "--overwrite" in result.err
+    assert result.err.count("\n") == 1
+    assert (output / "report.json").read_bytes() == before
+
+
+def test_a_second_run_reuses_the_work_and_gives_the_same_bytes(copy: Path, tiny_llama: Path) -> None:
+    before = {n: (copy / n).read_bytes() for n in ("model.onnx", "model.onnx.data", "losa.json")}
+    result = whole_path(tiny_llama, copy, "--overwrite", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["schema"] == "losa.report/1"
+    assert f"reusing {work(copy) / 'merged'}" in result.err
+    assert before == {n: (copy / n).read_bytes() for n in before}
+
+
+def test_another_recipe_starts_again_and_a_failed_gate_keeps_the_artifact(
+    copy: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "MEAN_KL_LIMITS", dict.fromkeys(gate.MEAN_KL_LIMITS, -1.0))
+    before = (copy / "losa.json").read_bytes()
+    result = whole_path(tiny_llama, copy, "--overwrite", "--sparsity", "0.6", "--json")
+    assert (result.code, result.out) == (6, "")
+    assert "compressing again" in result.err
+    error = json.loads(result.err.splitlines()[-1])
+    assert error["code"] == "gate"
+    failed = copy.with_name("demo.failed")
+    assert error["details"]["kept"] == str(failed)
+    assert (failed / "model.onnx").is_file()
+    assert (copy / "losa.json").read_bytes() == before
+    assert names(copy.parent) == {"demo", "demo.work", "demo.failed"}
+
+
+def test_dry_run_estimates_first_and_knows_afterwards(
+    finished: tuple[Path, Result], tiny_llama: Path, tmp_path: Path
+) -> None:
+    fresh = whole_path(tiny_llama, tmp_path / "new", "--dry-run", "--json")
+    assert fresh.code == 0, fresh.err
+    estimate = json.loads(fresh.out)
+    assert estimate["estimated"] is True
+    assert not list(tmp_path.iterdir())
+    output, _ = finished
+    again = losa("export", work(output) / "merged", "-f", "onnx", "--dry-run", "--json")
+    plan = json.loads(again.out)
+    assert plan["estimated"] is False
+    real = json.loads((output / "losa.json").read_text())
+    assert {t["name"]: t["bytes"] for t in real["linears"]}.items() <= {
+        t["name"]: t["bytes"] for t in plan["tensors"]
+    }.items()
+    assert plan["files"]["model.onnx.data"] == (output / "model.onnx.data").stat().st_size
+    assert estimate["total_bytes"] == pytest.approx(plan["total_bytes"], rel=0.2)
+
+
+def test_export_of_a_merged_folder_with_other_choices(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    merged = work(finished[0]) / "merged"
+    argv = [
+        "export",
+        merged,
+        "-f",
+        "onnx",
+        "-o",
+        tmp_path / "f32",
+        "--value-type",
+        "f32",
+        "--layout",
+        "dense",
+    ]
+    result = losa(*argv, "--threads", "1", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["recipe"]["export"]["value_type"] == "f32"
+    manifest = json.loads((tmp_path / "f32" / "losa.json").read_text())
+    assert manifest["recipe"]["export"]["layout"] == "dense"
+    assert {t["layout"] for t in manifest["linears"]} == {"dense"}
+
+
+def test_verify_passes_and_finds_a_flipped_bit(copy: Path) -> None:
+    good = losa("verify", copy, "--json", "--threads", "1")
+    assert good.code == 0, good.err
+    assert json.loads(good.out)["ok"] is True
+    data = copy / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    bad = losa("verify", copy, "--threads", "1")
+    assert bad.code == 6
+    assert "model.onnx.data" in bad.err
+
+
+def test_inspect_lists_every_linear(finished: tuple[Path, Result]) -> None:
+    output, _ = finished
+    for folder, kind in ((output, "exported"), (work(output) / "merged", "merged")):
+        result = losa("inspect", folder, "--json")
+        document = json.loads(result.out)
+        assert document["kind"] == kind
+        tensors = {t["name"]: t for t in document["tensors"]}
+        assert len([n for n in tensors if n.startswith("model.layers.")]) == 21
+        assert tensors["model.layers.0.mlp.down_proj"]["sparsity"] == pytest.approx(0.5, abs=0.05)
+        assert "model.layers.2.self_attn.q_proj" in losa("inspect", folder).out
+
+
+def test_generate_chat_evaluate_and_bench(
+    finished: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, _ = finished
+    texts = []
+    for folder in (output, work(output) / "merged"):
+        result = losa("generate", "-m", folder, "Anna has", "--max-tokens", "8", "--threads", "1", "--json")
+        assert result.code == 0, result.err
+        texts.append(json.loads(result.out)["text"])
+    assert texts[0] == texts[1] != ""
+    streamed = losa("generate", "-m", output, "Anna has", "--max-tokens", "8", "--threads", "1")
+    assert streamed.out == texts[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/exit\n"))
+    chat = losa("chat", "-m", output, "--max-tokens", "4", "--threads", "1", "--quiet")
+    assert chat.code == 0, chat.err
+    assert chat.out.endswith("\n")
+    argv = ["evaluate", output, "--window", "100", "--text-tokens", "200", "--threads", "1", "--json"]
+    assert json.loads(losa(*argv).out)["perplexity"] > 1.0
+    argv = ["bench", output, "--prompt-tokens", "16", "--decode-tokens", "4", "--repetitions", "2", "--json"]
+    result = losa(*argv, "--threads", "1")
+    assert result.code == 0, result.err
+    models = json.loads(result.out)["models"]
+    assert len(models) == 2
+    assert models[0]["model"].startswith("dense ")
+    assert all(m["peak_rss_bytes"] > 0 and len(m["samples"]) == 2 for m in models)
+
+
+def test_stage_by_stage_and_without_the_work_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    options = [*QUICK[:8], "--threads", "1"]
+    done = losa("compress", "-m", tiny_llama, "-o", tmp_path / "adapted", *options)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'adapted'}\n"), done.err
+    again = losa("compress", "-m", tiny_llama, "-o", tmp_path / "adapted", *options)
+    assert "reusing" in again.err
+    other = losa("compress", "-m", tiny_llama, "-o", tmp_path / "adapted", *options, "--seed", "1")
+    assert other.code == 2
+    assert "--overwrite" in other.err
+    argv = ["merge", tmp_path / "adapted", "-m", tiny_llama, "-o", tmp_path / "merged", "--json"]
+    merged = losa(*argv)
+    assert merged.code == 0, merged.err
+    assert json.loads(merged.out)["merge_proof"]["support_equal"] is True
+    assert losa("verify", tmp_path / "merged").code == 0
+    assert losa(*argv).code == 2
+    whole = whole_path(tiny_llama, tmp_path / "whole", "--no-keep-work", "--verify", "off")
+    assert whole.code == 0, whole.err
+    assert "--verify off" in whole.err
+    assert not work(tmp_path / "whole").exists()
+
+
+def test_a_foreign_folder_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    for name in ("out", "adapted"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("ten years of work")
+    assert whole_path(tiny_llama, tmp_path / "out", "--overwrite").code == 2
+    for flags in ([], ["--overwrite"]):
+        argv = ["compress", "-m", tiny_llama, "-o", tmp_path / "adapted", *QUICK[:8], *flags]
+        assert losa(*argv).code == 2
+    assert all((tmp_path / n / "thesis.txt").read_text() == "ten years of work" for n in ("out", "adapted"))
