@@ -32,14 +32,21 @@ class CardNumbers:
     perplexity: float | None = None
 
 
-def write_card(folder: Path, manifest: Manifest, numbers: CardNumbers | None) -> None:
-    """Write `README.md` into `folder`, keeping the reader's own text of an earlier card there."""
-    path = folder / CARD_FILE
-    try:
-        own = own_text(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError):
-        own = ""
-    path.write_text(render_card(manifest, numbers, own), "utf-8")
+def write_card(
+    folder: Path, manifest: Manifest, numbers: CardNumbers | None, previous: Path | None = None
+) -> None:
+    """Write `README.md` into `folder`, keeping the reader's own text of an earlier card.
+
+    The earlier card is the one in `folder`, else the one in `previous` (the output to be replaced).
+    """
+    own = ""
+    for place in (folder, previous):
+        if place is not None and not own:
+            try:
+                own = own_text((place / CARD_FILE).read_text("utf-8"))
+            except (OSError, UnicodeDecodeError):
+                continue
+    (folder / CARD_FILE).write_text(render_card(manifest, numbers, own), "utf-8")
 
 
 def own_text(card: str) -> str:
