@@ -1,0 +1,138 @@
+"""The ONNX exporter: a merged sparse model → a folder that every ONNX host opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import helper
+
+from losa_deploy import __version__
+from losa_deploy.checkpoint import Checkpoint, copy_side_files
+from losa_deploy.errors import InputError
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, no_progress
+from losa_deploy.manifest import SCHEMA, Manifest, hash_files
+from losa_deploy.model import SparseModel
+from losa_deploy.recipe import ExportRecipe, ValueType
+
+from . import reader
+from .functions import DOMAIN, VERSION
+from .graph import LOG_FILE, MODEL_FILE, dense_graph
+from .pack import Packing, pack_graph
+from .plan import Job, choice, plan
+from .writer import Writer
+
+GENAI_FILE = "genai_config.json"
+
+
+class OnnxExporter:
+    """`--format onnx`."""
+
+    name = "onnx"
+
+    def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
+        """Raise before any work if a forced layout does not fit a mask, or a masked linear is unknown."""
+        unknown = sorted(model.masked - set(model.linears))
+        if unknown:
+            raise InputError(
+                f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
+                hint="Merge the model again.",
+            )
+        if recipe.layout == "nm":
+            job = _job(model, recipe)
+            for linear in model.linears:
+                choice(job, linear, model.mask(linear))
+
+    def plan(self, model: SparseModel, recipe: ExportRecipe) -> ExportPlan:
+        """What `export` would write, from headers and masks only."""
+        return plan(_job(model, recipe))
+
+    def export(
+        self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        """Write the artifact and its `losa.json` into `folder`."""
+        self.check(model, recipe)
+        source = model.manifest.source
+        properties = {"losa.source": source.id, "losa.revision": source.revision}
+        packing = _write(_job(model, recipe), folder, properties, progress)
+        effective = model.manifest.recipe.model_copy(update={"export": recipe})
+        manifest = model.manifest.model_copy(
+            update={
+                "kind": "exported",
+                "format": self.name,
+                "recipe": effective,
+                "linears": tuple(packing.linears),
+                "other_tensors": tuple(packing.others),
+                "files": hash_files(folder),
+            }
+        )
+        manifest.write(folder)
+        return _exported(folder, packing)
+
+    def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        """Linear → weight [out, in], unpacked from the bytes of the artifact."""
+        linears = [record.name for record in Manifest.read(folder).linears]
+        weights = reader.decode(folder)
+        missing = [name for name in linears if name not in weights]
+        if missing:
+            raise InputError(
+                f"{folder / MODEL_FILE} does not hold {missing[0]}.", hint="Export the model again."
+            )
+        return {name: weights[name] for name in linears}
+
+
+def export_dense(
+    checkpoint: Checkpoint, folder: Path, value_type: ValueType = "f32", progress: Progress = no_progress
+) -> ExportedModel:
+    """The dense baseline of any Hugging Face folder, without masks: what the same runtime does with it.
+
+    f32 needs no operator of ours. `folder` exists and is empty; no `losa.json` is written.
+    """
+    recipe = ExportRecipe(layout="dense", value_type=value_type)
+    linears = checkpoint.linears
+    job = Job(checkpoint, recipe, lambda linear: np.ones(linears[linear], np.bool_))
+    return _exported(folder, _write(job, folder, {}, progress))
+
+
+def _job(model: SparseModel, recipe: ExportRecipe) -> Job:
+    return Job(model.checkpoint, recipe, model.mask)
+
+
+def _write(job: Job, folder: Path, properties: Mapping[str, str], progress: Progress) -> Packing:
+    """Graph, data and side files."""
+    total = len(job.checkpoint.linears) + 1
+    progress(0, total, "building the graph")
+    with dense_graph(job.checkpoint, folder, plain=job.recipe.portable) as graph:
+        config = json.loads((graph.folder / GENAI_FILE).read_text("utf-8"))
+        packing = pack_graph(job, graph, Writer(folder), progress)
+        _save(packing, folder, properties)
+    copy_side_files(job.checkpoint.folder, folder)
+    (folder / GENAI_FILE).write_text(json.dumps(config, indent=4) + "\n", "utf-8")
+    return packing
+
+
+def _save(packing: Packing, folder: Path, properties: Mapping[str, str]) -> None:
+    """Write `model.onnx`: nodes in order, our initializers, functions, opsets and properties."""
+    model = packing.graph.model
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(packing.writer.initializers)
+    model.graph.name = "losa"
+    used = {node.domain for node in model.graph.node} | {""}
+    versions = {i.domain: i.version for i in model.opset_import} | {DOMAIN: VERSION}
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(domain, versions[domain]) for domain in sorted(used))
+    del model.functions[:]
+    model.functions.extend(packing.functions[name] for name in sorted(packing.functions))
+    model.producer_name, model.producer_version = "losa-deploy", __version__
+    del model.metadata_props[:]
+    helper.set_model_props(model, {"losa.schema": SCHEMA, **{k: v for k, v in properties.items() if v}})
+    (folder / MODEL_FILE).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _exported(folder: Path, packing: Packing) -> ExportedModel:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != LOG_FILE}
+    records = tuple(record.model_dump(mode="json") for record in (*packing.linears, *packing.others))
+    return ExportedModel(folder, "onnx", files, records)

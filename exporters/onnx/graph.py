@@ -1,0 +1,149 @@
+"""Where the dense f32 graph of a model comes from: one of two graph sources, run in a subprocess.
+
+Both print, warn and draw progress bars as they like; in a process of their own all of that goes to
+`export.log`, and their memory is given back before packing starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.errors import InputError, MissingError, ResourceError
+
+LOG_FILE = "export.log"
+MODEL_FILE = "model.onnx"
+SIGKILL = 9
+
+
+@dataclass(frozen=True)
+class DenseGraph:
+    """A graph without its external data, and the means to read single weights."""
+
+    model: onnx.ModelProto
+    folder: Path
+
+    def array(self, tensor: onnx.TensorProto) -> NDArray[np.generic]:
+        """The value of an initializer; external data is mapped, not read."""
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        offset, shape = int(entries.get("offset", 0)), tuple(tensor.dims)
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.folder / entries["location"], dtype, "r", offset, shape)
+
+
+@contextmanager
+def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) -> Iterator[DenseGraph]:
+    """The graph of a checkpoint, valid inside the `with`; its files are beside `folder` and then removed.
+
+    `plain` asks for standard operators only, which the genai builder does not have. Output of the source
+    goes to `folder/export.log`. Raises `MissingError` if it is not installed, `InputError` if it fails.
+    """
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.graph-") as name:
+        work = Path(name)
+        if plain or checkpoint.family.onnx_graph == "transformers":
+            command = ["-m", "losa_deploy.exporters.onnx.trace", str(checkpoint.folder), str(work)]
+            command += ["plain"] if plain else []
+        else:
+            command = _genai_command(checkpoint.folder, work)
+        _run(command, folder / LOG_FILE, work)
+        model = onnx.load(work / MODEL_FILE, load_external_data=False)
+        _rename_ports(model.graph)
+        yield DenseGraph(model, work)
+
+
+def _genai_command(model: Path, work: Path) -> list[str]:
+    """The builder, with one MatMul per linear."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise MissingError(
+            "The ONNX export needs onnxruntime-genai, which is not installed.",
+            hint="pip install onnxruntime-genai",
+        )
+    builder = ["-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(work)]
+    return [
+        *builder,
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "-c",
+        str(work / "cache"),
+        "--extra_options",
+        "fuse_qkv=false",
+    ]
+
+
+def _run(command: list[str], log: Path, work: Path) -> None:
+    """Run a graph source, offline, with everything it says appended to `log`."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(work),
+    }
+    with log.open("ab") as handle:
+        done = subprocess.run(
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        )
+    if done.returncode == -SIGKILL:
+        raise ResourceError(
+            "The graph builder was killed, most likely because memory ran out.",
+            hint="Close other programs or use a machine with more memory.",
+        )
+    if done.returncode != 0:
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "it said nothing"
+        raise InputError(f"The ONNX graph could not be built: {last}", hint=f"The whole output is in {log}.")
+
+
+def _rename_ports(graph: onnx.GraphProto) -> None:
+    """Inputs and outputs as runtimes expect them: `past_key_values.%d.key`, `present.%d.value`, …"""
+    names: dict[str, str] = {}
+    for value in (*graph.input, *graph.output):
+        match = re.fullmatch(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s", value.name)
+        if match:
+            prefix = "past_key_values" if match[1] == "input" else "present"
+            names[value.name] = f"{prefix}.{match[2]}.{match[3]}"
+            value.name = names[value.name]
+    for node in graph.node:
+        for ports in (node.input, node.output):
+            for index, name in enumerate(ports):
+                ports[index] = names.get(name, name)
+    for value in (*graph.input, *graph.output):
+        _name_dimensions(value)
+    del graph.value_info[:]
+
+
+def _name_dimensions(value: onnx.ValueInfoProto) -> None:
+    """Readable symbols for the dynamic dimensions, equal in every run."""
+    past = value.name.startswith("past_key_values")
+    length = "past_sequence_length" if past else "total_sequence_length"
+    if value.name in ("input_ids", "position_ids", "logits"):
+        length = "sequence_length"
+    axis = 2 if value.name.startswith(("past_key_values", "present")) else 1
+    for index, dimension in enumerate(value.type.tensor_type.shape.dim):
+        if dimension.HasField("dim_param") or not dimension.HasField("dim_value"):
+            dimension.dim_param = {0: "batch_size", axis: length}.get(index, dimension.dim_param)

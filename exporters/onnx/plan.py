@@ -1,0 +1,118 @@
+"""Which layout and value type each tensor of an ONNX artifact gets, from headers and masks only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.errors import UsageError
+from losa_deploy.interfaces import ExportPlan, PlannedTensor
+from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, nm
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.dense import dense_size
+from losa_deploy.recipe import ExportRecipe
+
+from .writer import DATA_FILE, INLINE_BYTES, padded
+
+GRAPH_BYTES = 3000
+"""Rough graph text per linear (its nodes, and its share of the other nodes of the block)."""
+GRAPH_BASE = 60_000
+"""Rough size of the rest of `model.onnx`: functions and metadata."""
+RUNTIME_BYTES = 700_000_000
+"""Resident size of the graph source's process beside the weights."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported: a checkpoint, its masks, and how."""
+
+    checkpoint: Checkpoint
+    recipe: ExportRecipe
+    mask: Callable[[str], NDArray[np.bool_]]
+    """Linear → mask [out, in], True = kept."""
+
+    @property
+    def options(self) -> PackOptions:
+        """How block values are stored; `portable` means f32."""
+        value_type: ValueType = "f32" if self.recipe.portable else self.recipe.value_type
+        return PackOptions(value_type, self.recipe.group_size)
+
+    @property
+    def head_options(self) -> PackOptions:
+        """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
+        follow: Mapping[ValueType, ValueType] = {"f32": "f32", "f16": "f16", "i8": "i8", "i4": "i8"}
+        chosen = follow[self.options.value_type] if self.recipe.head == "same" else self.recipe.head
+        return PackOptions("f32" if self.recipe.portable else chosen, self.recipe.group_size)
+
+    @property
+    def other(self) -> Mapping[str, tuple[str, tuple[int, int]]]:
+        """Module name → (tensor, shape (rows, columns)) of embedding and head; tied, they are one."""
+        family, checkpoint = self.checkpoint.family, self.checkpoint
+        names = [family.embedding] if checkpoint.tied else [family.embedding, family.head]
+        result = {}
+        for name in names:
+            rows, columns = checkpoint.shape(f"{name}.weight")
+            result[name] = (f"{name}.weight", (rows, columns))
+        return result
+
+
+def choice(job: Job, linear: str, mask: NDArray[np.bool_]) -> Choice:
+    """Layout of one linear; raises `UsageError` naming it if a forced layout cannot represent it."""
+    layout, options = job.recipe.layout, job.options
+    if job.recipe.portable:
+        return Choice(
+            "dense", options, LAYOUTS["dense"].size(mask, options), "portable: standard operators only"
+        )
+    if layout == "auto":
+        return choose(mask, options)
+    reason = f"--layout {layout}"
+    if layout == "nm":
+        if mask.all():
+            return Choice("dense", options, LAYOUTS["dense"].size(mask, options), "nothing is pruned")
+        pattern = nm.find_pattern(mask)
+        if pattern is None:
+            raise UsageError(
+                f"--layout nm cannot store {linear}: its mask keeps no fixed N of every M positions.",
+                hint="Use --layout auto or bitmask, or compress with --pattern 2:4.",
+                details={"tensor": linear},
+            )
+        options = replace(options, pattern=pattern)
+    return Choice(layout, options, LAYOUTS[layout].size(mask, options), reason)
+
+
+def planned(job: Job) -> Iterator[PlannedTensor]:
+    """Every linear in block order, then embedding and head."""
+    for name, shape in job.checkpoint.linears.items():
+        mask = job.mask(name)
+        picked = choice(job, name, mask)
+        kept = int(mask.sum())
+        value_type = picked.options.value_type
+        yield PlannedTensor(name, shape, picked.layout, value_type, kept, picked.bytes, picked.reason)
+    for name, (_, shape) in job.other.items():
+        options = job.head_options
+        reason = "embedding, shared with the head" if job.checkpoint.tied else "embedding and head stay dense"
+        size = dense_size(shape, options)
+        yield PlannedTensor(name, shape, "dense", options.value_type, shape[0] * shape[1], size, reason)
+
+
+def plan(job: Job) -> ExportPlan:
+    """Files and bytes; the data file lacks what the graph adds (rotary tables), the graph is estimated."""
+    tensors = tuple(planned(job))
+    data = sum(padded(tensor.bytes) for tensor in tensors if tensor.bytes > INLINE_BYTES)
+    named = {f"{tensor.name}.weight" for tensor in tensors}
+    rest = [name for name in job.checkpoint.files if name not in named]
+    for name in rest:
+        size = 4 * int(np.prod(job.checkpoint.shape(name)))
+        data += padded(size) if size > INLINE_BYTES else 0
+    graph = GRAPH_BASE + GRAPH_BYTES * len(job.checkpoint.linears)
+    graph += sum(min(tensor.bytes, INLINE_BYTES) for tensor in tensors if tensor.bytes <= INLINE_BYTES)
+    dense = sum(4 * int(np.prod(job.checkpoint.shape(name))) for name in job.checkpoint.files)
+    files = {"model.onnx": graph, DATA_FILE: data}
+    for path in sorted(job.checkpoint.folder.glob("*.json")):
+        if path.name.startswith(("tokenizer", "config", "generation", "special", "vocab", "added")):
+            files[path.name] = path.stat().st_size
+    return ExportPlan("onnx", files, tensors, 3 * dense + RUNTIME_BYTES)

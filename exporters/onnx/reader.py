@@ -1,0 +1,58 @@
+"""Reads an exported `model.onnx` back: linear → packed tensor → weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from losa_deploy.errors import InputError
+from losa_deploy.layouts import PackedTensor, unpack
+from losa_deploy.layouts.base import COMPONENTS, Component
+
+from .functions import DOMAIN, parse_op_type
+from .graph import MODEL_FILE, DenseGraph
+
+SHAPE_ATTRIBUTES = ("out_features", "in_features")
+
+
+def load_graph(folder: Path) -> DenseGraph:
+    """The graph of an exported folder; its data stays on disk."""
+    path = folder / MODEL_FILE
+    try:
+        return DenseGraph(onnx.load(path, load_external_data=False), folder)
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {MODEL_FILE}.", hint="Is it an ONNX export?") from None
+    except Exception as error:  # protobuf's error type depends on its implementation
+        raise InputError(f"{path} cannot be read as ONNX: {error}.", hint="Export the model again.") from None
+
+
+def decode(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """Linear → weight [out, in] as the stored bytes define it; includes a packed head."""
+    graph = load_graph(folder)
+    constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
+    weights: dict[str, NDArray[np.float32]] = {}
+    for node in graph.model.graph.node:
+        if node.domain == DOMAIN:
+            arrays = {name: graph.array(constants[name]) for name in node.input[1:]}
+            weights[node.name] = unpack(packed_tensor(node, list(arrays.values()))).weight
+        elif node.op_type == "MatMul" and node.input[1] == f"{node.name}.weight":
+            weights[node.name] = np.array(graph.array(constants[node.input[1]]).T, np.float32, order="C")
+    return weights
+
+
+def packed_tensor(node: onnx.NodeProto, arrays: list[Component]) -> PackedTensor:
+    """The packed tensor that an `ai.losa` node consumes."""
+    layout, value_type = parse_op_type(node.op_type)
+    attributes: Mapping[str, int] = {a.name: a.i for a in node.attribute}
+    shape = (attributes["out_features"], attributes["in_features"])
+    stored = [name for name in COMPONENTS if name != "positions" or layout != "dense"]
+    components = dict(zip(stored, arrays, strict=False))
+    params = {name: value for name, value in attributes.items() if name not in SHAPE_ATTRIBUTES}
+    nnz = shape[0] * shape[1]
+    if layout == "bitmask":
+        nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())
+    return PackedTensor(layout, value_type, shape, params, components, nnz)

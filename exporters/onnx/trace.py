@@ -1,0 +1,87 @@
+"""Graph source for families that onnxruntime-genai's builder does not know: `transformers.exporters`.
+
+Run as `python -m losa_deploy.exporters.onnx.trace MODEL_FOLDER OUTPUT_FOLDER [plain]`; writes
+`model.onnx`, its data and a `genai_config.json`. `plain` leaves the fusions for ONNX Runtime out, so
+that the graph has standard operators only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+
+def trace(folder: Path, target: Path, *, plain: bool) -> None:
+    """Export the causal LM in `folder` with a key/value cache of any length, from zero on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
+    settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
+    exported = OnnxExporter().export(model, _sample_inputs(model), config=settings)
+    program = exported.program
+    ir.save(program, target / "model.onnx", external_data="model.onnx.data")
+    config = genai_config(model.config.to_dict(), past_shared=False)
+    (target / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
+
+
+def _sample_inputs(model: PreTrainedModel) -> dict[str, object]:
+    """Two sequences of three tokens after a past of four, so that no dimension looks like a constant."""
+    ids = torch.arange(8, dtype=torch.long).reshape(2, 4)
+    with torch.no_grad():
+        past = model(ids, use_cache=True).past_key_values
+    return {
+        "input_ids": ids[:, :3].clone(),
+        "attention_mask": torch.ones(2, 7, dtype=torch.long),
+        "past_key_values": past,
+    }
+
+
+def genai_config(config: Mapping[str, object], *, past_shared: bool) -> dict[str, object]:
+    """The runtime's description of a decoder, from a `config.json`."""
+    heads, hidden = int(str(config["num_attention_heads"])), int(str(config["hidden_size"]))
+    context = int(str(config["max_position_embeddings"]))
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": config.get("head_dim") or hidden // heads,
+        "hidden_size": hidden,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": heads,
+        "num_hidden_layers": config["num_hidden_layers"],
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+    }
+    eos = config.get("eos_token_id")
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    pad = config.get("pad_token_id")
+    model = {
+        "bos_token_id": config.get("bos_token_id") or 0,
+        "context_length": context,
+        "decoder": decoder,
+        "eos_token_id": eos,
+        "pad_token_id": first_eos if pad is None else pad,
+        "type": "decoder",
+        "vocab_size": config["vocab_size"],
+    }
+    search = {"do_sample": False, "max_length": context, "past_present_share_buffer": past_shared}
+    return {"model": model, "search": search}
+
+
+if __name__ == "__main__":
+    trace(Path(sys.argv[1]), Path(sys.argv[2]), plain=sys.argv[3:] == ["plain"])
