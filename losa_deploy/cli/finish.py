@@ -64,7 +64,7 @@ def export_and_measure(job: Job, console: Console) -> Report:
                 _measurement(job, folder, runtime), parity, timings=job.timings, progress=progress
             )
         report.write(folder)
-        write_card(folder, Manifest.read(folder), report.card())
+        write_card(folder, Manifest.read(folder), report.card(), previous=job.output)
         log = job.work / LOG
         if log.is_file():
             shutil.copyfile(log, folder / LOG)
