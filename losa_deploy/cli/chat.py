@@ -45,14 +45,17 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             f"{args.model} in {runtime.name}. /reset forgets the conversation, /exit or Ctrl-D ends it."
         )
         for line in _lines(console):
-            if not _turn(chat, line, console, as_json=args.json):
+            if not _turn(chat, line, console, show=not args.json):
                 break
+        if args.json:
+            messages = [dict(message) for message in chat.messages]
+            console.result_json({"schema": "losa.chat/1", "runtime": runtime.name, "messages": messages})
     finally:
         session.close()
 
 
-def _turn(chat: ChatSession, line: str, console: Console, *, as_json: bool) -> bool:
-    """Answer one line; False when the conversation is over."""
+def _turn(chat: ChatSession, line: str, console: Console, *, show: bool) -> bool:
+    """Answer one line, streamed if `show`; False when the conversation is over."""
     if line in ("/exit", "/quit"):
         return False
     if line == "/reset":
@@ -60,13 +63,10 @@ def _turn(chat: ChatSession, line: str, console: Console, *, as_json: bool) -> b
         console.info("[The conversation starts afresh.]")
         return True
     try:
-        if as_json:
-            console.result_json(
-                {"schema": "losa.chat/1", "role": "assistant", "content": "".join(chat.reply(line))}
-            )
-        else:
-            for piece in chat.reply(line):
+        for piece in chat.reply(line):
+            if show:
                 console.stream(piece)
+        if show:
             console.stream("\n")
     except InputError as error:
         console.error(error)

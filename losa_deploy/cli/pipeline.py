@@ -37,6 +37,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         stages.set_threads(threads)
         with stages.timed(timings, "source"):
             source, record = stages.open_source(args, work, console)
+        _require(exporter, source, recipe, output, console)
         model = merged_model(source, record, recipe, work, timings, console)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
@@ -49,6 +50,13 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     if not args.keep_work:
         remove(work)
     finish.show(report, output, console, as_json=args.json)
+
+
+def _require(exporter: Exporter, source: Checkpoint, recipe: Recipe, output: Path, console: Console) -> None:
+    """Say what the run will roughly write and need, and refuse what does not fit."""
+    expected = plan.estimate(exporter.name, *checkpoint_shapes(source), recipe)
+    console.info(f"{plan.line(expected, output)} (estimated)")
+    plan.require_resources(expected, output)
 
 
 def merged_model(
@@ -108,7 +116,11 @@ def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
         matrices = {n: s for n, s in read_header(path).shapes.items() if len(s) == 2}
         linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith("blk.")}
         return linears, {n: (s[0], s[1]) for n, s in matrices.items() if n not in linears}
-    checkpoint = Checkpoint.open(path)
+    return checkpoint_shapes(Checkpoint.open(path))
+
+
+def checkpoint_shapes(checkpoint: Checkpoint) -> tuple[plan.Shapes, plan.Shapes]:
+    """Shapes (out, in) of the block linears, and of embedding and head (once if tied)."""
     names = [checkpoint.family.embedding] + ([] if checkpoint.tied else [checkpoint.family.head])
     shapes = {name: checkpoint.shape(f"{name}.weight") for name in names}
     return checkpoint.linears, {name: (shape[0], shape[1]) for name, shape in shapes.items()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,6 +241,9 @@ def test_generate_chat_evaluate_and_bench(
     chat = losa("chat", "-m", output, "--max-tokens", "4", "--threads", "1", "--quiet")
     assert chat.code == 0, chat.err
     assert chat.out.endswith("\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnna?\n"))
+    chat = losa("chat", "-m", output, "--max-tokens", "4", "--threads", "1", "--json")
+    assert [m["role"] for m in json.loads(chat.out)["messages"]] == ["user", "assistant"] * 2
     argv = ["evaluate", output, "--window", "100", "--text-tokens", "200", "--threads", "1", "--json"]
     assert json.loads(losa(*argv).out)["perplexity"] > 1.0
     argv = ["bench", output, "--prompt-tokens", "16", "--decode-tokens", "4", "--repetitions", "2", "--json"]
@@ -268,6 +274,38 @@ def test_stage_by_stage_and_without_the_work_folder(tiny_llama: Path, tmp_path: 
     assert whole.code == 0, whole.err
     assert "--verify off" in whole.err
     assert not work(tmp_path / "whole").exists()
+
+
+def test_ctrl_c_keeps_finished_steps_and_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    def command(output: Path) -> list[str]:
+        argv = ["compress", "-m", str(tiny_llama), "-o", str(output), *QUICK[:4], "--threads", "1"]
+        return [sys.executable, "-m", "losa_deploy", *argv, "--steps", "4", "--adapt-steps", "5"]
+
+    running = subprocess.Popen(
+        command(tmp_path / "stopped"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stderr is not None
+    seen = ""
+    while "step 2/4" not in seen:
+        line = running.stderr.readline()
+        assert line, seen
+        seen += line
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert f"losa-deploy compress -m {tiny_llama}" in err.splitlines()[-1]
+    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
+    assert state["step"] == 1
+    resumed = subprocess.run(command(tmp_path / "stopped"), capture_output=True, text=True, check=True)
+    assert "Resuming after step 1 of 4" in resumed.stderr
+    subprocess.run(command(tmp_path / "straight"), capture_output=True, check=True)
+    shards = sorted((tmp_path / "straight").rglob("*.safetensors"))
+    assert len(shards) == 4
+    for shard in shards:
+        other = tmp_path / "stopped" / shard.relative_to(tmp_path / "straight")
+        assert other.read_bytes() == shard.read_bytes()
 
 
 def test_a_foreign_folder_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
