@@ -27,6 +27,8 @@ from losa_deploy.errors import InputError, MissingError, ResourceError
 LOG_FILE = "export.log"
 MODEL_FILE = "model.onnx"
 SIGKILL = 9
+HEAD_MULTIPLE = 16
+"""Head sizes that the GroupQueryAttention kernel with rotary positions accepts are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,25 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
     """
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.graph-") as name:
         work = Path(name)
-        if plain or checkpoint.family.onnx_graph == "transformers":
+        if plain or not _genai_can(checkpoint):
+            fusable = checkpoint.family.onnx_graph == "transformers"
             command = ["-m", "losa_deploy.exporters.onnx.trace", str(checkpoint.folder), str(work)]
-            command += ["plain"] if plain else []
+            command += ["plain"] if plain or not fusable else []
         else:
             command = _genai_command(checkpoint.folder, work)
         _run(command, folder / LOG_FILE, work)
         model = onnx.load(work / MODEL_FILE, load_external_data=False)
         _rename_ports(model.graph)
         yield DenseGraph(model, work)
+
+
+def _genai_can(checkpoint: Checkpoint) -> bool:
+    """Whether the builder knows the family and ONNX Runtime's fused attention the head size."""
+    config = checkpoint.config
+    size = config.get("head_dim") or int(str(config["hidden_size"])) // int(
+        str(config["num_attention_heads"])
+    )
+    return checkpoint.family.onnx_graph == "genai" and int(str(size)) % HEAD_MULTIPLE == 0
 
 
 def _genai_command(model: Path, work: Path) -> list[str]:
