@@ -137,10 +137,10 @@ def _check_weights(
         reasons += found
         largest = max(largest, error)
     for record in manifest.other_tensors:
-        if record.name not in decoded:
+        if record.value_type == "f32" and record.name not in decoded:
             continue
         weight = model.weight(_stored_name(model, record.name))
-        found, error = check_decoded(record, decoded[record.name], weight, None, group_size)
+        found, error = check_decoded(record, decoded.get(record.name), weight, None, group_size)
         reasons += found
         largest = max(largest, error)
     return reasons, largest

@@ -73,15 +73,21 @@ class OnnxExporter:
         return _exported(folder, packing)
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
-        """Linear → weight [out, in], unpacked from the bytes of the artifact."""
-        linears = [record.name for record in Manifest.read(folder).linears]
+        """Linear, embedding, head → weight [out, in], unpacked from the bytes of the artifact.
+
+        An f32 embedding or head is left out: it is the source's own.
+        """
+        manifest = Manifest.read(folder)
+        linears = [record.name for record in manifest.linears]
         weights = reader.decode(folder)
         missing = [name for name in linears if name not in weights]
         if missing:
             raise InputError(
                 f"{folder / MODEL_FILE} does not hold {missing[0]}.", hint="Export the model again."
             )
-        return {name: weights[name] for name in linears}
+        group_size = manifest.recipe.export.group_size
+        tables = reader.decode_tables(folder, manifest.other_tensors, group_size)
+        return {name: weights[name] for name in linears} | tables
 
 
 def export_dense(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
 from losa_deploy.layouts import PackedTensor, unpack
-from losa_deploy.layouts.base import COMPONENTS, Component
+from losa_deploy.layouts.base import COMPONENTS, Component, PackOptions, ValueType
+from losa_deploy.layouts.values import value_params
+from losa_deploy.manifest import TensorRecord
 
 from .functions import DOMAIN, parse_op_type
 from .graph import MODEL_FILE, DenseGraph
@@ -41,6 +44,26 @@ def decode(folder: Path) -> dict[str, NDArray[np.float32]]:
             weights[node.name] = unpack(packed_tensor(node, list(arrays.values()))).weight
         elif node.op_type == "MatMul" and node.input[1] == f"{node.name}.weight":
             weights[node.name] = np.array(graph.array(constants[node.input[1]]).T, np.float32, order="C")
+    return weights
+
+
+def decode_tables(
+    folder: Path, records: Sequence[TensorRecord], group_size: int
+) -> dict[str, NDArray[np.float32]]:
+    """Embedding and head → weight [out, in], those of `records` that are stored packed (not f32)."""
+    graph = load_graph(folder)
+    constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
+    weights: dict[str, NDArray[np.float32]] = {}
+    for record in records:
+        names = {part: f"{record.name}.{part}" for part in COMPONENTS}
+        arrays = {part: graph.array(constants[n]) for part, n in names.items() if n in constants}
+        if "values" not in arrays:
+            continue
+        options = PackOptions(value_type=cast("ValueType", record.value_type), group_size=group_size)
+        shape = (record.shape[0], record.shape[1])
+        params = value_params(options)
+        packed = PackedTensor("dense", options.value_type, shape, params, arrays, record.nnz)
+        weights[record.name] = unpack(packed).weight
     return weights
 
 

@@ -288,3 +288,11 @@ def test_damaged_files_stop_before_anything_is_opened(exported: Path, parity: Ch
 
 def test_a_merged_folder_is_not_an_exported_one(merged_half: Path, parity: Check) -> None:
     assert "found kind 'merged', expected 'exported'" in parity(merged_half).reasons[0]
+
+
+def test_a_packed_embedding_that_the_decoder_leaves_out_is_named(exported: Path, parity: Check) -> None:
+    table = record("model.embed_tokens", np.ones((300, 64), np.bool_), "i8").model_dump(mode="json")
+    rehash(exported, other_tensors=[table])
+    assert parity(exported).reasons == (
+        "model.embed_tokens: the artifact's decoder returned nothing, expected a weight (300, 64)",
+    )
