@@ -131,7 +131,7 @@ def _save(packing: Packing, folder: Path, properties: Mapping[str, str]) -> None
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(domain, versions[domain]) for domain in sorted(used))
     del model.functions[:]
-    model.functions.extend(packing.functions[name] for name in sorted(packing.functions))
+    model.functions.extend(packing.functions())
     model.producer_name, model.producer_version = "losa-deploy", __version__
     del model.metadata_props[:]
     helper.set_model_props(model, {"losa.schema": SCHEMA, **{k: v for k, v in properties.items() if v}})

@@ -123,11 +123,24 @@ def attributes(packed: PackedTensor) -> dict[str, int]:
     return {"out_features": packed.shape[0], "in_features": packed.shape[1], **packed.params}
 
 
-def function(packed: PackedTensor, opset: int) -> onnx.FunctionProto:
-    """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T."""
+def exact(packed: PackedTensor) -> bool:
+    """True if rows decode without padding, so that there is nothing to cut off."""
+    in_features, params = packed.shape[1], packed.params
+    if in_features % params.get("group_size", 1) or in_features % params.get("m", 1):
+        return False
+    if packed.layout == "dense":
+        return packed.value_type != "i4" or in_features % 2 == 0
+    return bool(params.get("position_bits")) or packed.arrays["positions"].shape[1] * 8 == in_features
+
+
+def function(packed: PackedTensor, opset: int, *, unpadded: bool = False) -> onnx.FunctionProto:
+    """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T.
+
+    `unpadded` promises that every tensor of the model that uses it is `exact`.
+    """
     body, name = Body(), op_type(packed)
     matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type)
-    _finish(body, matrix, packed.value_type)
+    _finish(body, matrix, packed.value_type, unpadded=unpadded)
     imports = [helper.make_opsetid("", opset)]
     inputs = ["X", *packed.arrays]
     return helper.make_function(
@@ -210,33 +223,33 @@ def _decode_codes(body: Body, value_type: ValueType) -> str:
     return body.op("ScatterElements", empty, index, body.reshape(levels, rows, slots), axis=1)
 
 
-def _finish(body: Body, matrix: str, value_type: ValueType) -> None:
+def _finish(body: Body, matrix: str, value_type: ValueType, *, unpadded: bool) -> None:
     """Levels [out, >= in] → Y. Row scales are applied to the product, which costs no memory."""
     features = body.attribute("in_features")
-    weight = body.head(body.op("Transpose", matrix, perm=[1, 0]), features, 0)
+    weight = body.op("Transpose", matrix, perm=[1, 0])
+    weight = weight if unpadded else body.head(weight, features, 0)
     if value_type in ("f16", "i8"):
         weight = body.cast(weight, F32)
     elif value_type == "i4":
-        weight = _scale_groups(body, weight, features)
+        weight = _scale_groups(body, weight, features, unpadded=unpadded)
     product = body.op("MatMul", "X", weight)
     if value_type == "i8":
         body.op("Mul", product, body.cast("scale", F32))
     body.nodes[-1].output[0] = "Y"
 
 
-def _scale_groups(body: Body, weight: str, features: str) -> str:
+def _scale_groups(body: Body, weight: str, features: str, *, unpadded: bool) -> str:
     """int8 levels [in, out] → f32 weights [in, out] with the scale of each group of positions."""
     groups, size = body.size("scale", 1), body.attribute("group_size")
-    missing = body.op("Sub", body.op("Mul", groups, size), features)
-    pads = body.op("Concat", body.ints(0, 0), missing, body.ints(0), axis=0)
-    padded = body.cast(body.op("Pad", weight, pads), F32)
+    if not unpadded:
+        missing = body.op("Sub", body.op("Mul", groups, size), features)
+        pads = body.op("Concat", body.ints(0, 0), missing, body.ints(0), axis=0)
+        weight = body.op("Pad", weight, pads)
+    grouped = body.reshape(body.cast(weight, F32), groups, size, body.ints(-1))
     scale = body.op("Transpose", body.cast("scale", F32), perm=[1, 0])
-    scaled = body.op(
-        "Mul",
-        body.reshape(padded, groups, size, body.ints(-1)),
-        body.op("Unsqueeze", scale, body.ints(1)),
-    )
-    return body.head(body.reshape(scaled, body.ints(-1), body.attribute("out_features")), features, 0)
+    scaled = body.op("Mul", grouped, body.op("Unsqueeze", scale, body.ints(1)))
+    flat = body.reshape(scaled, body.ints(-1), body.attribute("out_features"))
+    return flat if unpadded else body.head(flat, features, 0)
 
 
 _DECODERS: dict[str, Callable[[Body, ValueType], str]] = {

@@ -14,7 +14,7 @@ from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import LAYOUTS, PackedTensor
 from losa_deploy.manifest import TensorRecord
 
-from .functions import DOMAIN, attributes, function, op_type
+from .functions import DOMAIN, attributes, exact, function, op_type
 from .graph import DenseGraph
 from .lookup import lookup
 from .plan import Job, choice
@@ -30,12 +30,20 @@ class Packing:
     writer: Writer
     linears: list[TensorRecord] = field(default_factory=list)
     others: list[TensorRecord] = field(default_factory=list)
-    functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
+    used: dict[str, tuple[PackedTensor, bool]] = field(default_factory=dict)
+    """Operator → one tensor stored for it and whether all are unpadded."""
 
     @property
     def opset(self) -> int:
         """Version of the standard operators in this graph."""
         return next(i.version for i in self.graph.model.opset_import if i.domain == "")
+
+    def functions(self) -> list[onnx.FunctionProto]:
+        """Definitions of the operators in use, by name."""
+        return [
+            function(packed, self.opset, unpadded=unpadded)
+            for _, (packed, unpadded) in sorted(self.used.items())
+        ]
 
 
 def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) -> Packing:
@@ -91,7 +99,8 @@ def _packed_node(
     packing: Packing, name: str, packed: PackedTensor, inputs: list[str], output: str
 ) -> onnx.NodeProto:
     kind = op_type(packed)
-    packing.functions.setdefault(kind, function(packed, packing.opset))
+    before = packing.used.get(kind)
+    packing.used[kind] = (packed, exact(packed) and (before is None or before[1]))
     return helper.make_node(kind, inputs, [output], name=name, domain=DOMAIN, **attributes(packed))
 
 

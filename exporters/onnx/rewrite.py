@@ -19,9 +19,13 @@ from .graph import DenseGraph
 Array = NDArray[np.generic]
 
 
+MATMULS = ("MatMul", "Gemm", "FusedMatMul")
+"""Operators with a weight as second input; the last two may take it transposed."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """Where a linear is applied: a MatMul or Gemm whose second input is its weight."""
+    """Where a linear is applied: a node whose second input is its weight."""
 
     node: onnx.NodeProto
     initializer: str
@@ -104,14 +108,14 @@ def replace(graph: DenseGraph, node: onnx.NodeProto, by: list[onnx.NodeProto]) -
 
 
 def _sites(graph: DenseGraph, shapes: set[tuple[int, ...]]) -> dict[str, list[Site]]:
-    """Fingerprint of a weight in [out, in] orientation → MatMuls and Gemms using it, in graph order."""
+    """Fingerprint of a weight in [out, in] orientation → nodes multiplying by it, in graph order."""
     sources = _weights_behind(graph)
     transposed = {n.output[0] for n in graph.model.graph.node if n.op_type == "Transpose"}
     constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
     prints: dict[tuple[str, bool], str] = {}
     sites: dict[str, list[Site]] = defaultdict(list)
     for node in graph.model.graph.node:
-        name = sources.get(node.input[1]) if node.op_type in ("MatMul", "Gemm") else None
+        name = sources.get(node.input[1]) if node.op_type in MATMULS else None
         if name is None or tuple(sorted(constants[name].dims)) not in shapes:
             continue
         out_first = (node.input[1] in transposed) != _attribute(node, "transB")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from losa_deploy.exporters.onnx.functions import DOMAIN, VERSION, attributes, function, op_type
+from losa_deploy.exporters.onnx.functions import DOMAIN, VERSION, attributes, exact, function, op_type
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 
@@ -34,7 +34,10 @@ def one_node_model(packed: PackedTensor) -> onnx.ModelProto:
     )
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(
-        graph, opset_imports=imports, functions=[function(packed, OPSET)], ir_version=10
+        graph,
+        opset_imports=imports,
+        functions=[function(packed, OPSET, unpadded=exact(packed))],
+        ir_version=10,
     )
     onnx.checker.check_model(model)
     return model
