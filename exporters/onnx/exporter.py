@@ -20,7 +20,7 @@ from losa_deploy.recipe import ExportRecipe, ValueType
 
 from . import reader
 from .functions import DOMAIN, VERSION
-from .graph import LOG_FILE, MODEL_FILE, dense_graph
+from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
 from .plan import Job, choice, plan
 from .writer import Writer
@@ -112,9 +112,16 @@ def _write(job: Job, folder: Path, properties: Mapping[str, str], progress: Prog
     total = len(job.checkpoint.linears) + 1
     progress(0, total, "building the graph")
     with dense_graph(job.checkpoint, folder, plain=job.recipe.portable) as graph:
-        config = json.loads((graph.folder / GENAI_FILE).read_text("utf-8"))
-        packing = pack_graph(job, graph, Writer(folder), progress)
-        _save(packing, folder, properties)
+        return write_graph(job, graph, folder, properties, progress)
+
+
+def write_graph(
+    job: Job, graph: DenseGraph, folder: Path, properties: Mapping[str, str], progress: Progress
+) -> Packing:
+    """Everything but `losa.json`, from a dense graph of the job's checkpoint, which is used up."""
+    config = json.loads((graph.folder / GENAI_FILE).read_text("utf-8"))
+    packing = pack_graph(job, graph, Writer(folder), progress)
+    _save(packing, folder, properties)
     copy_side_files(job.checkpoint.folder, folder)
     (folder / GENAI_FILE).write_text(json.dumps(config, indent=4) + "\n", "utf-8")
     return packing

@@ -1,0 +1,110 @@
+"""Merged folders of small random models of each family, as the exporters get them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
+from losa_deploy.manifest import Manifest, SourceRecord
+from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+from losa_deploy.recipe import Recipe
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+GATED = {**SHAPE, "intermediate_size": 172, "num_key_value_heads": 2}
+Make = Callable[[object], SparseModel]
+
+
+def prune(source: Path, folder: Path) -> SparseModel:
+    """Half of each row by magnitude; in every linear a kept weight is set to zero."""
+    import torch
+
+    checkpoint = Checkpoint.open(source)
+    copy_side_files(source, folder)
+    masks: dict[str, np.ndarray] = {}
+    tensors: list[tuple[str, torch.Tensor]] = []
+    for name in checkpoint.files:
+        tensor, linear = checkpoint.tensor(name), name.removesuffix(".weight")
+        if linear in checkpoint.linears and name.endswith(".weight"):
+            order = tensor.abs().argsort(dim=1)
+            mask = torch.ones_like(tensor, dtype=torch.bool)
+            mask.scatter_(1, order[:, : tensor.shape[1] // 2], False)
+            tensor = torch.where(mask, tensor, 0.0)
+            tensor[0, int(mask[0].nonzero()[0])] = 0.0
+            masks[linear] = pack_mask(mask.numpy())
+        tensors.append((name, tensor))
+    write_weights(folder, tensors)
+    save_file(masks, folder / MASK_FILE)
+    source_record = SourceRecord(id="test/random", revision="0123abc")
+    Manifest(kind="merged", source=source_record, recipe=Recipe(), sparsity_achieved=0.5, linears=()).write(
+        folder
+    )
+    return SparseModel.open(folder)
+
+
+@pytest.fixture(scope="session")
+def make_merged(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Make:
+    """A function: transformers config → merged folder of a seeded random model, with a tokenizer."""
+
+    def make(config: object) -> SparseModel:
+        import torch
+        from transformers import AutoModelForCausalLM, PretrainedConfig
+
+        assert isinstance(config, PretrainedConfig)
+        dense = tmp_path_factory.mktemp("dense")
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = AutoModelForCausalLM.from_config(config)
+            for parameter in model.parameters():  # so large that predictions are not ties
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(str(dense))
+        for path in tiny_tokenizer.iterdir():
+            shutil.copy(path, dense / path.name)
+        return prune(dense, tmp_path_factory.mktemp("merged"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def merged_llama(make_merged: Make) -> SparseModel:
+    """Tied, 4 heads on 2 key/value heads, ff 172."""
+    from transformers import LlamaConfig
+
+    return make_merged(LlamaConfig(**GATED, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="session")
+def merged_qwen2(make_merged: Make) -> SparseModel:
+    """Untied, biases on q, k and v, as many key/value heads as heads."""
+    from transformers import Qwen2Config
+
+    return make_merged(Qwen2Config(**{**GATED, "num_key_value_heads": 4}, tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="session")
+def merged_qwen3(make_merged: Make) -> SparseModel:
+    """Norms on q and k, heads wider than hidden / heads."""
+    from transformers import Qwen3Config
+
+    return make_merged(Qwen3Config(**GATED, head_dim=32, tie_word_embeddings=True))
+
+
+@pytest.fixture(scope="session")
+def merged_opt(make_merged: Make) -> SparseModel:
+    """Learned positions, layer norm, biases everywhere, tied."""
+    from transformers import OPTConfig
+
+    return make_merged(OPTConfig(**SHAPE, ffn_dim=172, word_embed_proj_dim=64, pad_token_id=1))
