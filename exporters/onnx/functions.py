@@ -51,7 +51,9 @@ class Body:
     def op(self, op_type: str, *inputs: str, **attributes: int | Sequence[int] | str) -> str:
         """Append a standard operator with one output."""
         name = f"v{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
+        node = helper.make_node(op_type, inputs, [name])
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
         return name
 
     def const(self, value: NDArray[np.generic]) -> str:

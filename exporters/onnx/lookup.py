@@ -46,7 +46,9 @@ class _Steps:
     def add(self, kind: str, *inputs: str, **attributes: int) -> str:
         """Append a node and return the name of its output."""
         step = f"{self.name}.{kind.lower()}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [f"{step}.out"], name=step, **attributes))
+        node = helper.make_node(kind, inputs, [f"{step}.out"], name=step)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
         return f"{step}.out"
 
     def ints(self, part: str, *values: int) -> str:

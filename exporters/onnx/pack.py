@@ -36,7 +36,7 @@ class Packing:
     @property
     def opset(self) -> int:
         """Version of the standard operators in this graph."""
-        return next(i.version for i in self.graph.model.opset_import if i.domain == "")
+        return int(next(i.version for i in self.graph.model.opset_import if i.domain == ""))
 
     def functions(self) -> list[onnx.FunctionProto]:
         """Definitions of the operators in use, by name."""
@@ -101,7 +101,9 @@ def _packed_node(
     kind = op_type(packed)
     before = packing.used.get(kind)
     packing.used[kind] = (packed, exact(packed) and (before is None or before[1]))
-    return helper.make_node(kind, inputs, [output], name=name, domain=DOMAIN, **attributes(packed))
+    node = helper.make_node(kind, inputs, [output], name=name, domain=DOMAIN)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes(packed).items())
+    return node
 
 
 def _pack_ends(job: Job, packing: Packing) -> None:

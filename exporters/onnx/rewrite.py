@@ -94,7 +94,8 @@ def find_embedding(graph: DenseGraph, table: NDArray[np.float32]) -> onnx.NodePr
         if name is None or sorted(constants[name].dims) != sorted(table.shape):
             continue
         if _same(graph.array(constants[name]), table):
-            return node
+            found: onnx.NodeProto = node
+            return found
     return None
 
 

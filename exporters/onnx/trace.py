@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -22,16 +22,17 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 def trace(folder: Path, target: Path, *, plain: bool) -> None:
     """Export the causal LM in `folder` with a key/value cache of any length, from zero on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.eval()
+    model.train(False)
     settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
-    exported = OnnxExporter().export(model, _sample_inputs(model), config=settings)
+    exporter = OnnxExporter()  # type: ignore[no-untyped-call]
+    exported = exporter.export(model, _sample_inputs(model), config=settings)
     program = exported.program
     ir.save(program, target / "model.onnx", external_data="model.onnx.data")
     config = genai_config(model.config.to_dict(), past_shared=False)
     (target / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
 
 
-def _sample_inputs(model: PreTrainedModel) -> dict[str, object]:
+def _sample_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | Cache]:
     """Two sequences of three tokens after a past of four, so that no dimension looks like a constant."""
     ids = torch.arange(8, dtype=torch.long).reshape(2, 4)
     with torch.no_grad():

@@ -47,10 +47,11 @@ def dequantize(
     if value_type in ("f32", "f16"):
         plain: NDArray[np.float32] = codes.astype(np.float32)
         return plain
-    scale = arrays["scale"].astype(np.float32)
+    scale: NDArray[np.float32] = arrays["scale"].astype(np.float32)
     if value_type == "i8":
-        return codes.astype(np.float32) * scale[:, None]
-    levels = arrays["table"].astype(np.float32)[codes]
+        rows: NDArray[np.float32] = codes.astype(np.float32) * scale[:, None]
+        return rows
+    levels: NDArray[np.float32] = arrays["table"].astype(np.float32)[codes]
     product = levels * _spread(scale, params["group_size"], codes.shape[1])
     return product + np.float32(0)  # level 0 times a negative scale is -0; zero is stored as +0
 
