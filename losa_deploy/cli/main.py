@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], console: Console) -> int:
+    # OpenMP's default is to spin for milliseconds at every barrier: beside another busy process the
+    # same run then takes several times as long. Read once, when torch loads its OpenMP library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = build_parser()
     if not arguments:
         console.err.write(parser.format_help())
