@@ -142,7 +142,8 @@ class Checkpoint:
         indices = {int(n[len(prefix) :].split(".")[0]) for n in self.files if n.startswith(prefix)}
         if indices != set(range(len(indices))) or not indices:
             raise InputError(
-                f"{self.folder} has weights for blocks {sorted(indices)[:5]}…, expected 0, 1, 2, … without holes.",
+                f"{self.folder} has weights for blocks {sorted(indices)[:5]}…, "
+                "expected 0, 1, 2, … without holes.",
                 hint="Download the model again.",
             )
         return len(indices)

@@ -95,7 +95,7 @@ def _backward(student: Decoder, dense: Decoder, batch: Tensor, kind: str) -> flo
     vocabulary = int(student.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     piece = max(1, LOGIT_BUDGET // (batch.shape[1] * vocabulary))
     total = 0.0
-    for part in batch.split(piece):
+    for part in torch.split(batch, piece):
         logits = student.logits(part)
         if kind == "kd":
             with torch.no_grad():

@@ -44,7 +44,7 @@ def graded_deviation(importance: Floats) -> Floats:
 def two_level_deviation(importance: Floats) -> Floats:
     """Corner solution of min Σ s_i·importance_i on the box: the less important half at +1.
 
-    With an odd number of blocks the middle one stays at 0 (defect D6: this is what the paper's
+    With an odd number of blocks the middle one stays at 0 (this is what the paper's
     linear program gives whatever β is).
     """
     order = np.argsort(importance, kind="stable")
@@ -64,7 +64,7 @@ def allocate_rates(target: float, deviation: Floats, limit: float, weights: Floa
     """Rates s_i = target + limit·deviation_i + λ within [max(target - limit, floor_i), …].
 
     λ makes the `weights`-weighted mean equal `target` to 1e-12. `floor` is the sparsity a block
-    already has: without regrowth a rate below it cannot be met (D14), so other blocks give way.
+    already has: without regrowth a rate below it cannot be met, so other blocks give way.
     The upper bound is raised where a floor lies above it.
     """
     low = np.maximum(target - limit, floor)
@@ -109,7 +109,7 @@ def largest_remainder(wanted: Floats, total: int, low: int, high: int) -> NDArra
 def allocate_ranks(errors: Floats, mean_rank: float, maximum: int) -> NDArray[np.int64]:
     """Ranks r_i ≈ L_i/mean(L)·Ω in [1, maximum] with Σ r_i = round(blocks·Ω) (LoSA eq. 7).
 
-    Capped blocks pass their surplus on in proportion, so the budget is met (D1, D2).
+    Capped blocks pass their surplus on in proportion, so the budget is met.
     """
     blocks = len(errors)
     safe = np.where(np.isfinite(errors) & (errors > 0), errors, 0.0)

@@ -62,7 +62,7 @@ class Decoder:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
         )
-        self.model: nn.Module = model.eval().requires_grad_(False)
+        self.model: nn.Module = model.requires_grad_(False).train(False)
 
     @property
     def blocks(self) -> nn.ModuleList:

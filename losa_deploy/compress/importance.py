@@ -1,7 +1,7 @@
 """Layer-wise importance from representation mutual information (RMI), as linear CKA.
 
 The features of a block are flattened to [samples, tokens·hidden]; only their Gram matrix
-[samples, samples] is kept (method sheet D9, D10). Linear CKA is the normalised biased HSIC
+[samples, samples] is kept. Linear CKA is the normalised biased HSIC
 (Kornblith et al. 2019); LoSA uses it as its estimate of mutual information between blocks.
 """
 
@@ -16,7 +16,7 @@ def gram(features: Tensor) -> Tensor:
     flat = features.flatten(1)
     product = torch.zeros(flat.shape[0], flat.shape[0], dtype=torch.float64)
     # Pieces bound the f64 copy; sums over features are exact enough this way for any hidden size.
-    for piece in flat.split(1 << 16, dim=1):
+    for piece in torch.split(flat, 1 << 16, dim=1):
         wide = piece.double()
         product += wide @ wide.T
     product -= product.mean(dim=0, keepdim=True)

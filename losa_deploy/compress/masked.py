@@ -10,11 +10,11 @@ class _MaskedAdapterFunction(torch.autograd.Function):
     """x ↦ x·(W + s·(BA)∘M)ᵀ in one matmul; the masked product is rebuilt in the backward pass.
 
     Gradients go to x, A and B only, so that no dense weight gradient outlives the call
-    (method sheet D13; the same idea as LoRS, arXiv 2501.08582).
+    (the idea of LoRS, arXiv 2501.08582).
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
         weight: Tensor,
@@ -28,9 +28,7 @@ class _MaskedAdapterFunction(torch.autograd.Function):
         return x @ (weight + scale * (lora_b @ lora_a) * mask).T
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, lora_a, lora_b = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]
         grad_x = grad @ (weight + scale * (lora_b @ lora_a) * mask)
@@ -102,7 +100,7 @@ class MaskedLinear(nn.Module):
         """Resize the adapter to `rank` without changing the function.
 
         New directions are (random A row, zero B column). Directions that go are folded into the
-        weight first (D4). The scale is alpha/√rank (rank-stabilised, D5), so B is rescaled.
+        weight first. The scale is alpha/√rank (rank-stabilised), so B is rescaled.
         """
         old_a, old_b, old_scale = self.lora_a.data, self.lora_b.data, self.scale
         keep = min(rank, self.rank)

@@ -123,7 +123,8 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0:
-                return upper
+                result: Tensor = upper
+                return result
     raise InputError(f"The input statistics of {name} are degenerate.", hint="Use more calibration samples.")
 
 

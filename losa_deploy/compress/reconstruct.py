@@ -42,7 +42,10 @@ def freeze_pruned(linears: Sequence[MaskedLinear]) -> list[torch.utils.hooks.Rem
     handles = []
     for linear in linears:
         linear.weight.requires_grad_(True)
-        handles.append(linear.weight.register_hook(lambda grad, mask=linear.mask: grad * mask))
+        hook = linear.weight.register_hook(  # type: ignore[no-untyped-call]
+            lambda grad, mask=linear.mask: grad * mask
+        )
+        handles.append(hook)
     return handles
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,7 +143,7 @@ def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, Input
     return result
 
 
-def _adder(statistics: InputStatistics):  # noqa: ANN202 - torch's hook type is private
+def _adder(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         statistics.add(inputs[0])
 

@@ -81,7 +81,7 @@ def test_rank_budget_is_met_exactly_under_the_cap(errors: list[float], mean: flo
 
 
 def test_steep_error_profile_does_not_lose_budget() -> None:
-    """Defect D2 of the reference: a steep profile fell short of the budget (267 of 320)."""
+    """Repairing by ±1 once, as the published program does, falls short here (267 of 320)."""
     errors = np.linspace(0.01, 1.0, 32) ** 4
     ranks = allocate.allocate_ranks(errors, 10, 16)
     assert int(ranks.sum()) == 320
