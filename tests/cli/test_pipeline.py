@@ -173,10 +173,15 @@ def test_dry_run_estimates_first_and_knows_afterwards(
     assert {t["name"]: t["bytes"] for t in real["linears"]}.items() <= {
         t["name"]: t["bytes"] for t in plan["tensors"]
     }.items()
-    assert plan["files"]["model.onnx.data"] == (output / "model.onnx.data").stat().st_size
-    assert estimate["total_bytes"] == pytest.approx(plan["total_bytes"], rel=0.2)
+    # The plan rounds the last tensor up to a page, the file ends where its bytes end.
+    assert 0 <= plan["files"]["model.onnx.data"] - (output / "model.onnx.data").stat().st_size < 4096
+    expected = {t["name"]: t["bytes"] for t in estimate["tensors"]}
+    known = {t["name"]: t["bytes"] for t in plan["tensors"]}
+    assert expected.keys() == known.keys()
+    assert sum(expected.values()) == pytest.approx(sum(known.values()), rel=0.02)
 
 
+@pytest.mark.slow
 def test_export_of_a_merged_folder_with_other_choices(finished: tuple[Path, Result], tmp_path: Path) -> None:
     merged = work(finished[0]) / "merged"
     argv = [
@@ -255,6 +260,7 @@ def test_generate_chat_evaluate_and_bench(
     assert all(m["peak_rss_bytes"] > 0 and len(m["samples"]) == 2 for m in models)
 
 
+@pytest.mark.slow
 def test_stage_by_stage_and_without_the_work_folder(tiny_llama: Path, tmp_path: Path) -> None:
     options = [*QUICK[:8], "--threads", "1"]
     done = losa("compress", "-m", tiny_llama, "-o", tmp_path / "adapted", *options)
@@ -276,6 +282,7 @@ def test_stage_by_stage_and_without_the_work_folder(tiny_llama: Path, tmp_path: 
     assert not work(tmp_path / "whole").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_finished_steps_and_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     def command(output: Path) -> list[str]:
         argv = ["compress", "-m", str(tiny_llama), "-o", str(output), *QUICK[:4], "--threads", "1"]
