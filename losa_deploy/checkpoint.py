@@ -184,6 +184,7 @@ def write_weights(
         nonlocal current, size
         path = folder / f"part-{len(parts)}.safetensors"
         save_file(current, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         parts.append((path, list(current)))
         current, size = {}, 0
 

@@ -98,7 +98,13 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
 
     progress(1, 4, f"tokenizer of {path.name}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            local_files_only=True,
+            # Written out, because transformers 4 would add token type ids, which no decoder takes.
+            model_input_names=["input_ids", "attention_mask"],
+        )
         progress(2, 4, f"weights of {path.name}")
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True

@@ -49,6 +49,7 @@ def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: 
     dtype = _target_dtype(adapted)
     write_weights(folder, _merged_tensors(source, adapted, dtype, evidence, progress))
     save_file(dict(sorted(evidence.masks.items())), folder / MASK_FILE)
+    (folder / MASK_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
     copy_side_files(source.folder, folder)
     if dtype is not None:
         _set_config_dtype(folder, dtype)
