@@ -166,7 +166,9 @@ def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, Adapt
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {error}.", hint=f"Delete {folder} and compress again.") from None
+        raise InputError(
+            f"{path} cannot be read: {error}.", hint=f"Delete {folder} and compress again."
+        ) from None
     result: dict[str, AdaptedLinear] = {}
     for key in tensors:
         if not key.endswith(".weight"):
