@@ -12,7 +12,7 @@ from losa_deploy.compress.seeds import generator
 from losa_deploy.interfaces import Progress
 from losa_deploy.recipe import CalibrationRecipe
 
-SAMPLING_BATCH = 32
+SAMPLING_BATCH = 64
 
 
 def sampled_tokens(
