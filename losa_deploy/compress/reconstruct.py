@@ -1,7 +1,7 @@
 """Block-wise reconstruction: tune the kept weights of one block to match the dense block's output.
 
 No backward pass leaves the block, so memory is one block and minutes on a CPU suffice
-(EBFT, arXiv 2402.12419; our measurements: docs/method.md).
+(EBFT, arXiv 2402.12419).
 """
 
 from __future__ import annotations
