@@ -170,7 +170,8 @@ def _limits(manifest: Manifest) -> str:
     ]
     if manifest.format == "onnx":
         lines.append(
-            "- Stock ONNX Runtime expands packed weights at load: the file is smaller, decode reads as much as dense f32."
+            "- Stock ONNX Runtime expands packed weights at load: the file is smaller, "
+            "decode reads as much as dense f32."
         )
     return "## Limits\n\n" + "\n".join(lines)
 
