@@ -1,4 +1,4 @@
-"""The dense baseline: the unpruned model in the same format, dense f32, standard operators only."""
+"""The dense baseline: the unpruned model in the same format and from the same graph source, dense f32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from losa_deploy.manifest import MANIFEST_FILE, Manifest, TensorRecord
 from losa_deploy.model import MASK_FILE, SparseModel
 from losa_deploy.recipe import ExportRecipe
 
-DENSE = ExportRecipe(layout="dense", value_type="f32", head="f32", portable=True)
+DENSE = ExportRecipe(layout="dense", value_type="f32", head="f32")
 
 
 def dense_baseline(

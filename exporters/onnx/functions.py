@@ -5,8 +5,10 @@ any other inlines the function, folds the decoding of the constant inputs at loa
 an ordinary MatMul. The bodies are chosen for what ONNX Runtime's constant folding does: it keeps
 every intermediate until the whole graph is folded, skips operators with data-dependent output
 shapes (NonZero, Compress), and is fast for GatherElements but not for Gather of single elements.
-So positions become 32-bit indices (two arrays of 4 bytes per position), values stay 8 or 16 bits
-wide until the last step, and transposition happens before the cast.
+So positions become one 32-bit index each, and values stay 8 or 16 bits wide until the last step.
+A DequantizeLinear at the end would be fused into ONNX Runtime's own integer MatMul, which is fast and
+keeps the weight narrow, but rounds the activations to int8 unless the session says otherwise: the
+logits would not be those of the stored weights. So the scales are applied in f32.
 """
 
 from __future__ import annotations
@@ -19,20 +21,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from losa_deploy.layouts.base import PackedTensor, ValueType
+from losa_deploy.layouts.base import FORMAT_VERSION, PackedTensor, ValueType
+from losa_deploy.layouts.values import BLOCK as ROW_BLOCK
 
 DOMAIN = "ai.losa"
 VERSION = 1
+OPSET = 20
+"""Version of the standard operators that the bodies use."""
 BLOCK = 8
 """Levels per block in the bitmask decoding."""
-F32, I8, I32, U8, I64, F16 = (
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.INT8,
-    onnx.TensorProto.INT32,
-    onnx.TensorProto.UINT8,
-    onnx.TensorProto.INT64,
-    onnx.TensorProto.FLOAT16,
-)
+F32, I32, U8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.UINT8
 LEVEL_DTYPE: dict[ValueType, type[np.generic]] = {
     "f32": np.float32,
     "f16": np.float16,
@@ -122,28 +120,29 @@ def parse_op_type(name: str) -> tuple[str, ValueType]:
 
 def attributes(packed: PackedTensor) -> dict[str, int]:
     """Node attributes of a packed tensor."""
-    return {"out_features": packed.shape[0], "in_features": packed.shape[1], **packed.params}
+    shape = {"out_features": packed.shape[0], "in_features": packed.shape[1]}
+    return {"format": FORMAT_VERSION, **shape, **packed.params}
 
 
 def exact(packed: PackedTensor) -> bool:
     """True if rows decode without padding, so that there is nothing to cut off."""
     in_features, params = packed.shape[1], packed.params
-    if in_features % params.get("group_size", 1) or in_features % params.get("m", 1):
-        return False
     if packed.layout == "dense":
-        return packed.value_type != "i4" or in_features % 2 == 0
-    return bool(params.get("position_bits")) or packed.arrays["positions"].shape[1] * 8 == in_features
+        return packed.value_type != "i4" or in_features % ROW_BLOCK == 0
+    if params.get("position_bits"):
+        return in_features % params["m"] == 0
+    return packed.arrays["positions"].shape[1] * 8 == in_features
 
 
-def function(packed: PackedTensor, opset: int, *, unpadded: bool = False) -> onnx.FunctionProto:
+def function(packed: PackedTensor, *, unpadded: bool = False) -> onnx.FunctionProto:
     """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T.
 
     `unpadded` promises that every tensor of the model that uses it is `exact`.
     """
     body, name = Body(), op_type(packed)
-    matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type)
+    matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type, unpadded)
     _finish(body, matrix, packed.value_type, unpadded=unpadded)
-    imports = [helper.make_opsetid("", opset)]
+    imports = [helper.make_opsetid("", OPSET)]
     inputs = ["X", *packed.arrays]
     return helper.make_function(
         DOMAIN, name, inputs, ["Y"], body.nodes, imports, attributes=list(attributes(packed))
@@ -159,39 +158,75 @@ def _levels(body: Body, value_type: ValueType) -> str:
     return body.op("Gather", pairs, body.cast("values", I32), axis=0)
 
 
-def _decode_dense(body: Body, value_type: ValueType) -> str:
-    """Levels [out, in], or [out, 2 * ceil(in/2)] for i4."""
+def _decode_dense(body: Body, value_type: ValueType, unpadded: bool) -> str:
+    """Levels [out, in], for i4 [out, in + 1] if `in` is odd."""
     levels = _levels(body, value_type)
     if value_type != "i4":
         return levels
-    return body.reshape(levels, body.attribute("out_features"), body.ints(-1))
+    rows, half = body.attribute("out_features"), body.ints(ROW_BLOCK // 2)
+    blocks = body.op("Div", body.attribute("in_features"), body.ints(ROW_BLOCK))
+    full = body.op("Mul", blocks, half)
+    if not unpadded:
+        rest = body.op("Slice", levels, full, body.size(levels, 1), body.ints(1))
+        levels = body.head(levels, full, 1)
+    split = body.op("Transpose", body.reshape(levels, rows, blocks, half, body.ints(2)), perm=[0, 1, 3, 2])
+    whole = body.reshape(split, rows, body.op("Mul", full, body.ints(2)))
+    if unpadded:
+        return whole
+    tail = body.op("Transpose", rest, perm=[0, 2, 1])
+    width = body.op("Mul", body.size(tail, 2), body.ints(2))
+    return body.op("Concat", whole, body.reshape(tail, rows, width), axis=1)
 
 
-def _decode_bits(body: Body, value_type: ValueType) -> str:
+def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
     """Mask bits and levels → levels [out, padded in].
 
     A mask byte's kept values are a run that starts at `first`; it lies within two neighbouring
     blocks of 8 levels. A table indexed by `first % 8` and the byte says which of the 16 levels
     each of the byte's 8 positions takes, or the zero behind them if it is pruned.
     """
-    levels = body.reshape(_levels(body, value_type), body.ints(-1))
-    rest = body.op("Mod", body.size(levels, 0), body.ints(BLOCK))
-    zeros = body.zeros(LEVEL_DTYPE[value_type], body.op("Sub", body.ints(3 * BLOCK), rest))
-    blocks = body.reshape(body.op("Concat", levels, zeros, axis=0), body.ints(-1, BLOCK))
+    levels = _levels(body, value_type)
+    byte = body.cast("positions", I32)
+    bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
+    kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
+    if value_type == "i4":
+        levels = body.op("Transpose", levels, perm=[1, 0])  # first all low nibbles, then all high ones
+        first = _first_in_pairs(body, kept, body.size(levels, 1))
+    else:
+        flat = body.reshape(kept, body.ints(-1))
+        first = body.op("CumSum", flat, body.const(np.array(0, np.int64)), exclusive=1)
+    first, byte = body.reshape(first, body.ints(-1)), body.reshape(byte, body.ints(-1))
+    blocks = body.reshape(levels, body.ints(-1, BLOCK))
     here = body.op("Slice", blocks, body.ints(0), body.ints(-1), body.ints(0))
     after = body.op("Slice", blocks, body.ints(1), body.size(blocks, 0), body.ints(0))
     nothing = body.zeros(LEVEL_DTYPE[value_type], body.size(here, 0), body.ints(1))
     pairs = body.op("Concat", here, after, nothing, axis=1)
-    byte = body.cast(body.reshape("positions", body.ints(-1)), I32)
-    bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
-    kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
-    first = body.op("CumSum", kept, body.const(np.array(0, np.int64)), exclusive=1)
     eight = body.const(np.array(BLOCK, np.int32))
     phase = body.op("Mul", body.op("Mod", first, eight), body.const(np.array(256, np.int32)))
     column = body.op("Gather", body.const(_columns(bits)), body.op("Add", phase, byte), axis=0)
     run = body.op("Gather", pairs, body.op("Div", first, eight), axis=0)
     found = body.op("GatherElements", run, column, axis=1)
     return body.reshape(found, body.attribute("out_features"), body.ints(-1))
+
+
+def _first_in_pairs(body: Body, kept: str, length: str) -> str:
+    """Bits per mask byte [out, bytes] → index of each byte's first level among low and then high nibbles.
+
+    `length` is the number of bytes of the stream: where the high nibbles, of the odd rows, start.
+    """
+    rows, one = body.attribute("out_features"), body.ints(1)
+    inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
+    totals = body.op("ReduceSum", kept, one, keepdims=1)
+    odd = body.op("Mod", rows, body.ints(2))
+    paired = body.reshape(
+        body.op("Pad", totals, body.op("Concat", body.ints(0, 0), odd, body.ints(0), axis=0)),
+        body.ints(-1, 2),
+    )
+    lengths = body.op("ReduceMax", paired, one, keepdims=1)
+    start = body.op("CumSum", lengths, body.const(np.array(0, np.int64)), exclusive=1)
+    shift = body.cast(body.op("Concat", body.ints(0), length, axis=0), I32)
+    offset = body.head(body.reshape(body.op("Add", start, shift), body.ints(-1, 1)), rows, 0)
+    return body.op("Add", inside, offset)
 
 
 def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -202,7 +237,7 @@ def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     return columns.reshape(-1, 8).astype(np.int32)
 
 
-def _decode_codes(body: Body, value_type: ValueType) -> str:
+def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
     """Position codes and levels → levels [out, groups * M]."""
     rows, n, m = (body.attribute(name) for name in ("out_features", "n", "m"))
     width = body.attribute("position_bits")
@@ -218,11 +253,21 @@ def _decode_codes(body: Body, value_type: ValueType) -> str:
     first = body.op("Mul", body.op("Range", zero, body.scalar(groups), one), m)
     starts = body.reshape(body.cast(first, I32), body.ints(1, -1, 1))
     index = body.reshape(body.op("Add", body.reshape(codes, rows, groups, n), starts), rows, slots)
-    levels = body.reshape(_levels(body, value_type), body.ints(-1))
-    if value_type == "i4":
-        levels = body.head(levels, body.op("Mul", rows, slots), 0)
+    levels = _slot_levels(body, value_type, rows, slots)
     empty = body.zeros(LEVEL_DTYPE[value_type], rows, body.op("Mul", groups, m))
-    return body.op("ScatterElements", empty, index, body.reshape(levels, rows, slots), axis=1)
+    return body.op("ScatterElements", empty, index, levels, axis=1)
+
+
+def _slot_levels(body: Body, value_type: ValueType, rows: str, slots: str) -> str:
+    """Stream of a fixed count per row → levels [out, slots]."""
+    levels = _levels(body, value_type)
+    if value_type != "i4":
+        return body.reshape(body.head(levels, body.op("Mul", rows, slots), 0), rows, slots)
+    two = body.ints(2)
+    pairs = body.op("Div", body.op("Add", rows, body.ints(1)), two)
+    kept = body.reshape(body.head(levels, body.op("Mul", pairs, slots), 0), pairs, slots, two)
+    by_row = body.op("Transpose", kept, perm=[0, 2, 1])
+    return body.head(body.reshape(by_row, body.op("Mul", pairs, two), slots), rows, 0)
 
 
 def _finish(body: Body, matrix: str, value_type: ValueType, *, unpadded: bool) -> None:
@@ -233,28 +278,26 @@ def _finish(body: Body, matrix: str, value_type: ValueType, *, unpadded: bool) -
     if value_type in ("f16", "i8"):
         weight = body.cast(weight, F32)
     elif value_type == "i4":
-        weight = _scale_groups(body, weight, features, unpadded=unpadded)
+        weight = body.op("Mul", body.cast(weight, F32), _spread_scale(body, features))
     product = body.op("MatMul", "X", weight)
     if value_type == "i8":
         body.op("Mul", product, body.cast("scale", F32))
     body.nodes[-1].output[0] = "Y"
 
 
-def _scale_groups(body: Body, weight: str, features: str, *, unpadded: bool) -> str:
-    """int8 levels [in, out] → f32 weights [in, out] with the scale of each group of positions."""
-    groups, size = body.size("scale", 1), body.attribute("group_size")
-    if not unpadded:
-        missing = body.op("Sub", body.op("Mul", groups, size), features)
-        pads = body.op("Concat", body.ints(0, 0), missing, body.ints(0), axis=0)
-        weight = body.op("Pad", weight, pads)
-    grouped = body.reshape(body.cast(weight, F32), groups, size, body.ints(-1))
+def _spread_scale(body: Body, features: str) -> str:
+    """Group scales [out, groups] → one per position and output [in, out].
+
+    Reshaping the weight to groups and back would copy it twice more.
+    """
+    zero, one = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
+    positions = body.op("Range", zero, body.scalar(features), one)
+    group = body.op("Div", positions, body.attribute("group_size"))
     scale = body.op("Transpose", body.cast("scale", F32), perm=[1, 0])
-    scaled = body.op("Mul", grouped, body.op("Unsqueeze", scale, body.ints(1)))
-    flat = body.reshape(scaled, body.ints(-1), body.attribute("out_features"))
-    return flat if unpadded else body.head(flat, features, 0)
+    return body.op("Gather", scale, group, axis=0)
 
 
-_DECODERS: dict[str, Callable[[Body, ValueType], str]] = {
+_DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "Dense": _decode_dense,
     "Bitmask": _decode_bits,
     "NmBits": _decode_bits,

@@ -27,6 +27,8 @@ from losa_deploy.errors import InputError, MissingError, ResourceError
 LOG_FILE = "export.log"
 MODEL_FILE = "model.onnx"
 SIGKILL = 9
+CACHE_PORT = re.compile(r"(?:(?:in|out)put\.)?(?:past_key_values|cache)\.layers\.(\d+)\.(key|value)s")
+"""What `transformers.exporters` calls the cache tensors; the prefix differs between its versions."""
 HEAD_MULTIPLE = 16
 """Head sizes that the GroupQueryAttention kernel with rotary positions accepts are multiples of this."""
 
@@ -134,12 +136,12 @@ def _run(command: list[str], log: Path, work: Path) -> None:
 def _rename_ports(graph: onnx.GraphProto) -> None:
     """Inputs and outputs as runtimes expect them: `past_key_values.%d.key`, `present.%d.value`, …"""
     names: dict[str, str] = {}
-    for value in (*graph.input, *graph.output):
-        match = re.fullmatch(r"(input|output)\.past_key_values\.layers\.(\d+)\.(key|value)s", value.name)
-        if match:
-            prefix = "past_key_values" if match[1] == "input" else "present"
-            names[value.name] = f"{prefix}.{match[2]}.{match[3]}"
-            value.name = names[value.name]
+    for prefix, values in (("past_key_values", graph.input), ("present", graph.output)):
+        for value in values:
+            match = CACHE_PORT.fullmatch(value.name)
+            if match:
+                names[value.name] = f"{prefix}.{match[1]}.{match[2]}"
+                value.name = names[value.name]
     for node in graph.node:
         for ports in (node.input, node.output):
             for index, name in enumerate(ports):

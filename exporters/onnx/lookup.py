@@ -7,6 +7,7 @@ import onnx
 from onnx import helper
 
 from losa_deploy.layouts import PackedTensor
+from losa_deploy.layouts.values import BLOCK
 
 from .writer import Writer
 
@@ -64,11 +65,23 @@ def _decode_i4(steps: _Steps, packed: PackedTensor, rows: str, scale: str) -> No
     table = packed.arrays["table"]
     pairs = steps.writer.add(f"{steps.name}.pairs", np.stack([table[byte & 15], table[byte >> 4]], axis=1))
     levels = steps.add("Gather", pairs, steps.add("Cast", rows, to=onnx.TensorProto.INT32), axis=0)
-    levels = steps.add("Reshape", levels, steps.ints("row", 0, 0, -1))
-    missing = groups * size - 2 * packed.arrays["values"].shape[1]
-    levels = steps.add("Pad", steps.add("Cast", levels, to=F32), steps.ints("pads", 0, 0, 0, 0, 0, missing))
+    levels = steps.add("Cast", _in_order(steps, levels, hidden), to=F32)
+    missing = groups * size - hidden
+    levels = steps.add("Pad", levels, steps.ints("pads", 0, 0, 0, 0, 0, missing))
     grouped = steps.add("Reshape", levels, steps.ints("groups", 0, 0, groups, size))
     factor = steps.add("Unsqueeze", steps.add("Cast", scale, to=F32), steps.ints("last", -1))
     scaled = steps.add("Reshape", steps.add("Mul", grouped, factor), steps.ints("flat", 0, 0, groups * size))
     end, axis = steps.ints("end", hidden), steps.ints("axis", 2)
     steps.add("Slice", scaled, steps.ints("start", 0), end, axis)
+
+
+def _in_order(steps: _Steps, levels: str, hidden: int) -> str:
+    """Levels [batch, tokens, bytes, 2] of rows split in halves → [batch, tokens, hidden], one Gather."""
+    order = np.empty(hidden, np.int64)
+    for block in range(0, hidden, BLOCK):
+        count = min(BLOCK, hidden - block)
+        half = -(-count // 2)
+        place = np.arange(count)
+        order[block : block + count] = block + 2 * (place % half) + place // half
+    flat = steps.add("Reshape", levels, steps.ints("row", 0, 0, -1))
+    return steps.add("Gather", flat, steps.writer.add(f"{steps.name}.order", order), axis=2)

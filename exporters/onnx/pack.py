@@ -33,17 +33,9 @@ class Packing:
     used: dict[str, tuple[PackedTensor, bool]] = field(default_factory=dict)
     """Operator → one tensor stored for it and whether all are unpadded."""
 
-    @property
-    def opset(self) -> int:
-        """Version of the standard operators in this graph."""
-        return int(next(i.version for i in self.graph.model.opset_import if i.domain == ""))
-
     def functions(self) -> list[onnx.FunctionProto]:
         """Definitions of the operators in use, by name."""
-        return [
-            function(packed, self.opset, unpadded=unpadded)
-            for _, (packed, unpadded) in sorted(self.used.items())
-        ]
+        return [function(packed, unpadded=unpadded) for _, (packed, unpadded) in sorted(self.used.items())]
 
 
 def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) -> Packing:

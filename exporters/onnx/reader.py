@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
 from losa_deploy.layouts import PackedTensor, unpack
-from losa_deploy.layouts.base import COMPONENTS, Component, PackOptions, ValueType
+from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions, ValueType
 from losa_deploy.layouts.values import value_params
 from losa_deploy.manifest import TensorRecord
 
 from .functions import DOMAIN, parse_op_type
 from .graph import MODEL_FILE, DenseGraph
 
-SHAPE_ATTRIBUTES = ("out_features", "in_features")
+NODE_ATTRIBUTES = ("format", "out_features", "in_features")
 
 
 def load_graph(folder: Path) -> DenseGraph:
@@ -71,10 +71,16 @@ def packed_tensor(node: onnx.NodeProto, arrays: list[Component]) -> PackedTensor
     """The packed tensor that an `ai.losa` node consumes."""
     layout, value_type = parse_op_type(node.op_type)
     attributes: Mapping[str, int] = {a.name: a.i for a in node.attribute}
+    if attributes.get("format") != FORMAT_VERSION:
+        raise InputError(
+            f"{node.name} is stored in packed format {attributes.get('format', 0)}, "
+            f"expected format {FORMAT_VERSION}.",
+            hint="Export the model again with this version.",
+        )
     shape = (attributes["out_features"], attributes["in_features"])
     stored = [name for name in COMPONENTS if name != "positions" or layout != "dense"]
     components = dict(zip(stored, arrays, strict=False))
-    params = {name: value for name, value in attributes.items() if name not in SHAPE_ATTRIBUTES}
+    params = {name: value for name, value in attributes.items() if name not in NODE_ATTRIBUTES}
     nnz = shape[0] * shape[1]
     if layout == "bitmask":
         nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())

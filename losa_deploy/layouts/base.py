@@ -10,6 +10,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+FORMAT_VERSION = 1
+"""Version of `docs/formats.md` that these layouts follow; a change of stored bytes needs a new one."""
 ValueType = Literal["f32", "f16", "i8", "i4"]
 Component = NDArray[np.generic]
 """One stored array of a packed tensor; its dtype and bytes are part of the format."""
@@ -27,8 +29,8 @@ class PackOptions:
     """i4 only: positions (not kept values) per scale; 32, 64 or 128."""
     scale_type: Literal["f32", "f16"] = "f32"
     """i8 only: dtype of the row scales. Group scales are always f16."""
-    table: tuple[int, ...] = tuple(range(-8, 8))
-    """i4 only: the level of each of the 16 codes; level 0 must be at code 8."""
+    table: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+    """i4 only: the level of each of the 16 codes; level 0 must be at code 0."""
     pattern: tuple[int, int] | None = None
     """(N, M) for the nm layout: N kept of every M positions along the input dimension."""
 

@@ -6,25 +6,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Unpacked, register
-from losa_deploy.layouts.values import dequantize, load, quantize, scale_bytes, store, value_params
+from losa_deploy.layouts.values import dequantize, load_rows, quantize, scale_bytes, store_rows, value_params
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
-    """Values [out, in] (i4: [out, ceil(in/2)], each row starts a byte)."""
+    """Values [out, in] (i4: [out, ceil(in / 2)], each row starts a byte)."""
     codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
     return PackedTensor(
         "dense",
         options.value_type,
         (weight.shape[0], weight.shape[1]),
         value_params(options),
-        {"values": store(codes, options.value_type), **meaning},
+        {"values": store_rows(codes, options.value_type), **meaning},
         int(mask.sum()),
     )
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
     """The stored matrix; the mask is all True because none is stored."""
-    codes = load(packed.arrays["values"], packed.value_type, packed.shape[1])
+    codes = load_rows(packed.arrays["values"], packed.value_type, packed.shape[1])
     weight = dequantize(codes, packed.value_type, packed.params, packed.arrays)
     return Unpacked(weight, np.ones(packed.shape, np.bool_))
 

@@ -1,7 +1,7 @@
 """N:M: exactly N kept of every M positions of a row, so values have a fixed stride.
 
 A row that is not a multiple of M is padded up to one. Its last group may keep fewer than N; the
-free slots hold the zero code and point at positions beyond the row, so that they decode to
+free slots hold zero and point at positions beyond the row, so that they decode to
 nothing and the mask stays exact.
 """
 
@@ -13,31 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Unpacked, register
-from losa_deploy.layouts.values import (
-    ZERO_CODE,
-    code_dtype,
-    dequantize,
-    load,
-    quantize,
-    scale_bytes,
-    store,
-    value_bytes,
-    value_params,
-)
+from losa_deploy.layouts.streams import load_stream, store_stream, stream_bytes
+from losa_deploy.layouts.values import code_dtype, dequantize, quantize, scale_bytes, value_params
 
 MAX_M = 32
+BLOCK_POSITIONS = 64
+"""A kernel's step: positions of a row are padded to a multiple of it."""
 
 
 def position_bits(n: int, m: int) -> int:
-    """Bits of one position code (1, 2, 4 or 8), or 0 where M mask bits per group are no larger."""
+    """Bits of one position code (1, 2, 4 or 8), or 0 where M mask bits per group are used instead.
+
+    Codes must be smaller, and whole groups must fill a block of 64 positions.
+    """
     bits = next(b for b in (1, 2, 4, 8) if 2**b >= m)
-    return bits if n * bits < m else 0
+    return bits if n * bits < m and BLOCK_POSITIONS % m == 0 else 0
 
 
 def positions_row_bytes(n: int, m: int, in_features: int) -> int:
-    """Bytes of a row's positions; each row starts a byte."""
-    groups = -(-in_features // m)
-    return -(-groups * (n * position_bits(n, m) or m) // 8)
+    """Bytes of a row's positions, padded to whole blocks of 64 positions."""
+    per_block = BLOCK_POSITIONS // m * n * position_bits(n, m) if position_bits(n, m) else BLOCK_POSITIONS
+    return -(-_width(m, in_features) // BLOCK_POSITIONS) * (per_block // 8)
 
 
 def fits(mask: NDArray[np.bool_], n: int, m: int) -> bool:
@@ -66,7 +62,7 @@ def find_pattern(mask: NDArray[np.bool_]) -> tuple[int, int] | None:
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
-    """positions: uint8 [out, row bytes]; values: out * groups * N codes, slot after slot.
+    """positions: uint8 [out, row bytes]; values: the stream of out * groups * N slots.
 
     Raises `ValueError` if the mask does not keep N of every M.
     """
@@ -76,16 +72,16 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     n, m = pattern
     slots = _slots(mask, n, m)
     codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
-    padded = np.full(slots.shape, ZERO_CODE[options.value_type], code_dtype(options.value_type))
+    padded = np.zeros(slots.shape, code_dtype(options.value_type))
     padded[:, : mask.shape[1]] = codes
     params = {"n": n, "m": m, "position_bits": position_bits(n, m), **value_params(options)}
-    values = store(padded[slots], options.value_type)
+    values = store_stream(padded, slots, options.value_type)
     return PackedTensor(
         "nm",
         options.value_type,
         (mask.shape[0], mask.shape[1]),
         params,
-        {"positions": _store_positions(slots, n, m), "values": values, **meaning},
+        {"positions": _store_positions(slots, n, m, mask.shape[1]), "values": values, **meaning},
         int(mask.sum()),
     )
 
@@ -95,8 +91,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     n, m = packed.params["n"], packed.params["m"]
     in_features = packed.shape[1]
     slots = _load_positions(packed.arrays["positions"], packed.shape, n, m)
-    codes = np.full(slots.shape, ZERO_CODE[packed.value_type], code_dtype(packed.value_type))
-    codes[slots] = load(packed.arrays["values"], packed.value_type, int(slots.sum()))
+    codes = load_stream(packed.arrays["values"], slots, packed.value_type)
     mask = slots[:, :in_features].copy()
     weight = dequantize(codes[:, :in_features], packed.value_type, packed.params, packed.arrays)
     return Unpacked(np.where(mask, weight, np.float32(0)), mask)
@@ -109,11 +104,10 @@ def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
         raise ValueError("the mask satisfies no N:M pattern")
     n, m = pattern
     rows, in_features = mask.shape
-    count = rows * -(-in_features // m) * n
+    counts = np.full(rows, -(-in_features // m) * n)
     positions = rows * positions_row_bytes(n, m, in_features)
-    total: int = (
-        positions + value_bytes(count, options.value_type) + scale_bytes((rows, in_features), options)
-    )
+    kept = stream_bytes(counts, options.value_type)
+    total: int = positions + kept + scale_bytes((rows, in_features), options)
     return total
 
 
@@ -127,7 +121,7 @@ def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
 def _slots(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
     """Mask padded to whole groups [out, groups * M], with exactly N set in each group."""
     rows, in_features = mask.shape
-    width = -(-in_features // m) * m
+    width = _width(m, in_features)
     slots = np.zeros((rows, width), np.bool_)
     slots[:, :in_features] = mask
     if width > in_features:
@@ -136,14 +130,23 @@ def _slots(mask: NDArray[np.bool_], n: int, m: int) -> NDArray[np.bool_]:
     return slots
 
 
-def _store_positions(slots: NDArray[np.bool_], n: int, m: int) -> Component:
+def _width(m: int, in_features: int) -> int:
+    """Positions of a row rounded up to whole groups."""
+    return -(-in_features // m) * m
+
+
+def _store_positions(slots: NDArray[np.bool_], n: int, m: int, in_features: int) -> Component:
     """Mask bits, or the slots' positions within their group in ascending order, lowest bits first."""
     rows, bits = slots.shape[0], position_bits(n, m)
-    if bits == 0:
-        return np.packbits(slots, axis=1, bitorder="little")
-    codes = (np.nonzero(slots)[1] % m).astype(np.uint8).reshape(rows, -1)
-    digits = np.unpackbits(codes[..., None], axis=2, bitorder="little")[..., :bits]
-    return np.packbits(digits.reshape(rows, -1), axis=1, bitorder="little")
+    if bits:
+        codes = (np.nonzero(slots)[1] % m).astype(np.uint8).reshape(rows, -1)
+        digits = np.unpackbits(codes[..., None], axis=2, bitorder="little")[..., :bits]
+    else:
+        digits = slots
+    packed = np.packbits(digits.reshape(rows, -1), axis=1, bitorder="little")
+    positions = np.zeros((rows, positions_row_bytes(n, m, in_features)), np.uint8)
+    positions[:, : packed.shape[1]] = packed
+    return positions
 
 
 def _load_positions(positions: Component, shape: tuple[int, int], n: int, m: int) -> NDArray[np.bool_]:

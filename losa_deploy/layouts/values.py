@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, PackOptions, ValueType
 
-ZERO_CODE: Mapping[ValueType, int] = {"f32": 0, "f16": 0, "i8": 0, "i4": 8}
-"""The code of an exact zero."""
+LINEAR_TABLE = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
+"""The default i4 table: a code is the level as a 4-bit two's complement number."""
+BLOCK = 128
+"""Positions of a dense i4 row that share 64 bytes: the first half low nibbles, the second high ones."""
 F16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -19,7 +21,7 @@ def quantize(
 ) -> tuple[NDArray[np.generic], dict[str, Component]]:
     """Weight [out, in] → one code per position [out, in], and the components that give them meaning.
 
-    Codes are f32, f16, int8, or uint8 in 0..15 for i4. Zero weights get the zero code.
+    Codes are f32, f16, int8, or uint8 in 0..15 for i4. Zero weights get code 0 in every type.
     Raises `ValueError` for values that the type cannot hold (NaN, infinity, f16 overflow).
     """
     if not np.isfinite(weight).all():
@@ -56,38 +58,45 @@ def dequantize(
     return product + np.float32(0)  # level 0 times a negative scale is -0; zero is stored as +0
 
 
-def store(codes: NDArray[np.generic], value_type: ValueType) -> Component:
-    """Codes [..., n] → the `values` component: i4 codes two per byte along the last axis, low nibble first.
+def store_rows(codes: NDArray[np.generic], value_type: ValueType) -> Component:
+    """Codes [out, in] → the dense `values` component: [out, in], or [out, ceil(in / 2)] bytes for i4.
 
-    An odd n is completed with the zero code.
+    An i4 row is cut into blocks of 128 positions. Of a block of n, byte j holds position j in its low
+    nibble and position j + ceil(n / 2) in its high one, so that a kernel splits a block without a shuffle.
     """
     if value_type != "i4":
         return np.ascontiguousarray(codes)
-    nibbles = codes.astype(np.uint8)
-    if nibbles.shape[-1] % 2:
-        zero = np.full((*nibbles.shape[:-1], 1), ZERO_CODE["i4"], np.uint8)
-        nibbles = np.concatenate([nibbles, zero], axis=-1)
-    packed: NDArray[np.uint8] = nibbles[..., 0::2] | (nibbles[..., 1::2] << np.uint8(4))
+    rows, columns = codes.shape
+    packed = np.zeros((rows, -(-columns // 2)), np.uint8)
+    for low, high, into in _halves(columns):
+        packed[:, into] = codes[:, low]
+        packed[:, into.start : into.start + high.stop - high.start] |= codes[:, high] << np.uint8(4)
     return packed
 
 
-def load(values: Component, value_type: ValueType, count: int) -> NDArray[np.generic]:
-    """Inverse of `store` for `count` codes along the last axis."""
+def load_rows(values: Component, value_type: ValueType, columns: int) -> NDArray[np.generic]:
+    """Inverse of `store_rows`."""
     if value_type != "i4":
-        return values[..., :count]
+        return values
+    codes = np.empty((values.shape[0], columns), np.uint8)
     packed = values.astype(np.uint8)
-    nibbles = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
-    return nibbles.reshape(*packed.shape[:-1], -1)[..., :count]
+    for low, high, into in _halves(columns):
+        codes[:, low] = packed[:, into] & np.uint8(15)
+        codes[:, high] = packed[:, into.start : into.start + high.stop - high.start] >> np.uint8(4)
+    return codes
+
+
+def _halves(columns: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Per block: positions in low nibbles, positions in high nibbles, bytes."""
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        middle = start + -(-(end - start) // 2)
+        yield slice(start, middle), slice(middle, end), slice(start // 2, start // 2 + middle - start)
 
 
 def code_dtype(value_type: ValueType) -> np.dtype[np.generic]:
-    """Dtype of one code before `store`."""
+    """Dtype of one code before it is stored."""
     return np.dtype({"f32": np.float32, "f16": np.float16, "i8": np.int8, "i4": np.uint8}[value_type])
-
-
-def value_bytes(count: int, value_type: ValueType) -> int:
-    """Bytes of `count` stored values."""
-    return (count + 1) // 2 if value_type == "i4" else count * code_dtype(value_type).itemsize
 
 
 def scale_bytes(shape: tuple[int, int], options: PackOptions) -> int:
@@ -126,8 +135,8 @@ def _quantize_i4(
 ) -> tuple[NDArray[np.generic], dict[str, Component]]:
     """Nearest table level; the group's largest weight sets a signed scale, so that it is nearly exact."""
     table = np.array(options.table, np.int8)
-    if table.shape != (16,) or table[ZERO_CODE["i4"]] != 0:
-        raise ValueError(f"the i4 table needs 16 levels with level 0 at code 8, found {options.table}")
+    if table.shape != (16,) or table[0] != 0:
+        raise ValueError(f"the i4 table needs 16 levels with level 0 at code 0, found {options.table}")
     out_features, in_features = weight.shape
     size, groups = options.group_size, group_count(in_features, options.group_size)
     padded = np.zeros((out_features, groups * size), np.float32)
@@ -144,14 +153,14 @@ def _quantize_i4(
 
 
 def _nearest(levels: NDArray[np.float32], table: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Code of the nearest table level for each real level; a tie goes to the lower code, zero to code 8."""
-    if table.tolist() == list(range(-8, 8)):
-        return (np.clip(np.rint(levels), -8, 7) + 8).astype(np.uint8)
+    """Code of the nearest table level for each real level; a tie goes to the lower level, zero to code 0."""
+    if tuple(table.tolist()) == LINEAR_TABLE:
+        return np.clip(np.rint(levels), -8, 7).astype(np.int8).astype(np.uint8) & np.uint8(15)
     order = np.argsort(table, kind="stable")
     ranked = table[order].astype(np.float32)
     index = np.searchsorted((ranked[1:] + ranked[:-1]) / 2, levels, side="left")
     codes = order[index].astype(np.uint8)
-    return np.where(levels == 0, np.uint8(ZERO_CODE["i4"]), codes)
+    return np.where(levels == 0, np.uint8(0), codes)
 
 
 def _spread(scale: NDArray[np.float32], group_size: int, in_features: int) -> NDArray[np.float32]:

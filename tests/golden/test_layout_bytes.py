@@ -18,12 +18,20 @@ def stored(packed: PackedTensor) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in packed.arrays.items()}
 
 
+SLACK = bytes(64)
+
+
+def padded(values: bytes) -> bytes:
+    """A short value stream: up to 64 bytes, then 64 zero bytes."""
+    return values.ljust(64, b"\0") + SLACK
+
+
 def test_bitmask_i8() -> None:
     packed = pack("bitmask", [[1.0, 9.0, -0.5], [9.0, 2.0, 0.0]], [[1, 0, 1], [0, 1, 1]], PackOptions("i8"))
     assert stored(packed) == {
         "positions": bytes([0b101, 0, 0, 0, 0, 0, 0, 0, 0b110, 0, 0, 0, 0, 0, 0, 0]),
         # -0.5 / (1/127) = -63.5 rounds to the even level -64; the kept zero keeps its slot.
-        "values": bytes([127, 256 - 64, 127, 0]),
+        "values": padded(bytes([127, 256 - 64, 127, 0])),
         "scale": np.array([1 / 127, 2 / 127], "<f4").tobytes(),
     }
     assert packed.nnz == 4
@@ -36,44 +44,70 @@ def test_bitmask_f32_and_f16() -> None:
         packed = pack("bitmask", weight, mask, PackOptions(value_type))  # type: ignore[arg-type]
         assert stored(packed) == {
             "positions": bytes([1, 1, 0, 0, 0, 0, 0, 0]),
-            "values": bytes.fromhex(values),
+            "values": padded(bytes.fromhex(values)),
         }
 
 
-def test_bitmask_i4_signed_scale_low_nibble_first_and_odd_count() -> None:
-    packed = pack("bitmask", [[4.0, 0.0, -3.0, 1.0]], [[1, 0, 1, 1]], PackOptions("i4", group_size=32))
+def test_a_full_stream_is_followed_by_64_zero_bytes_only() -> None:
+    packed = pack("bitmask", [[1.0] * 64], [[1] * 64], PackOptions("i8"))
+    assert stored(packed)["values"] == bytes([127] * 64) + SLACK
+
+
+def test_bitmask_i4_rows_in_pairs_share_bytes() -> None:
+    weight = [[4.0, 0.0, -3.0, 1.0], [0.0, -8.0, 0.0, 0.0], [0.0, 0.0, 2.0, 0.0]]
+    mask = [[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]]
+    packed = pack("bitmask", weight, mask, PackOptions("i4", group_size=32))
     assert stored(packed) == {
-        "positions": bytes([0b1101, 0, 0, 0, 0, 0, 0, 0]),
-        # scale 4 / -8 = -0.5, levels -8, 6, -2, codes 0, 14, 6, completed with code 8.
-        "values": bytes([0xE0, 0x86]),
-        "scale": bytes.fromhex("00b8"),
-        "table": bytes(range(0xF8, 0x100)) + bytes(range(8)),
+        "positions": b"".join(bytes([bits, 0, 0, 0, 0, 0, 0, 0]) for bits in (0b1101, 0b10, 0b100)),
+        # Row 0: scale 4 / -8 = -0.5, levels -8, 6, -2: low nibbles 8, 6, 14. Row 1: scale 1, level -8 in the
+        # first high nibble. Row 2 starts a pair without a partner: scale -0.25, level -8.
+        "values": padded(bytes([0x88, 0x06, 0x0E, 0x08])),
+        "scale": bytes.fromhex("00b8003c00b4"),
+        "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
     }
 
 
-def test_dense_i4_starts_every_row_at_a_byte() -> None:
+def test_dense_i4_row_is_split_in_halves() -> None:
     packed = pack("dense", [[8.0, 0.0, 1.0], [-8.0, -1.0, 0.0]], [[1] * 3] * 2, PackOptions("i4", 32))
-    # Row 0: scale -1, levels -8, 0, -1; row 1: scale 1, levels -8, -1, 0.
-    assert stored(packed)["values"] == bytes([0x80, 0x87, 0x70, 0x88])
+    # Row 0: scale -1, levels -8, 0, -1; row 1: scale 1, levels -8, -1, 0. Positions 0 and 2 share a byte.
+    assert stored(packed)["values"] == bytes([0xF8, 0x00, 0x08, 0x0F])
     assert stored(packed)["scale"] == bytes.fromhex("00bc003c")
+
+
+def test_dense_i4_blocks_of_128_positions_and_a_shorter_last_one() -> None:
+    levels = np.zeros((1, 132))
+    levels[0, [0, 64, 127, 128, 130, 131]] = [-8, 1, 2, 3, 4, 5]
+    values = pack("dense", levels.tolist(), [[1] * 132], PackOptions("i4", 128)).arrays["values"]
+    # The last group has its own scale: 5 / -8; levels 3, 4, 5 become -4.8, -6.4, -8.
+    assert values[0, [0, 63, 64, 65]].tolist() == [0x18, 0x20, 0xAB, 0x80]
+    assert np.count_nonzero(values) == 4
 
 
 def test_nm_2_of_4_stores_mask_bits() -> None:
     mask = [[1, 0, 0, 1, 0, 1, 1, 0]]
     packed = pack("nm", [[1.0] * 8], mask, PackOptions("f16", pattern=(2, 4)))
-    assert stored(packed) == {"positions": bytes([0b01101001]), "values": bytes.fromhex("003c" * 4)}
+    assert stored(packed) == {
+        "positions": bytes([0b01101001, 0, 0, 0, 0, 0, 0, 0]),
+        "values": padded(bytes.fromhex("003c" * 4)),
+    }
     assert packed.params["position_bits"] == 0
 
 
 def test_nm_1_of_4_stores_two_bit_codes() -> None:
     mask = [[0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1]]
     packed = pack("nm", [[2.0] * 12], mask, PackOptions("f16", pattern=(1, 4)))
-    assert stored(packed) == {"positions": bytes([0b110010]), "values": bytes.fromhex("0040" * 3)}
+    assert stored(packed) == {
+        "positions": bytes([0b110010, 0, 0, 0]),
+        "values": padded(bytes.fromhex("0040" * 3)),
+    }
     assert packed.params["position_bits"] == 2
 
 
 def test_nm_short_last_group_points_beyond_the_row() -> None:
     """1:4 with 5 columns, the last one pruned: the free slot is position 1 of the group (column 5)."""
     packed = pack("nm", [[3.0, 0.0, 0.0, 0.0, 0.0]], [[1, 0, 0, 0, 0]], PackOptions("f16", pattern=(1, 4)))
-    assert stored(packed) == {"positions": bytes([0b0100]), "values": bytes.fromhex("00420000")}
+    assert stored(packed) == {
+        "positions": bytes([0b0100, 0, 0, 0]),
+        "values": padded(bytes.fromhex("00420000")),
+    }
     assert packed.nnz == 1

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from losa_deploy.exporters.onnx.functions import DOMAIN, VERSION, attributes, exact, function, op_type
+from losa_deploy.exporters.onnx.functions import DOMAIN, OPSET, VERSION, attributes, exact, function, op_type
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 
-OPSET = 20
 SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576))
 
 
@@ -36,7 +35,7 @@ def one_node_model(packed: PackedTensor) -> onnx.ModelProto:
     model = helper.make_model(
         graph,
         opset_imports=imports,
-        functions=[function(packed, OPSET, unpadded=exact(packed))],
+        functions=[function(packed, unpadded=exact(packed))],
         ir_version=10,
     )
     onnx.checker.check_model(model)
