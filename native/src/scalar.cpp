@@ -1,15 +1,162 @@
-#include "losa/kernels.h"
+// Plain C++: the definition of what every other target computes, and the fallback on any CPU.
+#include <cmath>
 
-extern "C" int losa_mask_count(const uint8_t *mask, size_t bytes, uint64_t *count) {
-  if ((mask == nullptr && bytes != 0) || count == nullptr) {
-    return LOSA_NULL_POINTER;
+#include "target.h"
+
+namespace losa {
+namespace {
+
+void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
+              int32_t *bias) {
+  for (size_t start = 0, g = 0; start < padded; start += group, ++g) {
+    const size_t end = start + group < columns ? start + group : columns;
+    float peak = 0.0f;
+    for (size_t i = start; i < end; ++i) {
+      peak = std::fmax(peak, std::fabs(x[i]));
+    }
+    scale[g] = peak / 127.0f;
+    const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+    int sum = 0;
+    for (size_t i = start; i < start + group; ++i) {
+      const int level = i < end ? static_cast<int>(std::lrintf(x[i] * inverse)) : 0;
+      q[i] = static_cast<int8_t>(level);
+      sum += level;
+    }
+    bias[g] = -128 * sum;
   }
-  uint64_t total = 0;
-  for (size_t i = 0; i < bytes; ++i) {
-    for (unsigned bits = mask[i]; bits != 0; bits &= bits - 1) {
-      ++total;
+}
+
+// Calls put(position, k) for the k-th kept position of a row.
+template <typename Put>
+void each_kept(const losa_parts &p, size_t row, Put put) {
+  const Positions positions(p, row);
+  size_t k = 0;
+  for (size_t block = 0; block < positions.blocks; ++block) {
+    for (uint64_t word = positions.word(block); word != 0; word &= word - 1, ++k) {
+      put(block * kBlock + static_cast<size_t>(__builtin_ctzll(word)), k);
     }
   }
-  *count = total;
-  return LOSA_OK;
 }
+
+void expand_dense_i4(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
+  const uint8_t *bytes = static_cast<const uint8_t *>(p.values.data) + row * ((p.columns + 1u) / 2u);
+  for (size_t start = 0; start < p.columns; start += kPadding) {
+    const size_t count = p.columns - start < kPadding ? p.columns - start : kPadding;
+    const size_t half = (count + 1) / 2;
+    for (size_t j = 0; j < half; ++j) {
+      const uint8_t byte = bytes[start / 2 + j];
+      out[start + j] = table[byte & 15];
+      if (half + j < count) {
+        out[start + half + j] = table[byte >> 4];
+      }
+    }
+  }
+}
+
+void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
+  const losa_parts &p = t.parts;
+  std::memset(out, 0, padded_columns(p));
+  const auto *values = static_cast<const uint8_t *>(p.values.data);
+  const auto *table = static_cast<const int8_t *>(p.table.data);
+  if (p.layout == LOSA_DENSE) {
+    if (p.value_type == LOSA_I4) {
+      expand_dense_i4(p, row, table, out);
+    } else {
+      std::memcpy(out, values + row * p.columns, p.columns);
+    }
+    return;
+  }
+  const uint8_t *first = values + row_start(t, row);
+  if (p.value_type == LOSA_I4) {
+    const unsigned shift = row % 2 ? 4 : 0;
+    each_kept(p, row, [&](size_t position, size_t k) { out[position] = table[(first[k] >> shift) & 15]; });
+  } else {
+    each_kept(p, row, [&](size_t position, size_t k) { out[position] = static_cast<int8_t>(first[k]); });
+  }
+}
+
+float load_value(const losa_parts &p, size_t index) {
+  const auto *bytes = static_cast<const uint8_t *>(p.values.data);
+  if (p.value_type == LOSA_F32) {
+    float value;
+    std::memcpy(&value, bytes + index * 4, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, bytes + index * 2, 2);
+  return half_to_float(half);
+}
+
+void expand_values(const losa_tensor &t, size_t row, float *out) {
+  const losa_parts &p = t.parts;
+  std::memset(out, 0, padded_columns(p) * sizeof(float));
+  if (p.layout == LOSA_DENSE) {
+    for (size_t i = 0; i < p.columns; ++i) {
+      out[i] = load_value(p, row * p.columns + i);
+    }
+    return;
+  }
+  const size_t first = row_start(t, row);
+  each_kept(p, row, [&](size_t position, size_t k) { out[position] = load_value(p, first + k); });
+}
+
+float dot_levels(const losa_parts &p, const int8_t *row, size_t r, const Activations &a, size_t token) {
+  const size_t group = activation_group(p);
+  const int8_t *q = a.q + token * a.padded;
+  float total = 0.0f;
+  for (size_t g = 0; g < a.groups; ++g) {
+    int sum = 0;
+    for (size_t i = g * group; i < (g + 1) * group; ++i) {
+      sum += q[i] * row[i];
+    }
+    const bool scaled = p.value_type == LOSA_I4 && g < weight_groups(p);
+    const float weight_scale = scaled ? load_scale(p, r * weight_groups(p) + g) : 1.0f;
+    total += a.scale[token * a.groups + g] * weight_scale * static_cast<float>(sum);
+  }
+  return p.value_type == LOSA_I8 ? total * load_scale(p, r) : total;
+}
+
+void levels_panel(const losa_tensor &t, const int8_t *panel, size_t first, size_t rows, const Activations &a,
+                  float *y, size_t ldy) {
+  for (size_t token = 0; token < a.tokens; ++token) {
+    for (size_t r = 0; r < rows; ++r) {
+      y[token * ldy + first + r] = dot_levels(t.parts, panel + r * a.padded, first + r, a, token);
+    }
+  }
+}
+
+void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
+  for (size_t token = 0; token < a.tokens; ++token) {
+    for (size_t r = 0; r < rows; ++r) {
+      float total = 0.0f;
+      for (size_t i = 0; i < a.padded; ++i) {
+        total += a.x[token * a.padded + i] * panel[r * a.padded + i];
+      }
+      y[token * ldy + first + r] = total;
+    }
+  }
+}
+
+void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
+            void *scratch) {
+  if (is_integer(t.parts)) {
+    each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
+                       [&](const int8_t *panel, size_t first, size_t rows) {
+                         levels_panel(t, panel, first, rows, a, y, ldy);
+                       });
+  } else {
+    each_panel<float>(
+        t, a, begin, end, scratch, expand_values,
+        [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
+  }
+}
+
+void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
+  matmul(t, a, begin, end, y, t.parts.rows, scratch);
+}
+
+}  // namespace
+
+const Target kScalar = {"scalar", quantize, matvec, matmul};
+
+}  // namespace losa

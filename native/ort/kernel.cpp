@@ -1,0 +1,362 @@
+#include "kernel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "buffer.h"
+
+namespace losa::ort {
+namespace {
+
+// Waking the pool costs some microseconds, in which a core reads about this much of a weight.
+constexpr uint64_t kInlineBytes = 64 * 1024;
+constexpr uint64_t kChunkBytes = 32 * 1024;
+// More chunks than threads, so that a thread that was held up does not hold up the others.
+constexpr size_t kChunksPerThread = 4;
+constexpr size_t kTokensPerPrepare = 8;
+
+size_t ceil_div(size_t value, size_t by) { return (value + by - 1) / by; }
+
+thread_local Buffer activation_buffer;
+thread_local Buffer scratch_buffer;
+
+size_t most_chunks() {
+  static const size_t count = std::max<size_t>(1, std::thread::hardware_concurrency()) * kChunksPerThread;
+  return count;
+}
+
+// Releases what describes a tensor.
+class Shape {
+ public:
+  Shape(const OrtApi *api, const OrtValue *value) : api_(api) {
+    failed_ = GetTensorTypeAndShape(api, value, &info_);
+    size_t rank = 0;
+    if (failed_ == nullptr) {
+      failed_ = GetTensorElementType(api, info_, &type_);
+    }
+    if (failed_ == nullptr) {
+      failed_ = GetDimensionsCount(api, info_, &rank);
+    }
+    if (failed_ == nullptr) {
+      dims_.resize(rank);
+      failed_ = GetDimensions(api, info_, dims_.data(), rank);
+    }
+  }
+  Shape(const Shape &) = delete;
+  Shape &operator=(const Shape &) = delete;
+  ~Shape() {
+    if (info_ != nullptr) {
+      ReleaseTensorTypeAndShapeInfo(api_, info_);
+    }
+  }
+
+  OrtStatus *status() const { return failed_; }
+  int type() const { return type_; }
+  std::vector<int64_t> &dims() { return dims_; }
+  uint64_t elements() const {
+    uint64_t count = 1;
+    for (const int64_t dim : dims_) {
+      count *= static_cast<uint64_t>(dim);
+    }
+    return count;
+  }
+
+ private:
+  const OrtApi *api_;
+  OrtTensorTypeAndShapeInfo *info_ = nullptr;
+  OrtStatus *failed_ = nullptr;
+  int type_ = kUndefined;
+  std::vector<int64_t> dims_;
+};
+
+uint64_t element_bytes(int type) {
+  return type == kFloat ? 4 : type == kFloat16 ? 2 : type == kUint8 || type == kInt8 ? 1 : 0;
+}
+
+std::string node_name(const OrtApi *api, const OrtKernelInfo *info) {
+  size_t bytes = 0;  // with the zero at the end
+  OrtStatus *status = KernelInfo_GetNodeName(api, info, nullptr, &bytes);
+  std::string name(bytes, '\0');
+  if (status == nullptr && bytes != 0) {
+    status = KernelInfo_GetNodeName(api, info, &name[0], &bytes);
+  }
+  if (status != nullptr) {
+    ReleaseStatus(api, status);
+    return {};
+  }
+  name.resize(bytes == 0 ? 0 : bytes - 1);
+  return name;
+}
+
+bool attribute(const OrtApi *api, const OrtKernelInfo *info, const char *name, int64_t *value) {
+  OrtStatus *status = KernelInfoGetAttribute_int64(api, info, name, value);
+  if (status != nullptr) {
+    ReleaseStatus(api, status);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+size_t Operator::component_count() const {
+  size_t count = 0;
+  while (count < components.size() && components[count] != nullptr) {
+    ++count;
+  }
+  return count;
+}
+
+ElementType Operator::input_type(size_t index) const {
+  if (index == 0) {
+    return kFloat;
+  }
+  const std::string component = components[(index - 1) % component_count()];
+  if (component == "positions") {
+    return kUint8;
+  }
+  if (component == "table") {
+    return kInt8;
+  }
+  if (component == "scale") {
+    return value_type == LOSA_I8 ? kUndefined : kFloat16;  // row scales are f32 or f16
+  }
+  constexpr ElementType kValues[] = {kFloat, kFloat16, kInt8, kUint8};
+  return kValues[value_type];
+}
+
+Kernel::Kernel(const Operator &op, const OrtApi *api, const OrtKernelInfo *info)
+    : api_(api), op_(op), node_(node_name(api, info)) {
+  int64_t format = 0;
+  if (!attribute(api, info, "format", &format) || format != LOSA_FORMAT_VERSION) {
+    refuse("the weight is stored in format " + std::to_string(format) + ", this library reads format " +
+           std::to_string(LOSA_FORMAT_VERSION) + "; export the model again with this version of losa-deploy");
+  }
+  for (size_t i = 0; i < op.weights; ++i) {
+    open(info, i);
+    if (i > 0 && !losa_same_activations(&weights_[0].tensor, &weights_[i].tensor)) {
+      refuse("weight " + std::to_string(i) + " cannot share the input of weight 0");
+    }
+  }
+}
+
+void Kernel::open(const OrtKernelInfo *info, size_t index) {
+  const auto integer = [&](const char *name, int64_t least, int64_t most) {
+    int64_t value = 0;
+    if (!attribute(api_, info, name, &value)) {
+      refuse(std::string("the attribute ") + name + " is missing");
+    }
+    if (value < least || value > most) {
+      refuse(std::string("the attribute ") + name + " is " + std::to_string(value) + ", expected " +
+             std::to_string(least) + " to " + std::to_string(most));
+    }
+    return value;
+  };
+  losa_parts parts = {};
+  parts.layout = static_cast<uint8_t>(op_.layout);
+  parts.value_type = static_cast<uint8_t>(op_.value_type);
+  parts.columns = static_cast<uint32_t>(integer("in_features", 1, INT32_MAX));
+  if (op_.layout == LOSA_NM) {
+    parts.n = static_cast<uint8_t>(integer("n", 1, 31));
+    parts.m = static_cast<uint8_t>(integer("m", 2, 32));
+    const bool codes = op_.position_codes;
+    parts.position_bits = static_cast<uint8_t>(integer("position_bits", codes ? 1 : 0, codes ? 8 : 0));
+  }
+  if (op_.value_type == LOSA_I4) {
+    parts.group_size = static_cast<uint16_t>(integer("group_size", 32, 128));
+  }
+  const size_t count = op_.component_count();
+  std::string sizes;
+  for (size_t i = 0; i < count; ++i) {
+    const std::string name = op_.components[i];
+    const size_t input = 1 + index * count + i;
+    int constant = 0;
+    const OrtValue *value = nullptr;
+    check(KernelInfoGetConstantInput_tensor(api_, info, input, &constant, &value));
+    if (!constant || value == nullptr) {
+      refuse("its input " + std::to_string(input) + " (" + name +
+             ") is not an initializer; the packed weight has to be constant");
+    }
+    Shape shape(api_, value);
+    check(shape.status());
+    if (i == 0) {  // positions, or the values of a dense weight: one row per output feature
+      const int64_t rows = shape.dims().empty() ? 0 : shape.dims()[0];
+      int64_t promised = rows;
+      if (op_.weights == 1 && attribute(api_, info, "out_features", &promised) && promised != rows) {
+        refuse("the component " + name + " has " + std::to_string(rows) + " rows, but out_features is " +
+               std::to_string(promised));
+      }
+      parts.rows = static_cast<uint32_t>(std::min<int64_t>(std::max<int64_t>(rows, 0), INT32_MAX));
+    }
+    void *data = nullptr;
+    check(GetTensorMutableData(api_, const_cast<OrtValue *>(value), &data));
+    const losa_bytes bytes = {data, shape.elements() * element_bytes(shape.type())};
+    sizes += (i == 0 ? "" : ", ") + name + " " + std::to_string(bytes.bytes);
+    if (name == "positions") {
+      parts.positions = bytes;
+    } else if (name == "values") {
+      parts.values = bytes;
+    } else if (name == "table") {
+      parts.table = bytes;
+    } else {
+      if (shape.type() != kFloat && shape.type() != kFloat16) {
+        refuse("the component scale has the element type " + std::to_string(shape.type()) +
+               ", expected float (1) or float16 (10)");
+      }
+      parts.scale = bytes;
+      parts.scale_type = shape.type() == kFloat ? LOSA_SCALE_F32 : LOSA_SCALE_F16;
+    }
+  }
+  Weight &weight = weights_[index];
+  weight.starts = std::make_unique<uint64_t[]>(std::max<size_t>(1, losa_starts_count(&parts)));
+  const int status = losa_tensor_open(&parts, weight.starts.get(), &weight.tensor);
+  if (status != LOSA_OK) {
+    refuse("weight " + std::to_string(index) + " is damaged: " + losa_status_text(status) + " (shape " +
+           std::to_string(parts.rows) + " x " + std::to_string(parts.columns) + ", bytes: " + sizes + ")");
+  }
+  weight.bytes = parts.positions.bytes + parts.values.bytes + parts.scale.bytes;
+}
+
+void Kernel::refuse(const std::string &problem) const {
+  throw std::runtime_error("ai.losa " + op_.name + " node '" + node_ + "': " + problem + ".");
+}
+
+void Kernel::check(OrtStatus *status) const {
+  if (status != nullptr) {
+    const std::string text = GetErrorMessage(api_, status);
+    ReleaseStatus(api_, status);
+    refuse(text);
+  }
+}
+
+// One call of a kernel: its input, its outputs and how the rows are cut.
+class Kernel::Run {
+ public:
+  Run(const Kernel &kernel, OrtKernelContext *context) : kernel_(kernel), context_(context) {
+    const OrtValue *input = nullptr;
+    kernel_.check(KernelContext_GetInput(kernel_.api_, context, 0, &input));
+    Shape shape(kernel_.api_, input);
+    kernel_.check(shape.status());
+    std::vector<int64_t> &dims = shape.dims();
+    columns_ = kernel_.weights_[0].tensor.parts.columns;
+    if (dims.empty() || dims.back() != static_cast<int64_t>(columns_)) {
+      kernel_.refuse("the last dimension of X is " +
+                     (dims.empty() ? "missing" : std::to_string(dims.back())) + ", expected in_features " +
+                     std::to_string(columns_));
+    }
+    tokens_ = shape.elements() / columns_;
+    x_ = static_cast<const float *>(data(input));
+    for (size_t i = 0; i < kernel_.op_.weights; ++i) {
+      dims.back() = static_cast<int64_t>(kernel_.weights_[i].tensor.parts.rows);
+      OrtValue *output = nullptr;
+      kernel_.check(KernelContext_GetOutput(kernel_.api_, context, i, dims.data(), dims.size(), &output));
+      y_[i] = static_cast<float *>(data(output));
+    }
+  }
+
+  void execute() {
+    if (tokens_ == 0) {
+      return;
+    }
+    activations_ = activation_buffer.get(losa_activation_bytes(&tensor(0), tokens_));
+    if (activations_ == nullptr) {
+      throw std::bad_alloc();
+    }
+    const size_t parts = ceil_div(tokens_, kTokensPerPrepare);
+    parallel(tokens_ * columns_ * sizeof(float) < kInlineBytes ? 1 : parts, parts,
+             [](void *run, size_t part) { static_cast<Run *>(run)->prepare(part); });
+    const size_t chunks = cut();
+    parallel(chunks == kernel_.op_.weights ? 1 : chunks, chunks,
+             [](void *run, size_t chunk) { static_cast<Run *>(run)->multiply(chunk); });
+    activation_buffer.trim();
+    const int status = status_.load(std::memory_order_relaxed);
+    if (status == kNoMemory) {
+      throw std::bad_alloc();
+    }
+    if (status != LOSA_OK) {
+      kernel_.refuse(losa_status_text(status));
+    }
+  }
+
+ private:
+  static constexpr int kNoMemory = -1;
+
+  const losa_tensor &tensor(size_t weight) const { return kernel_.weights_[weight].tensor; }
+
+  void *data(const OrtValue *value) const {
+    void *data = nullptr;
+    kernel_.check(GetTensorMutableData(kernel_.api_, const_cast<OrtValue *>(value), &data));
+    return data;
+  }
+
+  // Chunks of rows of each weight, in proportion to its bytes, and their total.
+  size_t cut() {
+    uint64_t work = 0;
+    for (size_t i = 0; i < kernel_.op_.weights; ++i) {
+      work += kernel_.weights_[i].bytes * tokens_;
+    }
+    const uint64_t wanted = work < kInlineBytes ? 1 : std::min<uint64_t>(most_chunks(), work / kChunkBytes);
+    size_t total = 0;
+    for (size_t i = 0; i < kernel_.op_.weights; ++i) {
+      const uint64_t share = wanted * kernel_.weights_[i].bytes * tokens_ / std::max<uint64_t>(work, 1);
+      const size_t steps = ceil_div(tensor(i).parts.rows, LOSA_ROW_STEP);
+      chunks_[i] = std::min(std::max<size_t>(1, static_cast<size_t>(share)), steps);
+      total += chunks_[i];
+    }
+    return total;
+  }
+
+  // `task` for all indices below `count`: in this thread if `batches` is 1, else in the session's pool.
+  void parallel(size_t batches, size_t count, void (*task)(void *, size_t)) {
+    if (batches > 1) {
+      kernel_.check(KernelContext_ParallelFor(kernel_.api_, context_, task, count, 0, this));
+      return;
+    }
+    for (size_t i = 0; i < count; ++i) {
+      task(this, i);
+    }
+  }
+
+  void prepare(size_t part) {
+    const size_t begin = part * kTokensPerPrepare, end = std::min(begin + kTokensPerPrepare, tokens_);
+    note(losa_prepare(&tensor(0), x_, columns_, begin, end, tokens_, activations_));
+  }
+
+  void multiply(size_t chunk) {
+    size_t weight = 0;
+    while (chunk >= chunks_[weight]) {
+      chunk -= chunks_[weight++];
+    }
+    const losa_tensor &t = tensor(weight);
+    const size_t rows = t.parts.rows, steps = ceil_div(rows, LOSA_ROW_STEP), chunks = chunks_[weight];
+    const size_t begin = steps * chunk / chunks * LOSA_ROW_STEP;
+    const size_t end = std::min(steps * (chunk + 1) / chunks * LOSA_ROW_STEP, rows);
+    void *scratch = scratch_buffer.get(losa_scratch_bytes(&t, tokens_));
+    note(scratch == nullptr ? kNoMemory
+                            : losa_matmul(&t, activations_, tokens_, begin, end, y_[weight], rows, scratch));
+    scratch_buffer.trim();
+  }
+
+  void note(int status) {
+    if (status != LOSA_OK) {
+      status_.store(status, std::memory_order_relaxed);
+    }
+  }
+
+  const Kernel &kernel_;
+  OrtKernelContext *context_;
+  const float *x_ = nullptr;
+  size_t tokens_ = 0, columns_ = 0;
+  void *activations_ = nullptr;
+  std::array<float *, kMostWeights> y_ = {};
+  std::array<size_t, kMostWeights> chunks_ = {};
+  std::atomic<int> status_{LOSA_OK};
+};
+
+void Kernel::run(OrtKernelContext *context) const { Run(*this, context).execute(); }
+
+}  // namespace losa::ort

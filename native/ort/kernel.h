@@ -1,0 +1,61 @@
+// One node of domain ai.losa: one to three weights that share the input X.
+#ifndef LOSA_ORT_KERNEL_H
+#define LOSA_ORT_KERNEL_H
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "abi.h"
+#include "losa/kernels.h"
+
+namespace losa::ort {
+
+constexpr size_t kMostWeights = 3;
+constexpr size_t kMostComponents = 4;
+
+// An operator: what its name says about the weights of its nodes.
+struct Operator : OrtCustomOp {
+  losa_layout layout;
+  bool position_codes;  // LOSA_NM: codes instead of mask bits
+  losa_value_type value_type;
+  size_t weights;
+  std::array<const char *, kMostComponents> components;  // names in the order of the inputs, then null
+  std::string name;
+
+  size_t component_count() const;
+  // Of input `index`, where 0 is X and the components of all weights follow.
+  ElementType input_type(size_t index) const;
+};
+
+class Kernel {
+ public:
+  // Read attributes and constant inputs; throws std::exception with a text that names the node.
+  Kernel(const Operator &op, const OrtApi *api, const OrtKernelInfo *info);
+
+  // Any number of threads may run one kernel at the same time. Throws like the constructor.
+  void run(OrtKernelContext *context) const;
+
+ private:
+  struct Weight {
+    losa_tensor tensor = {};
+    std::unique_ptr<uint64_t[]> starts;
+    uint64_t bytes = 0;  // what a thread reads to use it once
+  };
+  class Run;
+
+  void open(const OrtKernelInfo *info, size_t index);
+  [[noreturn]] void refuse(const std::string &problem) const;
+  void check(OrtStatus *status) const;
+
+  const OrtApi *api_;
+  const Operator &op_;
+  std::string node_;
+  std::array<Weight, kMostWeights> weights_;
+};
+
+}  // namespace losa::ort
+
+#endif

@@ -1,0 +1,496 @@
+// AVX2, FMA and F16C. AVX2 has no expand instruction: a mask byte selects one of 256 byte shuffles that
+// put up to 8 kept values in their places.
+#include <immintrin.h>
+
+#include "shuffle.h"
+#include "target.h"
+
+namespace losa {
+namespace {
+
+// Levels of one sparse row, 64 positions at a time.
+template <bool I4, bool Fixed>
+class SparseRow {
+ public:
+  SparseRow(const losa_tensor &t, size_t row)
+      : positions_(t.parts, row),
+        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
+        count_(Fixed ? count_per_byte(t.parts) : 0),
+        offsets_(fixed_offsets(count_)),
+        shift_(row % 2 ? 4 : 0),
+        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+
+  size_t blocks() const { return positions_.blocks; }
+
+  Block next(size_t block) {
+    const uint64_t word = positions_.word(block);
+    Block found;
+    if (Fixed) {
+      found = scatter_fixed(word, at_, count_, offsets_);
+      at_ += 8 * count_;
+    } else {
+      unsigned used;
+      found = scatter(word, at_, &used);
+      at_ += used;
+    }
+    return I4 ? Block{nibbles(found.low, shift_, levels_), nibbles(found.high, shift_, levels_)} : found;
+  }
+
+ private:
+  Positions positions_;
+  const uint8_t *at_;
+  unsigned count_;
+  __m256i offsets_;
+  int shift_;
+  __m256i levels_;
+};
+
+// Levels of one dense row; the last block is copied, so that nothing behind the row is read.
+template <bool I4>
+class DenseRow {
+ public:
+  DenseRow(const losa_tensor &t, size_t row)
+      : columns_(t.parts.columns),
+        row_(static_cast<const uint8_t *>(t.parts.values.data) + row * (I4 ? (columns_ + 1) / 2 : columns_)),
+        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+
+  size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
+
+  Block next(size_t block) {
+    const size_t start = block * kBlock;
+    if (I4) {
+      return next_i4(start);
+    }
+    if (start + kBlock <= columns_) {
+      return load(row_ + start);
+    }
+    alignas(32) uint8_t copy[kBlock] = {};
+    std::memcpy(copy, row_ + start, columns_ - start);
+    return load(copy);
+  }
+
+ private:
+  static Block load(const uint8_t *p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
+  }
+
+  Block next_i4(size_t start) {
+    const size_t first = start / kPadding * kPadding;
+    if (first + kPadding <= columns_) {
+      const int shift = start == first ? 0 : 4;
+      const Block bytes = load(row_ + first / 2);
+      return {nibbles(bytes.low, shift, levels_), nibbles(bytes.high, shift, levels_)};
+    }
+    // A last block of n < 128 positions is split in halves of its own.
+    alignas(32) uint8_t codes[kPadding] = {};
+    const size_t n = columns_ - first, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j) {
+      const uint8_t byte = row_[first / 2 + j];
+      codes[j] = byte & 15;
+      if (half + j < n) {
+        codes[half + j] = byte >> 4;
+      }
+    }
+    const Block found = load(codes + (start - first));
+    return {nibbles(found.low, 0, levels_), nibbles(found.high, 0, levels_)};
+  }
+
+  size_t columns_;
+  const uint8_t *row_;
+  __m256i levels_;
+};
+
+inline float sum(__m256 v) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+
+// 32 products as 16-bit sums of two. Without sign the levels would need 9 bits: |w| * sign(x, w).
+inline __m256i products(__m256i w, const int8_t *x) {
+  const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
+  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+}
+
+inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// 64 products as 32-bit sums. Small: levels so small that two 16-bit sums may be added (|w| <= 64).
+constexpr int kSmall = 64;
+template <bool Small>
+inline __m256i dot_block(const Block &w, const int8_t *x) {
+  const __m256i low = products(w.low, x), high = products(w.high, x + 32);
+  return Small ? widen(_mm256_add_epi16(low, high)) : _mm256_add_epi32(widen(low), widen(high));
+}
+
+// Scales of one row of weights, per activation group.
+class RowScales {
+ public:
+  RowScales(const losa_parts &p, size_t row)
+      : halves_(p.value_type == LOSA_I4
+                    ? static_cast<const uint8_t *>(p.scale.data) + 2 * row * weight_groups(p)
+                    : nullptr),
+        groups_(halves_ ? weight_groups(p) : 0),
+        whole_(halves_ ? 1.0f : load_scale(p, row)) {}
+
+  // Groups behind the last one hold no weights.
+  float group(size_t g) const {
+    if (halves_ == nullptr) {
+      return whole_;
+    }
+    uint16_t half = 0;
+    if (g < groups_) {
+      std::memcpy(&half, halves_ + 2 * g, 2);
+    }
+    return _cvtsh_ss(half);
+  }
+
+ private:
+  const uint8_t *halves_;
+  size_t groups_;
+  float whole_;
+};
+
+// One row times one token, groups of 64 or 128.
+template <bool Small, typename Row>
+float dot_row(const losa_parts &p, Row row, size_t r, const Activations &a) {
+  const RowScales scales(p, r);
+  const size_t per_group = activation_group(p) / kBlock, blocks = row.blocks();
+  __m256 total = _mm256_setzero_ps();
+  for (size_t block = 0, g = 0; block < blocks; ++g) {
+    __m256i acc = _mm256_setzero_si256();
+    for (size_t i = 0; i < per_group && block < blocks; ++i, ++block) {
+      acc = _mm256_add_epi32(acc, dot_block<Small>(row.next(block), a.q + block * kBlock));
+    }
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+  }
+  return sum(total);
+}
+
+// Groups of 32: each half of a block has its own scale.
+template <typename Row>
+float dot_row_32(const losa_parts &p, Row row, size_t r, const Activations &a) {
+  const RowScales scales(p, r);
+  __m256 total = _mm256_setzero_ps();
+  for (size_t block = 0, blocks = row.blocks(); block < blocks; ++block) {
+    const Block w = row.next(block);
+    const int8_t *x = a.q + block * kBlock;
+    const size_t g = 2 * block;
+    const __m256 low = _mm256_cvtepi32_ps(widen(products(w.low, x)));
+    const __m256 high = _mm256_cvtepi32_ps(widen(products(w.high, x + 32)));
+    total = _mm256_fmadd_ps(low, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+    total = _mm256_fmadd_ps(high, _mm256_set1_ps(a.scale[g + 1] * scales.group(g + 1)), total);
+  }
+  return sum(total);
+}
+
+// Calls use(row) with the reader of row r that fits the tensor.
+template <typename Use>
+auto with_row(const losa_tensor &t, size_t r, Use use) {
+  const bool i4 = t.parts.value_type == LOSA_I4;
+  if (t.parts.layout == LOSA_DENSE) {
+    return i4 ? use(DenseRow<true>(t, r)) : use(DenseRow<false>(t, r));
+  }
+  if (count_per_byte(t.parts) != 0) {
+    return i4 ? use(SparseRow<true, true>(t, r)) : use(SparseRow<false, true>(t, r));
+  }
+  return i4 ? use(SparseRow<true, false>(t, r)) : use(SparseRow<false, false>(t, r));
+}
+
+void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
+  with_row(t, row, [&](auto reader) {
+    const size_t blocks = reader.blocks();
+    for (size_t block = 0; block < blocks; ++block) {
+      const Block levels = reader.next(block);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + block * kBlock), levels.low);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + block * kBlock + 32), levels.high);
+    }
+    std::memset(out + blocks * kBlock, 0, padded_columns(t.parts) - blocks * kBlock);
+  });
+}
+
+// 8 floats from the stream to the positions of a mask byte; zero elsewhere.
+inline __m256 scatter_floats(unsigned mask, __m256 kept) {
+  const __m128i ranks = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(&kShuffle.control[mask]));
+  const __m256i index = _mm256_cvtepi8_epi32(ranks);
+  const __m256 placed = _mm256_permutevar8x32_ps(kept, index);
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(index, 31)), placed);
+}
+
+template <bool Half>
+inline __m256 load_floats(const uint8_t *p) {
+  if (Half) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  }
+  return _mm256_loadu_ps(reinterpret_cast<const float *>(p));
+}
+
+// Calls use(position, 8 values) for every 8 positions of a sparse row.
+template <bool Half, typename Use>
+void each_eight(const losa_tensor &t, size_t row, Use use) {
+  constexpr size_t size = Half ? 2 : 4;
+  const Positions positions(t.parts, row);
+  const uint8_t *at = static_cast<const uint8_t *>(t.parts.values.data) + size * row_start(t, row);
+  for (size_t block = 0; block < positions.blocks; ++block) {
+    uint64_t word = positions.word(block);
+    for (size_t i = 0; i < 8; ++i, word >>= 8) {
+      const auto mask = static_cast<unsigned>(word & 255);
+      use(block * kBlock + 8 * i, scatter_floats(mask, load_floats<Half>(at)));
+      at += size * static_cast<unsigned>(__builtin_popcount(mask));
+    }
+  }
+}
+
+template <bool Half>
+void expand_dense(const losa_parts &p, size_t row, float *out) {
+  constexpr size_t size = Half ? 2 : 4;
+  const uint8_t *from = static_cast<const uint8_t *>(p.values.data) + size * row * p.columns;
+  size_t i = 0;
+  for (; i + 8 <= p.columns; i += 8) {
+    _mm256_storeu_ps(out + i, load_floats<Half>(from + size * i));
+  }
+  alignas(32) uint8_t tail[32] = {};
+  std::memcpy(tail, from + size * i, size * (p.columns - i));
+  if (i < padded_columns(p)) {
+    _mm256_storeu_ps(out + i, load_floats<Half>(tail));
+    std::memset(out + i + 8, 0, (padded_columns(p) - i - 8) * sizeof(float));
+  }
+}
+
+void expand_values(const losa_tensor &t, size_t row, float *out) {
+  const losa_parts &p = t.parts;
+  const bool half = p.value_type == LOSA_F16;
+  if (p.layout == LOSA_DENSE) {
+    half ? expand_dense<true>(p, row, out) : expand_dense<false>(p, row, out);
+    return;
+  }
+  size_t end = 0;
+  const auto put = [&](size_t position, __m256 values) {
+    _mm256_storeu_ps(out + position, values);
+    end = position + 8;
+  };
+  half ? each_eight<true>(t, row, put) : each_eight<false>(t, row, put);
+  std::memset(out + end, 0, (padded_columns(p) - end) * sizeof(float));
+}
+
+template <bool Half>
+float dot_values(const losa_tensor &t, size_t row, const Activations &a) {
+  __m256 acc[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+  each_eight<Half>(t, row, [&](size_t position, __m256 values) {
+    acc[position / 8 % 2] = _mm256_fmadd_ps(values, _mm256_loadu_ps(a.x + position), acc[position / 8 % 2]);
+  });
+  return sum(_mm256_add_ps(acc[0], acc[1]));
+}
+
+void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy);
+
+void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                   float *scratch) {
+  for (size_t row = begin; row < end; ++row) {
+    if (t.parts.layout == LOSA_DENSE) {
+      expand_values(t, row, scratch);
+      values_panel(scratch, row, 1, a, y, 0);
+    } else {
+      y[row] = t.parts.value_type == LOSA_F16 ? dot_values<true>(t, row, a) : dot_values<false>(t, row, a);
+    }
+  }
+}
+
+void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
+  const losa_parts &p = t.parts;
+  if (!is_integer(p)) {
+    matvec_values(t, a, begin, end, y, static_cast<float *>(scratch));
+    return;
+  }
+  const bool narrow = activation_group(p) == 32;
+  const bool small = p.value_type == LOSA_I4 && widest_level(p) <= kSmall;
+  for (size_t row = begin; row < end; ++row) {
+    y[row] = with_row(t, row, [&](auto reader) {
+      return narrow  ? dot_row_32(p, reader, row, a)
+             : small ? dot_row<true>(p, reader, row, a)
+                     : dot_row<false>(p, reader, row, a);
+    });
+  }
+}
+
+// Two expanded rows times four tokens over one group.
+template <bool Small>
+inline void tile(const int8_t *const w[2], const int8_t *const x[4], size_t length, __m256i acc[2][4]) {
+  for (int r = 0; r < 2; ++r) {
+    for (int k = 0; k < 4; ++k) {
+      acc[r][k] = _mm256_setzero_si256();
+    }
+  }
+  for (size_t i = 0; i < length; i += 32) {
+    for (int r = 0; r < 2; ++r) {
+      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w[r] + i));
+      for (int k = 0; k < 4; ++k) {
+        const __m256i pairs = products(row, x[k] + i);
+        // Small: at most four 16-bit sums of two, each up to 64 * 127 * 2 / 2.
+        acc[r][k] = Small ? _mm256_add_epi16(acc[r][k], pairs) : _mm256_add_epi32(acc[r][k], widen(pairs));
+      }
+    }
+  }
+  if (Small) {
+    for (int r = 0; r < 2; ++r) {
+      for (int k = 0; k < 4; ++k) {
+        acc[r][k] = widen(acc[r][k]);
+      }
+    }
+  }
+}
+
+// Levels up to 32 in magnitude: four sums of two products, 4 * 2 * 32 * 127 < 2^15, fit 16 bits.
+constexpr int kTiny = 32;
+
+template <bool Tiny>
+void levels_tiles(const losa_tensor &t, const int8_t *panel, size_t first, size_t rows, const Activations &a,
+                  float *y, size_t ldy) {
+  const size_t group = activation_group(t.parts);
+  for (size_t token = 0; token < a.tokens; token += 4) {
+    const size_t tokens = a.tokens - token < 4 ? a.tokens - token : 4;
+    for (size_t r = 0; r < rows; r += 2) {
+      const size_t pair = rows - r < 2 ? 1 : 2;
+      const RowScales scales[2] = {RowScales(t.parts, first + r), RowScales(t.parts, first + r + pair - 1)};
+      __m256 total[2][4];
+      for (auto &row : total) {
+        for (auto &v : row) {
+          v = _mm256_setzero_ps();
+        }
+      }
+      for (size_t g = 0; g < a.groups; ++g) {
+        const int8_t *w[2] = {panel + r * a.padded + g * group,
+                              panel + (r + pair - 1) * a.padded + g * group};
+        const int8_t *x[4];
+        for (size_t k = 0; k < 4; ++k) {
+          x[k] = a.q + (token + (k < tokens ? k : 0)) * a.padded + g * group;
+        }
+        __m256i acc[2][4];
+        tile<Tiny>(w, x, group, acc);
+        for (size_t k = 0; k < 4; ++k) {
+          const float xs = a.scale[(token + (k < tokens ? k : 0)) * a.groups + g];
+          for (int i = 0; i < 2; ++i) {
+            const __m256 factor = _mm256_set1_ps(xs * scales[i].group(g));
+            total[i][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][k]), factor, total[i][k]);
+          }
+        }
+      }
+      for (size_t k = 0; k < tokens; ++k) {
+        for (size_t i = 0; i < pair; ++i) {
+          y[(token + k) * ldy + first + r + i] = sum(total[i][k]);
+        }
+      }
+    }
+  }
+}
+
+void levels_panel(const losa_tensor &t, const int8_t *panel, size_t first, size_t rows, const Activations &a,
+                  float *y, size_t ldy) {
+  const bool tiny = t.parts.value_type == LOSA_I4 && widest_level(t.parts) <= kTiny;
+  (tiny ? levels_tiles<true> : levels_tiles<false>)(t, panel, first, rows, a, y, ldy);
+}
+
+void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
+  for (size_t token = 0; token < a.tokens; token += 4) {
+    const size_t tokens = a.tokens - token < 4 ? a.tokens - token : 4;
+    const float *x[4];
+    for (size_t k = 0; k < 4; ++k) {
+      x[k] = a.x + (token + (k < tokens ? k : 0)) * a.padded;
+    }
+    for (size_t r = 0; r < rows; r += 2) {
+      const size_t pair = rows - r < 2 ? 1 : 2;
+      const float *w[2] = {panel + r * a.padded, panel + (r + pair - 1) * a.padded};
+      __m256 acc[2][4];
+      for (auto &row : acc) {
+        for (auto &v : row) {
+          v = _mm256_setzero_ps();
+        }
+      }
+      for (size_t i = 0; i < a.padded; i += 8) {
+        const __m256 w0 = _mm256_loadu_ps(w[0] + i), w1 = _mm256_loadu_ps(w[1] + i);
+        for (int k = 0; k < 4; ++k) {
+          const __m256 v = _mm256_loadu_ps(x[k] + i);
+          acc[0][k] = _mm256_fmadd_ps(w0, v, acc[0][k]);
+          acc[1][k] = _mm256_fmadd_ps(w1, v, acc[1][k]);
+        }
+      }
+      for (size_t k = 0; k < tokens; ++k) {
+        for (size_t i = 0; i < pair; ++i) {
+          y[(token + k) * ldy + first + r + i] = sum(acc[i][k]);
+        }
+      }
+    }
+  }
+}
+
+inline float largest(__m256 v) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+
+inline int sum(__m256i v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+// One group of `length` floats, a multiple of 32.
+void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int32_t *bias) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  __m256 peak = _mm256_setzero_ps();
+  for (size_t i = 0; i < length; i += 8) {
+    peak = _mm256_max_ps(peak, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+  }
+  const float top = largest(peak);
+  *scale = top / 127.0f;
+  const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+  __m256i total = _mm256_setzero_si256();
+  for (size_t i = 0; i < length; i += 32) {
+    __m256i v[4];
+    for (int k = 0; k < 4; ++k) {
+      v[k] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * k), inverse));
+      total = _mm256_add_epi32(total, v[k]);
+    }
+    // The packs work within 128-bit lanes; the permutation puts the groups of four back in order.
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(q + i), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+  *bias = -128 * sum(total);
+}
+
+void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
+              int32_t *bias) {
+  for (size_t start = 0, g = 0; start < padded; start += group, ++g) {
+    if (start + group <= columns) {
+      quantize_group(x + start, group, q + start, scale + g, bias + g);
+      continue;
+    }
+    alignas(32) float copy[kPadding] = {};
+    if (start < columns) {
+      std::memcpy(copy, x + start, (columns - start) * sizeof(float));
+    }
+    quantize_group(copy, group, q + start, scale + g, bias + g);
+  }
+}
+
+void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
+            void *scratch) {
+  if (is_integer(t.parts)) {
+    each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
+                       [&](const int8_t *panel, size_t first, size_t rows) {
+                         levels_panel(t, panel, first, rows, a, y, ldy);
+                       });
+  } else {
+    each_panel<float>(
+        t, a, begin, end, scratch, expand_values,
+        [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
+  }
+}
+
+}  // namespace
+
+const Target kAvx2 = {"avx2", quantize, matvec, matmul};
+
+}  // namespace losa

@@ -1,0 +1,195 @@
+// Internal view of a checked tensor: how the positions and values of one row are found.
+#ifndef LOSA_LAYOUT_H
+#define LOSA_LAYOUT_H
+
+#include <cstring>
+
+#include "losa/kernels.h"
+
+namespace losa {
+
+constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
+constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
+
+inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+inline size_t padded_columns(const losa_parts &p) { return round_up(p.columns, kPadding); }
+inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
+
+// Positions that share one activation scale: the groups of the weight, or 128 where it has row scales.
+inline size_t activation_group(const losa_parts &p) {
+  return p.value_type == LOSA_I4 ? p.group_size : kPadding;
+}
+
+inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
+
+// N:M: groups and values of a row.
+inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
+inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
+
+// Bytes of positions per block of 64, and per row.
+inline size_t position_bytes_per_block(const losa_parts &p) {
+  return p.layout == LOSA_NM && p.position_bits ? kBlock / p.m * p.n * p.position_bits / 8 : kBlock / 8;
+}
+inline size_t position_row_bytes(const losa_parts &p) {
+  const size_t width = p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
+  return (width + kBlock - 1) / kBlock * position_bytes_per_block(p);
+}
+
+// True if every block of 64 positions keeps the same count, so that a kernel need not count bits.
+inline bool fixed_count(const losa_parts &p) { return p.layout == LOSA_NM && kBlock % p.m == 0; }
+
+// First value of a row: an index into values, or for i4 the first byte of the row's pair.
+inline size_t row_start(const losa_tensor &t, size_t row) {
+  const losa_parts &p = t.parts;
+  if (p.layout == LOSA_NM) {
+    return slots_per_row(p) * (p.value_type == LOSA_I4 ? row / 2 : row);
+  }
+  return t.starts[p.value_type == LOSA_I4 ? row / 2 : row];
+}
+
+inline uint64_t load_word(const uint8_t *bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, sizeof word);
+  return word;
+}
+
+// Mask word of 64 positions from the codes of N:M: `groups` groups are used, the rest is zero.
+inline uint64_t word_of_codes(const uint8_t *codes, unsigned n, unsigned m, unsigned bits, size_t groups) {
+  uint64_t word = 0;
+  unsigned at = 0;
+  for (size_t g = 0; g < groups; ++g) {
+    for (unsigned k = 0; k < n; ++k, at += bits) {
+      const unsigned code = (codes[at / 8] >> (at % 8)) & ((1u << bits) - 1u);
+      word |= uint64_t{1} << (g * m + code);
+    }
+  }
+  return word;
+}
+
+// For patterns whose code byte describes 16 positions (1:2, 1:4, 1:8, 2:16): code byte -> mask bits.
+struct CodeTable {
+  uint16_t mask[256];
+
+  constexpr CodeTable(unsigned n, unsigned m, unsigned bits) : mask{} {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      unsigned at = 0, word = 0;
+      for (unsigned g = 0; g < 16 / m; ++g) {
+        for (unsigned k = 0; k < n; ++k, at += bits) {
+          word |= 1u << (g * m + (((byte >> at) & ((1u << bits) - 1u)) % m));
+        }
+      }
+      mask[byte] = static_cast<uint16_t>(word);
+    }
+  }
+};
+inline constexpr CodeTable kOneOfTwo(1, 2, 1), kOneOfFour(1, 4, 2), kOneOfEight(1, 8, 4),
+    kTwoOfSixteen(2, 16, 4);
+
+inline const CodeTable *code_table(unsigned n, unsigned m, unsigned bits) {
+  if (bits == 0) {
+    return nullptr;
+  }
+  return n == 1 && m == 2    ? &kOneOfTwo
+         : n == 1 && m == 4  ? &kOneOfFour
+         : n == 1 && m == 8  ? &kOneOfEight
+         : n == 2 && m == 16 ? &kTwoOfSixteen
+                             : nullptr;
+}
+
+// The mask words of one row, in whichever form they are stored.
+struct Positions {
+  const uint8_t *bytes;
+  size_t step;    // bytes per block
+  size_t blocks;  // blocks of 64 positions
+  size_t groups;  // groups of the whole row (codes only)
+  unsigned n, m, bits;
+  const CodeTable *table;
+
+  Positions(const losa_parts &p, size_t row)
+      : bytes(static_cast<const uint8_t *>(p.positions.data) + row * position_row_bytes(p)),
+        step(position_bytes_per_block(p)),
+        blocks(position_row_bytes(p) / step),
+        groups(p.layout == LOSA_NM ? group_count(p) : 0),
+        n(p.n),
+        m(p.m),
+        bits(p.layout == LOSA_NM ? p.position_bits : 0),
+        table(code_table(n, m, bits)) {}
+
+  uint64_t word(size_t block) const {
+    return bits == 0 ? load_word(bytes + block * 8) : word_from_codes(block);
+  }
+
+ private:
+  uint64_t word_from_codes(size_t block) const {
+    const size_t per_block = kBlock / m, left = groups - block * per_block;
+    const uint8_t *codes = bytes + block * step;
+    if (table == nullptr || left < per_block) {
+      return word_of_codes(codes, n, m, bits, left < per_block ? left : per_block);
+    }
+    return table->mask[codes[0]] | uint64_t{table->mask[codes[1]]} << 16 |
+           uint64_t{table->mask[codes[2]]} << 32 | uint64_t{table->mask[codes[3]]} << 48;
+  }
+};
+
+// Prepared activations. Integer weights: int8 [tokens, padded], then scales f32 and biases int32 [tokens,
+// groups], a bias being -128 * the sum of the group: what a kernel adds that multiplies by levels + 128.
+// Float weights: f32 [tokens, padded].
+struct Activations {
+  const int8_t *q;
+  const float *scale;
+  const int32_t *bias;
+  const float *x;
+  size_t padded, groups, tokens;
+
+  Activations(const losa_tensor &t, const void *memory, size_t count)
+      : q(static_cast<const int8_t *>(memory)),
+        scale(reinterpret_cast<const float *>(q + count * padded_columns(t.parts))),
+        bias(reinterpret_cast<const int32_t *>(
+            scale + count * (padded_columns(t.parts) / activation_group(t.parts)))),
+        x(static_cast<const float *>(memory)),
+        padded(padded_columns(t.parts)),
+        groups(padded / activation_group(t.parts)),
+        tokens(count) {}
+};
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 1023u;
+  uint32_t bits;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in float
+    const float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits |= sign;
+  } else {
+    bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (fraction << 13);
+  }
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline float load_scale(const losa_parts &p, size_t index) {
+  if (p.scale_type == LOSA_SCALE_F32) {
+    float value;
+    std::memcpy(&value, static_cast<const uint8_t *>(p.scale.data) + index * 4, 4);
+    return value;
+  }
+  uint16_t half;
+  std::memcpy(&half, static_cast<const uint8_t *>(p.scale.data) + index * 2, 2);
+  return half_to_float(half);
+}
+
+// Largest magnitude among the levels of an i4 table.
+inline int widest_level(const losa_parts &p) {
+  int widest = 0;
+  for (int i = 0; i < 16; ++i) {
+    const int level = static_cast<const int8_t *>(p.table.data)[i];
+    widest = level > widest ? level : -level > widest ? -level : widest;
+  }
+  return widest;
+}
+
+inline size_t weight_groups(const losa_parts &p) { return (p.columns + p.group_size - 1u) / p.group_size; }
+
+}  // namespace losa
+
+#endif

@@ -1,0 +1,81 @@
+// Drives a target: one token row by row, several tokens panel by panel.
+#include "target.h"
+
+using namespace losa;
+
+namespace {
+
+bool is_panel_row_aligned(size_t begin, size_t end, size_t rows) {
+  return begin % LOSA_ROW_STEP == 0 && (end % LOSA_ROW_STEP == 0 || end == rows) && end <= rows;
+}
+
+}  // namespace
+
+extern "C" size_t losa_activation_bytes(const losa_tensor *tensor, size_t tokens) {
+  const losa_parts &p = tensor->parts;
+  const size_t padded = padded_columns(p);
+  if (!is_integer(p)) {
+    return tokens * padded * sizeof(float);
+  }
+  return tokens * (padded + 2 * sizeof(float) * (padded / activation_group(p)));
+}
+
+extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t) {
+  const size_t padded = padded_columns(tensor->parts);
+  // A panel; for levels also its scales, at most one f32 for every 32 positions of every row.
+  const size_t floats = kPanelRows * padded, scales = kPanelRows * (padded / 32);
+  return is_integer(tensor->parts) ? floats + scales * sizeof(float) : floats * sizeof(float);
+}
+
+extern "C" int losa_same_activations(const losa_tensor *a, const losa_tensor *b) {
+  const losa_parts &p = a->parts, &q = b->parts;
+  return p.columns == q.columns && is_integer(p) == is_integer(q) &&
+         (!is_integer(p) || activation_group(p) == activation_group(q));
+}
+
+extern "C" int losa_prepare(const losa_tensor *tensor, const float *x, size_t ldx, size_t begin, size_t end,
+                            size_t tokens, void *activations) {
+  if (tensor == nullptr || x == nullptr || activations == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  const Target *target = current_target();
+  if (target == nullptr) {
+    return LOSA_BAD_TARGET;
+  }
+  const losa_parts &p = tensor->parts;
+  const Activations a(*tensor, activations, tokens);
+  for (size_t token = begin; token < end; ++token) {
+    const float *row = x + token * ldx;
+    if (is_integer(p)) {
+      target->quantize(
+          row, p.columns, a.padded, activation_group(p), const_cast<int8_t *>(a.q) + token * a.padded,
+          const_cast<float *>(a.scale) + token * a.groups, const_cast<int32_t *>(a.bias) + token * a.groups);
+    } else {
+      float *copy = const_cast<float *>(a.x) + token * a.padded;
+      std::memcpy(copy, row, p.columns * sizeof(float));
+      std::memset(copy + p.columns, 0, (a.padded - p.columns) * sizeof(float));
+    }
+  }
+  return LOSA_OK;
+}
+
+extern "C" int losa_matmul(const losa_tensor *tensor, const void *activations, size_t tokens, size_t begin,
+                           size_t end, float *y, size_t ldy, void *scratch) {
+  if (tensor == nullptr || activations == nullptr || y == nullptr || scratch == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  const Target *target = current_target();
+  if (target == nullptr) {
+    return LOSA_BAD_TARGET;
+  }
+  if (!is_panel_row_aligned(begin, end, tensor->parts.rows)) {
+    return LOSA_BAD_PARAMETER;
+  }
+  const Activations a(*tensor, activations, tokens);
+  if (tokens == 1) {
+    target->matvec(*tensor, a, begin, end, y, scratch);
+  } else {
+    target->matmul(*tensor, a, begin, end, y, ldy, scratch);
+  }
+  return LOSA_OK;
+}

@@ -1,0 +1,272 @@
+// Checks a packed tensor once, so that the kernels can trust every pointer and count afterwards.
+#include "layout.h"
+
+namespace losa {
+namespace {
+
+constexpr uint32_t kMost = 1u << 30;  // rows and columns: keeps every product below in 64 bits
+
+uint64_t stream_bytes(uint64_t raw) {
+  return (raw + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT + LOSA_STREAM_SLACK;
+}
+
+bool known_pattern(const losa_parts &p) {
+  if (p.m < 2 || p.m > 32 || p.n < 1 || p.n >= p.m) {
+    return false;
+  }
+  if (p.position_bits == 0) {
+    return true;
+  }
+  const unsigned bits = p.position_bits;
+  const bool power = bits == 1 || bits == 2 || bits == 4 || bits == 8;
+  return power && (1u << bits) >= p.m && kBlock % p.m == 0 && p.n * bits < p.m;
+}
+
+int check_parameters(const losa_parts &p) {
+  const bool shape = p.rows >= 1 && p.columns >= 1 && p.rows <= kMost && p.columns <= kMost;
+  if (!shape || p.layout > LOSA_NM || p.value_type > LOSA_I4) {
+    return LOSA_BAD_PARAMETER;
+  }
+  if (p.layout == LOSA_NM ? !known_pattern(p) : (p.n || p.m || p.position_bits)) {
+    return LOSA_BAD_PARAMETER;
+  }
+  const bool group = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
+  if (p.value_type == LOSA_I4 ? !group : p.group_size != 0) {
+    return LOSA_BAD_PARAMETER;
+  }
+  if (p.value_type == LOSA_I8
+          ? p.scale_type == LOSA_SCALE_NONE || p.scale_type > LOSA_SCALE_F16
+          : p.scale_type != (p.value_type == LOSA_I4 ? LOSA_SCALE_F16 : LOSA_SCALE_NONE)) {
+    return LOSA_BAD_PARAMETER;
+  }
+  return LOSA_OK;
+}
+
+bool has(const losa_bytes &part, uint64_t bytes) {
+  return part.bytes == bytes && (bytes == 0 || part.data != nullptr);
+}
+
+int check_scales(const losa_parts &p) {
+  uint64_t scales = 0;
+  if (p.value_type == LOSA_I8) {
+    scales = uint64_t{p.rows} * (p.scale_type == LOSA_SCALE_F32 ? 4 : 2);
+  } else if (p.value_type == LOSA_I4) {
+    scales = uint64_t{p.rows} * weight_groups(p) * 2;
+  }
+  if (!has(p.scale, scales) || !has(p.table, p.value_type == LOSA_I4 ? 16 : 0)) {
+    return LOSA_BAD_SIZE;
+  }
+  if (p.value_type == LOSA_I4) {
+    const auto *table = static_cast<const int8_t *>(p.table.data);
+    for (int i = 0; i < 16; ++i) {
+      if (table[i] == -128) {
+        return LOSA_BAD_PARAMETER;  // its negation would not fit
+      }
+    }
+    if (table[0] != 0) {
+      return LOSA_BAD_PARAMETER;
+    }
+  }
+  return LOSA_OK;
+}
+
+uint64_t dense_bytes(const losa_parts &p) {
+  const uint64_t row = p.value_type == LOSA_I4 ? (uint64_t{p.columns} + 1) / 2
+                                               : uint64_t{p.columns} * value_bytes(p.value_type);
+  return row * p.rows;
+}
+
+// Codes lie in their group and ascend.
+bool codes_are_sound(const losa_parts &p, const uint8_t *row) {
+  const unsigned bits = p.position_bits, low = (1u << bits) - 1u;
+  size_t at = 0;
+  for (size_t g = 0; g < group_count(p); ++g) {
+    int before = -1;
+    for (unsigned k = 0; k < p.n; ++k, at += bits) {
+      const int code = static_cast<int>((row[at / 8] >> (at % 8)) & low);
+      if (code <= before || code >= p.m) {
+        return false;
+      }
+      before = code;
+    }
+  }
+  return true;
+}
+
+// Bits set in a row; -1 if one lies outside of the row, or a block of N:M has another count than it must.
+int64_t row_count(const losa_parts &p, size_t row) {
+  const Positions positions(p, row);
+  const size_t width = p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
+  const bool fixed = fixed_count(p) && p.position_bits == 0;
+  int64_t count = 0;
+  for (size_t block = 0; block < positions.blocks; ++block) {
+    const uint64_t word = positions.word(block);
+    const size_t left = width - block * kBlock;
+    if (left < kBlock && (word >> left) != 0) {
+      return -1;
+    }
+    const int here = __builtin_popcountll(word);
+    if (fixed && here != static_cast<int>((left < kBlock ? left : kBlock) / p.m * p.n)) {
+      return -1;
+    }
+    count += here;
+  }
+  return count;
+}
+
+int check_nm(const losa_parts &p, losa_tensor *tensor) {
+  const auto *bytes = static_cast<const uint8_t *>(p.positions.data);
+  for (size_t row = 0; row < p.rows; ++row) {
+    if (p.position_bits && !codes_are_sound(p, bytes + row * position_row_bytes(p))) {
+      return LOSA_BAD_POSITIONS;
+    }
+    if (row_count(p, row) != static_cast<int64_t>(slots_per_row(p))) {
+      return LOSA_BAD_POSITIONS;
+    }
+  }
+  const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
+  tensor->kept = slots_per_row(p) * p.rows;
+  const uint64_t raw = streams * slots_per_row(p) * value_bytes(p.value_type);
+  return has(p.values, stream_bytes(raw)) ? LOSA_OK : LOSA_BAD_SIZE;
+}
+
+int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
+  uint64_t total = 0, pair = 0;
+  for (size_t row = 0; row < p.rows; ++row) {
+    const int64_t count = row_count(p, row);
+    if (count < 0) {
+      return LOSA_BAD_POSITIONS;
+    }
+    const auto kept = static_cast<uint64_t>(count);
+    tensor->kept += kept;
+    if (p.value_type != LOSA_I4) {
+      starts[row] = total;
+      total += kept;
+    } else if (row % 2 == 0) {
+      starts[row / 2] = total;
+      pair = kept;
+      total += row + 1 == p.rows ? kept : 0;
+    } else {
+      total += kept > pair ? kept : pair;
+    }
+  }
+  return has(p.values, stream_bytes(total * value_bytes(p.value_type))) ? LOSA_OK : LOSA_BAD_SIZE;
+}
+
+uint64_t read_uint(const uint8_t *bytes, int count) {
+  uint64_t value = 0;
+  for (int i = count - 1; i >= 0; --i) {
+    value = value << 8 | bytes[i];
+  }
+  return value;
+}
+
+}  // namespace
+}  // namespace losa
+
+using namespace losa;
+
+extern "C" size_t losa_starts_count(const losa_parts *parts) {
+  if (parts == nullptr || parts->layout != LOSA_BITMASK) {
+    return 0;
+  }
+  return parts->value_type == LOSA_I4 ? (size_t{parts->rows} + 1) / 2 : parts->rows;
+}
+
+extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_tensor *tensor) {
+  if (parts == nullptr || tensor == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  const losa_parts &p = *parts;
+  int status = check_parameters(p);
+  if (status == LOSA_OK) {
+    status = check_scales(p);
+  }
+  if (status != LOSA_OK) {
+    return status;
+  }
+  *tensor = {p, starts, 0};
+  if (p.layout == LOSA_DENSE) {
+    tensor->kept = uint64_t{p.rows} * p.columns;
+    return has(p.positions, 0) && has(p.values, dense_bytes(p)) ? LOSA_OK : LOSA_BAD_SIZE;
+  }
+  if (!has(p.positions, uint64_t{p.rows} * position_row_bytes(p))) {
+    return LOSA_BAD_SIZE;
+  }
+  if (p.layout == LOSA_NM) {
+    return check_nm(p, tensor);
+  }
+  return starts == nullptr ? LOSA_NULL_POINTER : check_bitmask(p, starts, tensor);
+}
+
+extern "C" int losa_blob_parts(const void *blob, uint64_t bytes, losa_parts *parts) {
+  if (blob == nullptr || parts == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  const auto *head = static_cast<const uint8_t *>(blob);
+  if (bytes < LOSA_HEADER_BYTES || std::memcmp(head, "LOSA", 4) != 0 ||
+      read_uint(head + 4, 2) != LOSA_FORMAT_VERSION || read_uint(head + 6, 2) != LOSA_HEADER_BYTES) {
+    return LOSA_BAD_HEADER;
+  }
+  losa_parts p = {};
+  p.layout = head[8];
+  p.value_type = head[9];
+  p.scale_type = head[10];
+  p.n = head[11];
+  p.m = head[12];
+  p.position_bits = head[13];
+  p.group_size = static_cast<uint16_t>(read_uint(head + 14, 2));
+  p.rows = static_cast<uint32_t>(read_uint(head + 16, 4));
+  p.columns = static_cast<uint32_t>(read_uint(head + 20, 4));
+  losa_bytes *components[] = {&p.positions, &p.values, &p.scale, &p.table};
+  uint64_t end = LOSA_HEADER_BYTES;
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t offset = read_uint(head + 32 + 16 * i, 8), size = read_uint(head + 40 + 16 * i, 8);
+    if (size == 0) {
+      continue;
+    }
+    // In order and without overlap; the subtraction cannot wrap because offset <= bytes is tested first.
+    if (offset % LOSA_ALIGNMENT != 0 || offset < end || offset > bytes || size > bytes - offset) {
+      return LOSA_BAD_RANGE;
+    }
+    *components[i] = {head + offset, size};
+    end = offset + size;
+  }
+  *parts = p;
+  return LOSA_OK;
+}
+
+extern "C" const char *losa_status_text(int status) {
+  switch (status) {
+    case LOSA_OK:
+      return "ok";
+    case LOSA_NULL_POINTER:
+      return "a pointer is null";
+    case LOSA_BAD_HEADER:
+      return "no packed tensor of format 1";
+    case LOSA_BAD_PARAMETER:
+      return "a layout, type, shape or pattern outside of the format";
+    case LOSA_BAD_SIZE:
+      return "a component has not the bytes that shape and mask demand";
+    case LOSA_BAD_POSITIONS:
+      return "a position lies outside of the row, or the mask is not N of every M";
+    case LOSA_BAD_RANGE:
+      return "a component lies outside of the data, overlaps another or is not aligned";
+    case LOSA_BAD_TARGET:
+      return "LOSA_KERNELS names a target that this CPU cannot run";
+    default:
+      return "unknown status";
+  }
+}
+
+extern "C" int losa_mask_count(const uint8_t *mask, size_t bytes, uint64_t *count) {
+  if ((mask == nullptr && bytes != 0) || count == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  uint64_t total = 0;
+  for (size_t i = 0; i < bytes; ++i) {
+    total += static_cast<uint64_t>(__builtin_popcount(mask[i]));
+  }
+  *count = total;
+  return LOSA_OK;
+}
