@@ -1,4 +1,4 @@
-"""`losa-deploy bench`: speed and memory of several models in the same call."""
+"""`losa-deploy bench`: models side by side, synthetic models of a known size, or the kernels alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import add_threads, positive, thread_count
+from losa_deploy.cli.options import number
 from losa_deploy.console import Console, table
-from losa_deploy.errors import UsageError
+from losa_deploy.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.latency import Latency
@@ -19,20 +20,123 @@ if TYPE_CHECKING:
     from losa_deploy.benchmarks.workloads import Workload
     from losa_deploy.interfaces import Runtime, Session
 
+KERNELS = "kernels"
+FOLDERS, GEOMETRY, KERNEL_TABLE = "model folders", "--geometry", "`bench kernels`"
+MODES: Mapping[str, tuple[str, ...]] = {
+    "baseline": (FOLDERS,),
+    "runtime": (FOLDERS, GEOMETRY),
+    "prompt_tokens": (FOLDERS, GEOMETRY),
+    "decode_tokens": (FOLDERS, GEOMETRY),
+    "repetitions": (FOLDERS, GEOMETRY),
+    "prefill_tokens": (GEOMETRY,),
+    "value_type": (GEOMETRY,),
+    "layout": (GEOMETRY,),
+    "pattern": (GEOMETRY,),
+    "peers": (GEOMETRY,),
+    "keep": (GEOMETRY,),
+    "sparsity": (GEOMETRY, KERNEL_TABLE),
+    **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
+    **dict.fromkeys(("seconds", "plot", "deepsparse"), (KERNEL_TABLE,)),
+}
+"""Flags that only some kinds of measurement have; None where they are not given."""
+
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="model folders, side by side")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="model folders, or the word `kernels`")
     parser.add_argument(
         "--baseline", type=Path, metavar="DIR", help="dense model (default: <PATH>.work/dense-onnx if there)"
     )
-    parser.add_argument("--runtime", metavar="NAME", help="one runtime for all (default: by folder)")
+    parser.add_argument("--runtime", metavar="NAME", help="one runtime for all (default: by folder, or ort)")
     parser.add_argument(
-        "--prompt-tokens", type=positive, default=128, metavar="N", help="prefill length (128)"
+        "--prompt-tokens", type=positive, metavar="N", help="prompt before decoding (128; geometry: 32)"
     )
-    parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N", help="decode length (32)")
-    parser.add_argument("--repetitions", type=positive, default=5, metavar="N", help="measured runs (5)")
+    parser.add_argument(
+        "--decode-tokens", type=positive, metavar="N", help="decode length (32; geometry: 128)"
+    )
+    parser.add_argument("--repetitions", type=positive, metavar="N", help="measured runs (5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of prompt and order")
     add_threads(parser)
+    _add_geometry(parser.add_argument_group("synthetic models, instead of PATH"))
+    _add_kernels(parser.add_argument_group("`bench kernels`"))
+
+
+def _add_geometry(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--geometry", metavar="NAME", help="llama-1b, llama-3b, llama-7b or llama-7b-4blocks")
+    group.add_argument("--value-type", choices=("f32", "f16", "i8", "i4"), help="our kept values (i4)")
+    group.add_argument(
+        "--sparsity", type=number, nargs="+", metavar="X", help="zeros (0.6; kernels: 0.5 0.6 0.7)"
+    )
+    group.add_argument(
+        "--layout", choices=("auto", "dense", "bitmask", "nm"), help="our layout (auto: as the pattern)"
+    )
+    group.add_argument("--pattern", metavar="N:M", help="N kept of every M, instead of --sparsity")
+    group.add_argument(
+        "--peers", metavar="NAMES", help="ort-int4, ort-int8, ort-fp32, with commas (all); or none"
+    )
+    group.add_argument(
+        "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"
+    )
+    group.add_argument("--keep", type=Path, metavar="DIR", help="keep the models here, and reuse them")
+
+
+def _add_kernels(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--rows", type=positive, metavar="N", help="outputs of the matrix (4096)")
+    group.add_argument("--columns", type=positive, metavar="N", help="inputs of the matrix (11008)")
+    group.add_argument("--layouts", metavar="NAMES", help="dense, bitmask, and N:M patterns, with commas")
+    group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8 and i4, with commas")
+    group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")
+    group.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="tokens at once (1 64)")
+    group.add_argument("--seconds", type=number, metavar="S", help="time for the whole table (110)")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="a roofline as .svg or .png (matplotlib)")
+    group.add_argument(
+        "--deepsparse", type=Path, metavar="PYTHON", help="compare with DeepSparse in that environment"
+    )
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    mode = _mode(args)
+    _check_flags(args, mode)
+    if mode == KERNEL_TABLE:
+        from losa_deploy.cli.bench_kernels import run_kernels
+
+        run_kernels(args, console)
+    elif mode == GEOMETRY:
+        from losa_deploy.cli.bench_geometry import run_geometry
+
+        run_geometry(args, console)
+    else:
+        _run_folders(args, console)
+
+
+def _mode(args: argparse.Namespace) -> str:
+    if args.geometry is not None:
+        if args.paths:
+            raise UsageError(
+                f"--geometry {args.geometry} makes its own models, but {args.paths[0]} is given too.",
+                hint="Leave out one of the two.",
+            )
+        return GEOMETRY
+    if args.paths == [KERNELS]:
+        return KERNEL_TABLE
+    if KERNELS in args.paths:
+        raise UsageError("`bench kernels` takes no model folders.", hint="Measure them in another call.")
+    if not args.paths:
+        raise UsageError(
+            "There is nothing to measure.",
+            hint="Give model folders, the word `kernels`, or --geometry llama-1b.",
+        )
+    return FOLDERS
+
+
+def _check_flags(args: argparse.Namespace, mode: str) -> None:
+    """Raise `UsageError` for a flag that this kind of measurement does not have."""
+    for name, modes in MODES.items():
+        if getattr(args, name) is not None and mode not in modes:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag} says nothing about {mode}; it belongs to {' and '.join(modes)}.",
+                hint=f"Leave {flag} out.",
+            )
 
 
 def models_to_measure(paths: list[Path], baseline: Path | None) -> dict[str, Path]:
@@ -49,18 +153,19 @@ def models_to_measure(paths: list[Path], baseline: Path | None) -> dict[str, Pat
     }
 
 
-def _run(args: argparse.Namespace, console: Console) -> None:
+def _run_folders(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.benchmarks.latency import measure_latency
     from losa_deploy.benchmarks.memory import measure_footprint
     from losa_deploy.benchmarks.workloads import Workload
     from losa_deploy.cli.stages import pick_runtime
 
     threads = thread_count(args)
-    models = models_to_measure(args.paths, args.baseline)
-    if len(models) == len(args.paths):
+    paths = [Path(path) for path in args.paths]
+    models = models_to_measure(paths, args.baseline)
+    if len(models) == len(paths):
         console.warn("No dense baseline beside it; give one with --baseline to see what sparsity brings.")
     runtimes = {label: pick_runtime(path, args.runtime) for label, path in models.items()}
-    load = Workload("bench", args.prompt_tokens, args.decode_tokens, args.repetitions)
+    load = Workload("bench", args.prompt_tokens or 128, args.decode_tokens or 32, args.repetitions or 5)
     footprints: dict[str, Footprint] = {}
     with console.stage("memory") as progress:
         for done, (label, path) in enumerate(models.items()):
@@ -73,7 +178,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     openers = {label: _opener(runtimes[label], path, threads) for label, path in models.items()}
     speeds = measure_latency(openers, load, seed=args.seed)
     if args.json:
-        console.result_json(_document(runtimes, speeds, footprints, load, threads))
+        console.result_json(_document(models, runtimes, speeds, footprints, threads))
     else:
         console.result(_table(runtimes, speeds, footprints, load))
 
@@ -83,33 +188,33 @@ def _opener(runtime: Runtime, path: Path, threads: int) -> Callable[[], Session]
 
 
 def _document(
+    models: Mapping[str, Path],
     runtimes: Mapping[str, Runtime],
     speeds: Mapping[str, Latency],
     footprints: Mapping[str, Footprint],
-    load: Workload,
     threads: int,
 ) -> dict[str, object]:
-    from losa_deploy.benchmarks.environment import collect
+    from losa_deploy.benchmarks.document import bench_document, result_record
 
-    models = [
-        {
-            "model": label,
-            "runtime": runtimes[label].name,
-            "prefill_tokens_per_second": speed.prefill_tokens_per_second,
-            "decode_tokens_per_second": speed.decode_tokens_per_second,
-            "load_seconds": footprints[label].load_seconds,
-            "peak_rss_bytes": footprints[label].peak_rss_bytes,
-            "samples": [dataclasses.asdict(sample) for sample in speed.samples],
-        }
-        for label, speed in speeds.items()
-    ]
-    return {
-        "schema": "losa.bench/1",
-        "environment": collect().model_dump(mode="json"),
-        "threads": threads,
-        "workload": dataclasses.asdict(load),
-        "models": models,
-    }
+    results = []
+    for label, speed in speeds.items():
+        foot = footprints[label]
+        rates = (speed.decode_rates, speed.prefill_rates)
+        record = result_record(label, *rates, _size(models[label]), foot.peak_rss_bytes)
+        results.append({**record, "runtime": runtimes[label].name, "load_seconds": foot.load_seconds})
+    workload = dataclasses.asdict(next(iter(speeds.values())).workload)
+    return bench_document(results, {**workload, "threads": threads})
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the model's files, by its manifest if it has one."""
+    from losa_deploy.benchmarks.assemble import folder_bytes
+    from losa_deploy.manifest import Manifest
+
+    try:
+        return folder_bytes(folder, Manifest.read(folder))
+    except InputError:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _table(
@@ -135,10 +240,10 @@ def _table(
 
 COMMAND = Command(
     name="bench",
-    summary="measure prefill and decode speed, load time and peak memory, beside the dense model",
+    summary="measure speed, load time and memory of models, of synthetic ones, or of the kernels",
     examples=(
-        "losa-deploy bench build/demo",
-        "losa-deploy bench build/demo other/model --repetitions 3 --threads 2 --json",
+        "losa-deploy bench build/demo --threads 2 --json",
+        "losa-deploy bench --geometry llama-1b --value-type i4 --sparsity 0.6 --peers ort-int4 --json",
     ),
     add_arguments=_add,
     run=_run,

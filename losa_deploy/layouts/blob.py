@@ -18,7 +18,7 @@ ALIGNMENT = 64
 LAYOUT_IDS = {"dense": 0, "bitmask": 1, "nm": 2}
 VALUE_TYPE_IDS: dict[ValueType, int] = {"f32": 0, "f16": 1, "i8": 2, "i4": 3}
 FIXED = struct.Struct("<4sHHBBBBBBHIIQ")
-"""Magic, version, header bytes, layout, value and scale type, n, m, position bits, group size, shape, kept."""
+"""Magic, version, header bytes, layout, value and scale type, n, m, position bits, groups, shape, kept."""
 
 
 def scale_type_id(packed: PackedTensor) -> int:

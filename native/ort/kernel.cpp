@@ -5,7 +5,6 @@
 #include <new>
 #include <stdexcept>
 #include <thread>
-#include <vector>
 
 #include "buffer.h"
 
@@ -29,21 +28,22 @@ size_t most_chunks() {
   return count;
 }
 
-// Releases what describes a tensor.
+// Type and dimensions of a tensor, without allocating.
 class Shape {
  public:
   Shape(const OrtApi *api, const OrtValue *value) : api_(api) {
     failed_ = GetTensorTypeAndShape(api, value, &info_);
-    size_t rank = 0;
     if (failed_ == nullptr) {
       failed_ = GetTensorElementType(api, info_, &type_);
     }
     if (failed_ == nullptr) {
-      failed_ = GetDimensionsCount(api, info_, &rank);
+      failed_ = GetDimensionsCount(api, info_, &rank_);
+    }
+    if (failed_ == nullptr && rank_ > dims_.size()) {
+      failed_ = CreateStatus(api, kInvalidArgument, "a tensor has more than 8 dimensions");
     }
     if (failed_ == nullptr) {
-      dims_.resize(rank);
-      failed_ = GetDimensions(api, info_, dims_.data(), rank);
+      failed_ = GetDimensions(api, info_, dims_.data(), rank_);
     }
   }
   Shape(const Shape &) = delete;
@@ -56,11 +56,12 @@ class Shape {
 
   OrtStatus *status() const { return failed_; }
   int type() const { return type_; }
-  std::vector<int64_t> &dims() { return dims_; }
+  size_t rank() const { return rank_; }
+  int64_t *dims() { return dims_.data(); }
   uint64_t elements() const {
     uint64_t count = 1;
-    for (const int64_t dim : dims_) {
-      count *= static_cast<uint64_t>(dim);
+    for (size_t i = 0; i < rank_; ++i) {
+      count *= static_cast<uint64_t>(dims_[i]);
     }
     return count;
   }
@@ -70,7 +71,8 @@ class Shape {
   OrtTensorTypeAndShapeInfo *info_ = nullptr;
   OrtStatus *failed_ = nullptr;
   int type_ = kUndefined;
-  std::vector<int64_t> dims_;
+  size_t rank_ = 0;
+  std::array<int64_t, 8> dims_ = {};
 };
 
 uint64_t element_bytes(int type) {
@@ -184,7 +186,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     Shape shape(api_, value);
     check(shape.status());
     if (i == 0) {  // positions, or the values of a dense weight: one row per output feature
-      const int64_t rows = shape.dims().empty() ? 0 : shape.dims()[0];
+      const int64_t rows = shape.rank() == 0 ? 0 : shape.dims()[0];
       int64_t promised = rows;
       if (op_.weights == 1 && attribute(api_, info, "out_features", &promised) && promised != rows) {
         refuse("the component " + name + " has " + std::to_string(rows) + " rows, but out_features is " +
@@ -241,19 +243,18 @@ class Kernel::Run {
     kernel_.check(KernelContext_GetInput(kernel_.api_, context, 0, &input));
     Shape shape(kernel_.api_, input);
     kernel_.check(shape.status());
-    std::vector<int64_t> &dims = shape.dims();
     columns_ = kernel_.weights_[0].tensor.parts.columns;
-    if (dims.empty() || dims.back() != static_cast<int64_t>(columns_)) {
-      kernel_.refuse("the last dimension of X is " +
-                     (dims.empty() ? "missing" : std::to_string(dims.back())) + ", expected in_features " +
-                     std::to_string(columns_));
+    int64_t *last = shape.dims() + (shape.rank() == 0 ? 0 : shape.rank() - 1);
+    if (shape.rank() == 0 || *last != static_cast<int64_t>(columns_)) {
+      kernel_.refuse("the last dimension of X is " + (shape.rank() == 0 ? "missing" : std::to_string(*last)) +
+                     ", expected in_features " + std::to_string(columns_));
     }
     tokens_ = shape.elements() / columns_;
     x_ = static_cast<const float *>(data(input));
     for (size_t i = 0; i < kernel_.op_.weights; ++i) {
-      dims.back() = static_cast<int64_t>(kernel_.weights_[i].tensor.parts.rows);
+      *last = static_cast<int64_t>(kernel_.weights_[i].tensor.parts.rows);
       OrtValue *output = nullptr;
-      kernel_.check(KernelContext_GetOutput(kernel_.api_, context, i, dims.data(), dims.size(), &output));
+      kernel_.check(KernelContext_GetOutput(kernel_.api_, context, i, shape.dims(), shape.rank(), &output));
       y_[i] = static_cast<float *>(data(output));
     }
   }

@@ -6,40 +6,43 @@
 
 #include "losa/kernels.h"
 
+// Every function here is static and every class local to the file that includes it: files are compiled for
+// different instruction sets, and the linker must not put the AVX2 copy of a function into the scalar target.
+
 namespace losa {
 
 constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
 constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
 
-inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
-inline size_t padded_columns(const losa_parts &p) { return round_up(p.columns, kPadding); }
-inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
+static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+static inline size_t padded_columns(const losa_parts &p) { return round_up(p.columns, kPadding); }
+static inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
 
 // Positions that share one activation scale: the groups of the weight, or 128 where it has row scales.
-inline size_t activation_group(const losa_parts &p) {
+static inline size_t activation_group(const losa_parts &p) {
   return p.value_type == LOSA_I4 ? p.group_size : kPadding;
 }
 
-inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
+static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
 
 // N:M: groups and values of a row.
-inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
-inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
+static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
+static inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
 
 // Bytes of positions per block of 64, and per row.
-inline size_t position_bytes_per_block(const losa_parts &p) {
+static inline size_t position_bytes_per_block(const losa_parts &p) {
   return p.layout == LOSA_NM && p.position_bits ? kBlock / p.m * p.n * p.position_bits / 8 : kBlock / 8;
 }
-inline size_t position_row_bytes(const losa_parts &p) {
+static inline size_t position_row_bytes(const losa_parts &p) {
   const size_t width = p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
   return (width + kBlock - 1) / kBlock * position_bytes_per_block(p);
 }
 
 // True if every block of 64 positions keeps the same count, so that a kernel need not count bits.
-inline bool fixed_count(const losa_parts &p) { return p.layout == LOSA_NM && kBlock % p.m == 0; }
+static inline bool fixed_count(const losa_parts &p) { return p.layout == LOSA_NM && kBlock % p.m == 0; }
 
 // First value of a row: an index into values, or for i4 the first byte of the row's pair.
-inline size_t row_start(const losa_tensor &t, size_t row) {
+static inline size_t row_start(const losa_tensor &t, size_t row) {
   const losa_parts &p = t.parts;
   if (p.layout == LOSA_NM) {
     return slots_per_row(p) * (p.value_type == LOSA_I4 ? row / 2 : row);
@@ -47,14 +50,15 @@ inline size_t row_start(const losa_tensor &t, size_t row) {
   return t.starts[p.value_type == LOSA_I4 ? row / 2 : row];
 }
 
-inline uint64_t load_word(const uint8_t *bytes) {
+static inline uint64_t load_word(const uint8_t *bytes) {
   uint64_t word;
   std::memcpy(&word, bytes, sizeof word);
   return word;
 }
 
 // Mask word of 64 positions from the codes of N:M: `groups` groups are used, the rest is zero.
-inline uint64_t word_of_codes(const uint8_t *codes, unsigned n, unsigned m, unsigned bits, size_t groups) {
+static inline uint64_t word_of_codes(const uint8_t *codes, unsigned n, unsigned m, unsigned bits,
+                                     size_t groups) {
   uint64_t word = 0;
   unsigned at = 0;
   for (size_t g = 0; g < groups; ++g) {
@@ -85,7 +89,7 @@ struct CodeTable {
 inline constexpr CodeTable kOneOfTwo(1, 2, 1), kOneOfFour(1, 4, 2), kOneOfEight(1, 8, 4),
     kTwoOfSixteen(2, 16, 4);
 
-inline const CodeTable *code_table(unsigned n, unsigned m, unsigned bits) {
+static inline const CodeTable *code_table(unsigned n, unsigned m, unsigned bits) {
   if (bits == 0) {
     return nullptr;
   }
@@ -96,6 +100,8 @@ inline const CodeTable *code_table(unsigned n, unsigned m, unsigned bits) {
                              : nullptr;
 }
 
+namespace {
+
 // The mask words of one row, in whichever form they are stored.
 struct Positions {
   const uint8_t *bytes;
@@ -105,6 +111,7 @@ struct Positions {
   unsigned n, m, bits;
   const CodeTable *table;
 
+  Positions() = default;  // of a layout without positions
   Positions(const losa_parts &p, size_t row)
       : bytes(static_cast<const uint8_t *>(p.positions.data) + row * position_row_bytes(p)),
         step(position_bytes_per_block(p)),
@@ -131,6 +138,8 @@ struct Positions {
   }
 };
 
+}  // namespace
+
 // Prepared activations. Integer weights: int8 [tokens, padded], then scales f32 and biases int32 [tokens,
 // groups], a bias being -128 * the sum of the group: what a kernel adds that multiplies by levels + 128.
 // Float weights: f32 [tokens, padded].
@@ -140,19 +149,17 @@ struct Activations {
   const int32_t *bias;
   const float *x;
   size_t padded, groups, tokens;
-
-  Activations(const losa_tensor &t, const void *memory, size_t count)
-      : q(static_cast<const int8_t *>(memory)),
-        scale(reinterpret_cast<const float *>(q + count * padded_columns(t.parts))),
-        bias(reinterpret_cast<const int32_t *>(
-            scale + count * (padded_columns(t.parts) / activation_group(t.parts)))),
-        x(static_cast<const float *>(memory)),
-        padded(padded_columns(t.parts)),
-        groups(padded / activation_group(t.parts)),
-        tokens(count) {}
 };
 
-inline float half_to_float(uint16_t half) {
+static inline Activations activations_in(const losa_tensor &t, const void *memory, size_t tokens) {
+  const size_t padded = padded_columns(t.parts), groups = padded / activation_group(t.parts);
+  const auto *q = static_cast<const int8_t *>(memory);
+  const auto *scale = reinterpret_cast<const float *>(q + tokens * padded);
+  const auto *bias = reinterpret_cast<const int32_t *>(scale + tokens * groups);
+  return {q, scale, bias, static_cast<const float *>(memory), padded, groups, tokens};
+}
+
+static inline float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 1023u;
   uint32_t bits;
   if (exponent == 0) {  // zero or subnormal: fraction * 2^-24, exact in float
@@ -167,7 +174,7 @@ inline float half_to_float(uint16_t half) {
   return result;
 }
 
-inline float load_scale(const losa_parts &p, size_t index) {
+static inline float load_scale(const losa_parts &p, size_t index) {
   if (p.scale_type == LOSA_SCALE_F32) {
     float value;
     std::memcpy(&value, static_cast<const uint8_t *>(p.scale.data) + index * 4, 4);
@@ -179,7 +186,7 @@ inline float load_scale(const losa_parts &p, size_t index) {
 }
 
 // Largest magnitude among the levels of an i4 table.
-inline int widest_level(const losa_parts &p) {
+static inline int widest_level(const losa_parts &p) {
   int widest = 0;
   for (int i = 0; i < 16; ++i) {
     const int level = static_cast<const int8_t *>(p.table.data)[i];
@@ -188,7 +195,9 @@ inline int widest_level(const losa_parts &p) {
   return widest;
 }
 
-inline size_t weight_groups(const losa_parts &p) { return (p.columns + p.group_size - 1u) / p.group_size; }
+static inline size_t weight_groups(const losa_parts &p) {
+  return (p.columns + p.group_size - 1u) / p.group_size;
+}
 
 }  // namespace losa
 

@@ -43,7 +43,7 @@ extern "C" int losa_prepare(const losa_tensor *tensor, const float *x, size_t ld
     return LOSA_BAD_TARGET;
   }
   const losa_parts &p = tensor->parts;
-  const Activations a(*tensor, activations, tokens);
+  const Activations a = activations_in(*tensor, activations, tokens);
   for (size_t token = begin; token < end; ++token) {
     const float *row = x + token * ldx;
     if (is_integer(p)) {
@@ -71,7 +71,7 @@ extern "C" int losa_matmul(const losa_tensor *tensor, const void *activations, s
   if (!is_panel_row_aligned(begin, end, tensor->parts.rows)) {
     return LOSA_BAD_PARAMETER;
   }
-  const Activations a(*tensor, activations, tokens);
+  const Activations a = activations_in(*tensor, activations, tokens);
   if (tokens == 1) {
     target->matvec(*tensor, a, begin, end, y, scratch);
   } else {

@@ -37,8 +37,8 @@ const Target *current_target();
 
 // Panels of up to kPanelRows rows: expanded once, then multiplied with every token while in the cache.
 template <typename Value, typename Expand, typename Multiply>
-void each_panel(const losa_tensor &t, const Activations &a, size_t begin, size_t end, void *scratch,
-                Expand expand, Multiply multiply) {
+static inline void each_panel(const losa_tensor &t, const Activations &a, size_t begin, size_t end,
+                              void *scratch, Expand expand, Multiply multiply) {
   auto *panel = static_cast<Value *>(scratch);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;
