@@ -125,9 +125,15 @@ def _parity_section(report: Report) -> list[str]:
     if parity is None:
         return []
     logits = (
-        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; with the artifact's own "
-        f"decoded weights {parity.decoded_logit_difference:.3g} (f32 arithmetic allows "
+        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; by the "
+        f"artifact's own decoded weights, without native kernels, {parity.decoded_logit_difference:.3g} (f32 arithmetic allows "
         f"{parity.decoded_logit_tolerance:.3g})"
+    )
+    kernels = (
+        f"- the native kernels, which round activations to int8, add a mean divergence of "
+        f"{parity.kernel_kl:.3g} nats"
+        if parity.kernel_kl
+        else "- no native kernels were used"
     )
     closeness = (
         f"- mean divergence {parity.mean_kl:.3g} nats, same most likely token at "
@@ -135,7 +141,7 @@ def _parity_section(report: Report) -> list[str]:
     )
     tokens = f"- greedy tokens {'equal' if parity.greedy_tokens_equal else 'differ only where undecided'}"
     ties = [f"  - {tie}" for tie in parity.ties]
-    return ["## Parity of exported and merged", "", logits, closeness, tokens, *ties, ""]
+    return ["## Parity of exported and merged", "", logits, kernels, closeness, tokens, *ties, ""]
 
 
 def _blocks_section(report: Report) -> list[str]:

@@ -49,6 +49,7 @@ class ParityPart(Part):
     ties: tuple[str, ...] = ()
     decoded_logit_difference: float
     decoded_logit_tolerance: float
+    kernel_kl: float | None = None
     mean_kl: float
     same_top_rate: float
     positions: int

@@ -1,10 +1,11 @@
 """The parity gate: what is asked of every model, and what counts as the same answer.
 
-Two questions are kept apart. *Faithful*: does the runtime, reading the artifact's bytes, compute
-the function those bytes stand for? Judged against the oracle holding the decoded weights, with a
-tolerance derived from f32 arithmetic; this proves graph, layout and runtime, whatever the value
-type. *Close*: how far did rounding to the value type move the model? Judged against the oracle
-holding the merged weights, by mean divergence.
+Three questions are kept apart. *Faithful*: does the runtime, reading the artifact's bytes, compute
+the function those bytes stand for? Judged without kernels of ours, against the oracle holding the
+decoded weights, with a tolerance derived from f32 arithmetic; this proves graph, layout and runtime,
+whatever the value type. *Kernels*: do ours compute the same, but for activations rounded to int8 where
+the weights are integers? Judged against the same oracle by mean divergence. *Close*: how far did
+rounding to the value type move the model? Judged against the oracle holding the merged weights.
 
 A greedy token that differs from the oracle's fails the gate unless the oracle itself was undecided:
 its own margin between the two best tokens at that step is no larger than the logit difference
@@ -13,7 +14,7 @@ observed up to it. Such a tie is reported, and `greedy_tokens_equal` is false al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,6 +35,8 @@ MEAN_KL_LIMITS: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-3, "i8": 0.05, "i4
 f32 stores the same values; f16 and i8 move a sound model by less than a tenth of these. i4 without
 training on its grid is a matter of quality, which the report states; beyond 1 nat it is broken.
 """
+KERNEL_KL_LIMITS: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-6, "i8": 0.05, "i4": 0.05}
+"""Largest mean divergence that native kernels may add: a sound model moves by less than a tenth of it."""
 QUICK_WINDOW = 128
 FULL_TOKENS = 1024
 """Tokens of running text scored: one window at level `quick`, all windows in so many at `full`."""
@@ -52,9 +55,11 @@ class Parity:
     """Against the merged model, over all prompts; a tie makes this false but is no failure."""
     ties: tuple[str, ...] = ()
     decoded_logit_difference: float | None = None
-    """Runtime against the oracle with the artifact's own decoded weights."""
+    """Runtime without kernels of ours against the oracle with the artifact's own decoded weights."""
     decoded_logit_tolerance: float | None = None
     decoded_tokens_equal: bool | None = None
+    kernel_kl: float | None = None
+    """Mean divergence that the native kernels add; 0 if none are used."""
     mean_kl: float | None = None
     mean_kl_limit: float | None = None
     max_kl: float | None = None
@@ -132,21 +137,24 @@ def ask(session: Session, questions: Questions) -> Answers:
 
 def judge(
     actual: Answers,
+    stock: Answers,
     exact: Answers,
     merged: Answers,
     questions: Questions,
     *,
     model: SparseModel,
-    value_types: Iterable[str],
+    value_types: Sequence[str],
     weight_error: float,
 ) -> Parity:
-    """The runtime's answers against those with decoded (`exact`) and with merged weights."""
-    faithful = compare_logits(exact.logits, actual.logits)
+    """The runtime's answers, with and without kernels, against oracles with decoded and merged weights."""
+    faithful = compare_logits(exact.logits, stock.logits)
+    kernel_kl = 0.0 if stock is actual else compare_logits(exact.logits, actual.logits).mean_kl
+    kernel_limit = max(KERNEL_KL_LIMITS[value_type] for value_type in value_types)
     close = compare_logits(merged.logits, actual.logits)
     inner = max(columns for _, columns in model.linears.values())
     tolerance = logit_tolerance(faithful.largest_logit, model.checkpoint.block_count, inner)
     limit = max(MEAN_KL_LIMITS[value_type] for value_type in value_types)
-    on_decoded = compare_traces("decoded", exact, actual, questions)
+    on_decoded = compare_traces("decoded", exact, stock, questions)
     on_merged = compare_traces("merged", merged, actual, questions)
     difference = max(faithful.max_abs_logit_difference, on_decoded.difference)
     reasons = [*on_decoded.failures, *on_merged.failures]
@@ -154,6 +162,11 @@ def judge(
         reasons.append(
             f"logits: found a difference of {difference:.3g} from the decoded weights, "
             f"expected at most {tolerance:.3g}"
+        )
+    if not kernel_kl <= kernel_limit:
+        reasons.append(
+            f"kernels: found a mean divergence of {kernel_kl:.3g} nats from the decoded weights, "
+            f"expected at most {kernel_limit:g}"
         )
     if not close.mean_kl <= limit:
         reasons.append(
@@ -169,6 +182,7 @@ def judge(
         decoded_logit_difference=_finite(difference),
         decoded_logit_tolerance=tolerance,
         decoded_tokens_equal=on_decoded.equal,
+        kernel_kl=_finite(kernel_kl),
         mean_kl=_finite(close.mean_kl),
         mean_kl_limit=limit,
         max_kl=_finite(close.max_kl),

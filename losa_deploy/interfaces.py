@@ -131,6 +131,10 @@ class Runtime(Protocol):
         """Load the model with `threads` threads (0: the runtime's own choice)."""
         ...
 
+    def exact(self) -> Runtime:
+        """The runtime without kernels of ours, which may round activations; itself if it uses none."""
+        ...
+
 
 class OracleRuntime(Runtime, Protocol):
     """A runtime that can also run a folder with some of its weights replaced: what parity is judged by."""

@@ -102,10 +102,13 @@ def verify_export(
         return Parity(False, tuple(reasons), largest_weight_error=error)
     questions = Questions.make(model, recipe, load_tokenizer(model.folder))
     actual = ask(runtime.open(folder, threads=threads), questions)
+    plain = runtime.exact()
+    stock = actual if plain is runtime else ask(plain.open(folder, threads=threads), questions)
     exact = ask(reference.open_with(model.folder, _overrides(model, decoded), threads=threads), questions)
     merged = ask(reference.open(model.folder, threads=threads), questions)
     return judge(
         actual,
+        stock,
         exact,
         merged,
         questions,

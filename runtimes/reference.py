@@ -30,6 +30,10 @@ class ReferenceRuntime:
         """True for a folder with config.json and safetensors weights."""
         return (folder / "config.json").is_file() and any((folder / n).is_file() for n in WEIGHT_FILES)
 
+    def exact(self) -> ReferenceRuntime:
+        """Itself: torch rounds nothing."""
+        return self
+
     def open(self, folder: Path, *, threads: int) -> ReferenceSession:
         """Load all weights as f32; raises `InputError` if transformers cannot read the folder."""
         return self.open_with(folder, {}, threads=threads)

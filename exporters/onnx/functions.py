@@ -45,6 +45,12 @@ class Body:
     """A function body under construction; every method returns the name of a new value."""
 
     nodes: list[onnx.NodeProto] = field(default_factory=list)
+    suffix: str = ""
+    """Of the components that are decoded now; an operator with several weights numbers them."""
+
+    def part(self, name: str) -> str:
+        """A component of the weight that is decoded now."""
+        return name + self.suffix
 
     def op(self, op_type: str, *inputs: str, **attributes: int | Sequence[int] | str) -> str:
         """Append a standard operator with one output."""
@@ -103,25 +109,26 @@ class Body:
         return name
 
 
-def op_type(packed: PackedTensor) -> str:
-    """Operator of a packed tensor, e.g. `BitmaskMatMulI8` or `NmCodesMatMulI4`."""
+def op_type(packed: PackedTensor, weights: int = 1) -> str:
+    """Operator of so many weights stored alike, e.g. `BitmaskMatMulI8`, or `NmCodesMatMulI4x3` for three."""
     layout = {"dense": "Dense", "bitmask": "Bitmask"}.get(packed.layout)
     if layout is None:
         layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
-    return f"{layout}MatMul{packed.value_type.upper()}"
+    return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
 
 
-def parse_op_type(name: str) -> tuple[str, ValueType]:
-    """Layout and value type of an operator name; the inverse of `op_type`."""
-    layout, _, value_type = name.partition("MatMul")
+def parse_op_type(name: str) -> tuple[str, ValueType, int]:
+    """Layout, value type and number of weights of an operator name; the inverse of `op_type`."""
+    layout, _, rest = name.partition("MatMul")
+    value_type, _, weights = rest.partition("x")
     types: dict[str, ValueType] = {"F32": "f32", "F16": "f16", "I8": "i8", "I4": "i4"}
-    return {"Dense": "dense", "Bitmask": "bitmask"}.get(layout, "nm"), types[value_type]
+    found = {"Dense": "dense", "Bitmask": "bitmask"}.get(layout, "nm")
+    return found, types[value_type], int(weights or 1)
 
 
 def attributes(packed: PackedTensor) -> dict[str, int]:
-    """Node attributes of a packed tensor."""
-    shape = {"out_features": packed.shape[0], "in_features": packed.shape[1]}
-    return {"format": FORMAT_VERSION, **shape, **packed.params}
+    """Node attributes; weights that share a node agree in all of them."""
+    return {"format": FORMAT_VERSION, "in_features": packed.shape[1], **packed.params}
 
 
 def exact(packed: PackedTensor) -> bool:
@@ -134,28 +141,35 @@ def exact(packed: PackedTensor) -> bool:
     return packed.arrays["positions"].shape[1] * 8 == in_features
 
 
-def function(packed: PackedTensor, *, unpadded: bool = False) -> onnx.FunctionProto:
+def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) -> onnx.FunctionProto:
     """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T.
 
+    With several weights the components are numbered (`values0`, `values1`), and so are the outputs.
     `unpadded` promises that every tensor of the model that uses it is `exact`.
     """
-    body, name = Body(), op_type(packed)
-    matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type, unpadded)
-    _finish(body, matrix, packed.value_type, unpadded=unpadded)
+    body, name = Body(), op_type(packed, weights)
+    inputs, outputs = ["X"], []
+    for index in range(weights):
+        body.suffix = str(index) if weights > 1 else ""
+        matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type, unpadded)
+        _finish(body, matrix, packed.value_type, unpadded=unpadded)
+        inputs += [body.part(part) for part in packed.arrays]
+        outputs.append(body.part("Y"))
     imports = [helper.make_opsetid("", OPSET)]
-    inputs = ["X", *packed.arrays]
     return helper.make_function(
-        DOMAIN, name, inputs, ["Y"], body.nodes, imports, attributes=list(attributes(packed))
+        DOMAIN, name, inputs, outputs, body.nodes, imports, attributes=list(attributes(packed))
     )
 
 
 def _levels(body: Body, value_type: ValueType) -> str:
     """Stored values → levels of the same shape, or for i4 [..., 2] levels per byte."""
     if value_type != "i4":
-        return "values"
+        return body.part("values")
     byte = np.arange(256, dtype=np.int32)
-    pairs = body.op("Gather", "table", body.const(np.stack([byte & 15, byte >> 4], axis=1)), axis=0)
-    return body.op("Gather", pairs, body.cast("values", I32), axis=0)
+    pairs = body.op(
+        "Gather", body.part("table"), body.const(np.stack([byte & 15, byte >> 4], axis=1)), axis=0
+    )
+    return body.op("Gather", pairs, body.cast(body.part("values"), I32), axis=0)
 
 
 def _decode_dense(body: Body, value_type: ValueType, unpadded: bool) -> str:
@@ -163,7 +177,7 @@ def _decode_dense(body: Body, value_type: ValueType, unpadded: bool) -> str:
     levels = _levels(body, value_type)
     if value_type != "i4":
         return levels
-    rows, half = body.attribute("out_features"), body.ints(ROW_BLOCK // 2)
+    rows, half = body.size(body.part("values"), 0), body.ints(ROW_BLOCK // 2)
     blocks = body.op("Div", body.attribute("in_features"), body.ints(ROW_BLOCK))
     full = body.op("Mul", blocks, half)
     if not unpadded:
@@ -186,7 +200,7 @@ def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
     each of the byte's 8 positions takes, or the zero behind them if it is pruned.
     """
     levels = _levels(body, value_type)
-    byte = body.cast("positions", I32)
+    byte = body.cast(body.part("positions"), I32)
     bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
     kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
     if value_type == "i4":
@@ -206,7 +220,7 @@ def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
     column = body.op("Gather", body.const(_columns(bits)), body.op("Add", phase, byte), axis=0)
     run = body.op("Gather", pairs, body.op("Div", first, eight), axis=0)
     found = body.op("GatherElements", run, column, axis=1)
-    return body.reshape(found, body.attribute("out_features"), body.ints(-1))
+    return body.reshape(found, body.size(body.part("positions"), 0), body.ints(-1))
 
 
 def _first_in_pairs(body: Body, kept: str, length: str) -> str:
@@ -214,7 +228,7 @@ def _first_in_pairs(body: Body, kept: str, length: str) -> str:
 
     `length` is the number of bytes of the stream: where the high nibbles, of the odd rows, start.
     """
-    rows, one = body.attribute("out_features"), body.ints(1)
+    rows, one = body.size(body.part("positions"), 0), body.ints(1)
     inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
     totals = body.op("ReduceSum", kept, one, keepdims=1)
     odd = body.op("Mod", rows, body.ints(2))
@@ -239,7 +253,8 @@ def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
     """Position codes and levels → levels [out, groups * M]."""
-    rows, n, m = (body.attribute(name) for name in ("out_features", "n", "m"))
+    rows = body.size(body.part("positions"), 0)
+    n, m = body.attribute("n"), body.attribute("m")
     width = body.attribute("position_bits")
     rounded = body.op("Add", body.attribute("in_features"), body.op("Sub", m, body.ints(1)))
     groups = body.op("Div", rounded, m)
@@ -247,7 +262,9 @@ def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
     zero, one = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
     shifts = body.cast(body.op("Range", zero, body.const(np.array(8, np.int64)), body.scalar(width)), U8)
     low_bits = body.cast(body.op("Sub", body.op("Pow", body.ints(2), width), body.ints(1)), U8)
-    shifted = body.op("BitShift", body.op("Unsqueeze", "positions", body.ints(-1)), shifts, direction="RIGHT")
+    shifted = body.op(
+        "BitShift", body.op("Unsqueeze", body.part("positions"), body.ints(-1)), shifts, direction="RIGHT"
+    )
     codes = body.reshape(body.op("BitwiseAnd", shifted, low_bits), rows, body.ints(-1))
     codes = body.cast(body.head(codes, slots, 1), I32)
     first = body.op("Mul", body.op("Range", zero, body.scalar(groups), one), m)
@@ -281,8 +298,8 @@ def _finish(body: Body, matrix: str, value_type: ValueType, *, unpadded: bool) -
         weight = body.op("Mul", body.cast(weight, F32), _spread_scale(body, features))
     product = body.op("MatMul", "X", weight)
     if value_type == "i8":
-        body.op("Mul", product, body.cast("scale", F32))
-    body.nodes[-1].output[0] = "Y"
+        body.op("Mul", product, body.cast(body.part("scale"), F32))
+    body.nodes[-1].output[0] = body.part("Y")
 
 
 def _spread_scale(body: Body, features: str) -> str:
@@ -293,7 +310,7 @@ def _spread_scale(body: Body, features: str) -> str:
     zero, one = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
     positions = body.op("Range", zero, body.scalar(features), one)
     group = body.op("Div", positions, body.attribute("group_size"))
-    scale = body.op("Transpose", body.cast("scale", F32), perm=[1, 0])
+    scale = body.op("Transpose", body.cast(body.part("scale"), F32), perm=[1, 0])
     return body.op("Gather", scale, group, axis=0)
 
 

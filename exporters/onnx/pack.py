@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,9 @@ from .plan import Job, choice
 from .rewrite import Site, find_embedding, find_head, find_linears, replace, unpack_siblings
 from .writer import Writer
 
+MOST_WEIGHTS = 3
+"""Of one node: q, k and v."""
+
 
 @dataclass
 class Packing:
@@ -30,12 +34,15 @@ class Packing:
     writer: Writer
     linears: list[TensorRecord] = field(default_factory=list)
     others: list[TensorRecord] = field(default_factory=list)
-    used: dict[str, tuple[PackedTensor, bool]] = field(default_factory=dict)
-    """Operator → one tensor stored for it and whether all are unpadded."""
+    used: dict[str, tuple[PackedTensor, int, bool]] = field(default_factory=dict)
+    """Operator → one tensor stored for it, how many weights it takes, and whether all are unpadded."""
 
     def functions(self) -> list[onnx.FunctionProto]:
         """Definitions of the operators in use, by name."""
-        return [function(packed, unpadded=unpadded) for _, (packed, unpadded) in sorted(self.used.items())]
+        return [
+            function(packed, weights, unpadded=unpadded)
+            for _, (packed, weights, unpadded) in sorted(self.used.items())
+        ]
 
 
 def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) -> Packing:
@@ -45,21 +52,16 @@ def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) 
     checkpoint = job.checkpoint
     linears = checkpoint.linears
     sites = find_linears(graph, linears, lambda name: checkpoint.array(f"{name}.weight"))
-    for index, name in enumerate(linears):
-        progress(index, len(linears) + 1, f"packing {name}")
-        mask = job.mask(name)
-        picked = choice(job, name, mask)
-        weight = checkpoint.array(f"{name}.weight")
-        try:
-            packed = LAYOUTS[picked.layout].pack(weight, mask, picked.options)
-        except ValueError as error:
-            raise InputError(
-                f"{name} cannot be stored as {picked.options.value_type}: {error}.",
-                hint="Choose another --value-type, e.g. f32.",
-                details={"tensor": name},
-            ) from None
-        _place_linear(packing, name, sites[name], packed)
-        packing.linears.append(_record(name, packed, picked.reason))
+    done = 0
+    for group in _siblings(checkpoint):
+        stored: list[Stored] = []
+        for name in group:
+            progress(done, len(linears) + 1, f"packing {name}")
+            packed, reason = _packed(job, name)
+            stored.append(Stored(name, sites[name], packed))
+            packing.linears.append(_record(name, packed, reason))
+            done += 1
+        _place(packing, stored)
     progress(len(linears), len(linears) + 1, "packing embedding and head")
     _pack_ends(job, packing)
     _keep_rest(packing)
@@ -67,33 +69,104 @@ def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) 
     return packing
 
 
-def _place_linear(packing: Packing, name: str, site: Site, packed: PackedTensor) -> None:
-    """Replace a MatMul or Gemm by the packed node; the bias of a Gemm becomes an Add."""
-    output = site.node.output[0]
-    bias = site.node.input[2] if site.node.op_type == "Gemm" and len(site.node.input) > 2 else ""
-    target = f"{name}.product" if bias else output
-    nodes = [_matmul(packing, name, packed, site.node.input[0], target)]
-    if bias:
-        nodes.append(helper.make_node("Add", [target, bias], [output], name=f"{name}.bias_add"))
-    replace(packing.graph, site.node, nodes)
+@dataclass(frozen=True)
+class Stored:
+    """A packed linear and where it is applied."""
+
+    name: str
+    site: Site
+    packed: PackedTensor
+
+    @property
+    def is_plain(self) -> bool:
+        """Dense f32 is a plain MatMul."""
+        return self.packed.layout == "dense" and self.packed.value_type == "f32"
 
 
-def _matmul(packing: Packing, name: str, packed: PackedTensor, x: str, output: str) -> onnx.NodeProto:
-    """The node for a packed tensor, named after its module; dense f32 is a plain MatMul."""
-    if packed.layout == "dense" and packed.value_type == "f32":
-        weight = packing.writer.add(f"{name}.weight", packed.arrays["values"].T)
-        return helper.make_node("MatMul", [x, weight], [output], name=name)
-    inputs = [packing.writer.add(f"{name}.{part}", array) for part, array in packed.arrays.items()]
-    return _packed_node(packing, name, packed, [x, *inputs], output)
+def _siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
+    """All linears in order, those of a block that read the same input together."""
+    for block in range(checkpoint.block_count):
+        prefix = f"{checkpoint.family.blocks}.{block}."
+        for names in checkpoint.family.linears:
+            yield tuple(prefix + name for name in names)
+
+
+def _packed(job: Job, name: str) -> tuple[PackedTensor, str]:
+    """A linear as it will be stored, and why so."""
+    mask = job.mask(name)
+    picked = choice(job, name, mask)
+    try:
+        packed = LAYOUTS[picked.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, picked.options)
+    except ValueError as error:
+        raise InputError(
+            f"{name} cannot be stored as {picked.options.value_type}: {error}.",
+            hint="Choose another --value-type, e.g. f32.",
+            details={"tensor": name},
+        ) from None
+    return packed, picked.reason
+
+
+def _place(packing: Packing, group: list[Stored]) -> None:
+    """Replace the nodes of linears with the same input: by one node if they are stored alike.
+
+    One node rounds the activations once for all of them, and starts the threads once.
+    """
+    first = group[0]
+    alike = all(
+        not stored.is_plain
+        and stored.site.node.input[0] == first.site.node.input[0]
+        and op_type(stored.packed) == op_type(first.packed)
+        and attributes(stored.packed) == attributes(first.packed)
+        for stored in group
+    )
+    together = [group] if alike and len(group) <= MOST_WEIGHTS else [[stored] for stored in group]
+    for members in together:
+        nodes = [_matmul(packing, members)]
+        for stored in members:
+            bias = _bias(stored.site.node)
+            if bias:
+                output = stored.site.node.output[0]
+                nodes.append(
+                    helper.make_node("Add", [_target(stored), bias], [output], name=f"{stored.name}.bias_add")
+                )
+        for stored in members[1:]:
+            replace(packing.graph, stored.site.node, [])
+        replace(packing.graph, members[0].site.node, nodes)
+
+
+def _bias(node: onnx.NodeProto) -> str:
+    """The bias of a Gemm, or nothing; it becomes an Add."""
+    return node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+
+
+def _target(stored: Stored) -> str:
+    """Name of the product, before a bias is added."""
+    return f"{stored.name}.product" if _bias(stored.site.node) else stored.site.node.output[0]
+
+
+def _matmul(packing: Packing, members: list[Stored]) -> onnx.NodeProto:
+    """The node for one or several packed tensors, named after the first module."""
+    first = members[0]
+    x, outputs = first.site.node.input[0], [_target(stored) for stored in members]
+    if first.is_plain:
+        weight = packing.writer.add(f"{first.name}.weight", first.packed.arrays["values"].T)
+        return helper.make_node("MatMul", [x, weight], outputs, name=first.name)
+    inputs = [
+        packing.writer.add(f"{stored.name}.{part}", array)
+        for stored in members
+        for part, array in stored.packed.arrays.items()
+    ]
+    name = "+".join([first.name, *(stored.name.rpartition(".")[2] for stored in members[1:])])
+    return _packed_node(packing, name, first.packed, [x, *inputs], outputs)
 
 
 def _packed_node(
-    packing: Packing, name: str, packed: PackedTensor, inputs: list[str], output: str
+    packing: Packing, name: str, packed: PackedTensor, inputs: list[str], outputs: list[str]
 ) -> onnx.NodeProto:
-    kind = op_type(packed)
+    kind, unpadded = op_type(packed, len(outputs)), exact(packed)
     before = packing.used.get(kind)
-    packing.used[kind] = (packed, exact(packed) and (before is None or before[1]))
-    node = helper.make_node(kind, inputs, [output], name=name, domain=DOMAIN)
+    packing.used[kind] = (packed, len(outputs), unpadded and (before is None or before[2]))
+    node = helper.make_node(kind, inputs, outputs, name=name, domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes(packed).items())
     return node
 
@@ -125,7 +198,7 @@ def _pack_ends(job: Job, packing: Packing) -> None:
             replace(packing.graph, gather, lookup(packing.writer, name, packed, stored, gather))
         if head is not None:
             node, head_name = head.node, checkpoint.family.head
-            by = _packed_node(packing, head_name, packed, [node.input[0], *stored], node.output[0])
+            by = _packed_node(packing, head_name, packed, [node.input[0], *stored], [node.output[0]])
             replace(packing.graph, node, [by])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +19,7 @@ from losa_deploy.manifest import TensorRecord
 from .functions import DOMAIN, parse_op_type
 from .graph import MODEL_FILE, DenseGraph
 
-NODE_ATTRIBUTES = ("format", "out_features", "in_features")
+NODE_ATTRIBUTES = ("format", "in_features")
 
 
 def load_graph(folder: Path) -> DenseGraph:
@@ -40,8 +40,8 @@ def decode(folder: Path) -> dict[str, NDArray[np.float32]]:
     weights: dict[str, NDArray[np.float32]] = {}
     for node in graph.model.graph.node:
         if node.domain == DOMAIN:
-            arrays = {name: graph.array(constants[name]) for name in node.input[1:]}
-            weights[node.name] = unpack(packed_tensor(node, list(arrays.values()))).weight
+            for name, packed in packed_tensors(node, lambda name: graph.array(constants[name])):
+                weights[name] = unpack(packed).weight
         elif node.op_type == "MatMul" and node.input[1] == f"{node.name}.weight":
             weights[node.name] = np.array(graph.array(constants[node.input[1]]).T, np.float32, order="C")
     return weights
@@ -67,9 +67,11 @@ def decode_tables(
     return weights
 
 
-def packed_tensor(node: onnx.NodeProto, arrays: list[Component]) -> PackedTensor:
-    """The packed tensor that an `ai.losa` node consumes."""
-    layout, value_type = parse_op_type(node.op_type)
+def packed_tensors(
+    node: onnx.NodeProto, array: Callable[[str], Component]
+) -> Iterator[tuple[str, PackedTensor]]:
+    """Linear and packed tensor of every weight that an `ai.losa` node consumes."""
+    layout, value_type, weights = parse_op_type(node.op_type)
     attributes: Mapping[str, int] = {a.name: a.i for a in node.attribute}
     if attributes.get("format") != FORMAT_VERSION:
         raise InputError(
@@ -77,11 +79,17 @@ def packed_tensor(node: onnx.NodeProto, arrays: list[Component]) -> PackedTensor
             f"expected format {FORMAT_VERSION}.",
             hint="Export the model again with this version.",
         )
-    shape = (attributes["out_features"], attributes["in_features"])
-    stored = [name for name in COMPONENTS if name != "positions" or layout != "dense"]
-    components = dict(zip(stored, arrays, strict=False))
     params = {name: value for name, value in attributes.items() if name not in NODE_ATTRIBUTES}
-    nnz = shape[0] * shape[1]
-    if layout == "bitmask":
-        nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())
-    return PackedTensor(layout, value_type, shape, params, components, nnz)
+    names = node.input[1:]
+    width = len(names) // weights
+    for start in range(0, len(names), width):
+        own = names[start : start + width]
+        # A tied head reads the embedding's tables; its node has the name of the head.
+        linear = node.name if weights == 1 else own[0].rpartition(".")[0]
+        components = {name.rpartition(".")[2]: array(name) for name in own}
+        first = components["values" if layout == "dense" else "positions"]
+        shape = (int(first.shape[0]), attributes["in_features"])
+        nnz = shape[0] * shape[1]
+        if layout == "bitmask":
+            nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())
+        yield linear, PackedTensor(layout, value_type, shape, params, components, nnz)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError, MissingError
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
+from .library import folder_with_library, library_name, refusal
 
 if TYPE_CHECKING:
     import onnxruntime_genai as og
@@ -24,13 +26,23 @@ ERRORS_ONLY = 3
 
 
 class GenaiRuntime:
-    """Opens exported ONNX folders with onnxruntime-genai."""
+    """Opens exported ONNX folders with onnxruntime-genai, with our operators for packed weights."""
 
     name = "genai"
+
+    def __init__(self, *, native: bool = True) -> None:
+        """`native` false leaves the packed weights to the functions inside the model."""
+        self._native = native
+        self.fallback = ""
+        """Why the native operators could not be used for the last opened folder; empty if they were."""
 
     def supports(self, folder: Path) -> bool:
         """True if there are a genai_config.json and a model.onnx."""
         return (folder / CONFIG_FILE).is_file() and (folder / MODEL_FILE).is_file()
+
+    def exact(self) -> GenaiRuntime:
+        """onnxruntime-genai with the functions inside the model."""
+        return GenaiRuntime(native=False) if self._native else self
 
     def open(self, folder: Path, *, threads: int) -> GenaiSession:
         """Load the model; `threads` 0 means the physical cores.
@@ -38,7 +50,7 @@ class GenaiRuntime:
         Raises `InputError` if a file is missing or onnxruntime-genai refuses the folder.
         """
         try:
-            import onnxruntime_genai as og
+            import onnxruntime_genai  # noqa: F401
         except ImportError:
             raise MissingError(
                 "The genai runtime needs onnxruntime-genai, which is not installed.",
@@ -56,9 +68,7 @@ class GenaiRuntime:
             "log_severity_level": ERRORS_ONLY,
         }
         try:
-            config = og.Config(str(folder))
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-            model = og.Model(config)
+            model = self._load(folder, options)
         except MemoryError:
             raise
         except Exception as error:  # the bindings raise RuntimeError and bare exceptions alike
@@ -68,6 +78,27 @@ class GenaiRuntime:
                 hint="Copy the folder again with all its files, or export the model again.",
             ) from error
         return GenaiSession(model, facts)
+
+    def _load(self, folder: Path, options: Mapping[str, int]) -> og.Model:
+        """The model with the native operators, or without and the reason in `fallback`."""
+        self.fallback = refusal() if self._native else ""
+        with ExitStack() as stack:
+            if not self._native or self.fallback:
+                return _load_model(folder, options)
+            try:
+                folder = stack.enter_context(folder_with_library(folder))
+            except OSError as error:
+                self.fallback = f"The native operators cannot be put beside the model: {error}."
+                return _load_model(folder, options)
+            return _load_model(folder, {**options, "custom_ops_library": library_name()})
+
+
+def _load_model(folder: Path, options: Mapping[str, int | str]) -> og.Model:
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return og.Model(config)
 
 
 class GenaiSession:

@@ -14,6 +14,7 @@ from losa_deploy.errors import InputError, MissingError
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .cache import GrowingCache, SharedCache
 from .graph import Graph, read_graph
+from .library import register
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -24,17 +25,29 @@ ERRORS_ONLY = 3
 
 
 class OrtRuntime:
-    """Opens exported ONNX folders in stock ONNX Runtime."""
+    """Opens exported ONNX folders in ONNX Runtime, with our operators for packed weights."""
 
     name = "ort"
 
-    def __init__(self, configure: Sequence[Callable[[ort.SessionOptions], None]] = ()) -> None:
-        """Each of `configure` sees the session options before a model is loaded, e.g. to add operators."""
+    def __init__(
+        self, configure: Sequence[Callable[[ort.SessionOptions], None]] = (), *, native: bool = True
+    ) -> None:
+        """Each of `configure` sees the session options before a model is loaded, e.g. to set a profile.
+
+        `native` false leaves the packed weights to the functions inside the model.
+        """
         self._configure = tuple(configure)
+        self._native = native
+        self.fallback = ""
+        """Why the native operators could not be used for the last opened folder; empty if they were."""
 
     def supports(self, folder: Path) -> bool:
         """True if there is a model.onnx."""
         return (folder / MODEL_FILE).is_file()
+
+    def exact(self) -> OrtRuntime:
+        """ONNX Runtime with the functions inside the model."""
+        return StockOrtRuntime(self._configure) if self._native else self
 
     def open(self, folder: Path, *, threads: int) -> OrtSession:
         """Load `model.onnx`; `threads` 0 means the physical cores.
@@ -57,6 +70,7 @@ class OrtRuntime:
         options.intra_op_num_threads = thread_count(threads)
         options.inter_op_num_threads = 1
         options.log_severity_level = ERRORS_ONLY
+        self.fallback = self._register(options)
         for configure in self._configure:
             configure(options)
         try:
@@ -68,6 +82,24 @@ class OrtRuntime:
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise _cannot_open(folder, error) from error
         return OrtSession(inner, read_graph(inner, facts, folder), facts)
+
+    def _register(self, options: ort.SessionOptions) -> str:
+        """Add the native operators; the reason if that fails, which costs speed and nothing else."""
+        if self._native:
+            try:
+                register(options)
+            except MissingError as error:
+                return str(error)
+        return ""
+
+
+class StockOrtRuntime(OrtRuntime):
+    """Opens the same folders as anyone without our library does."""
+
+    name = "ort-stock"
+
+    def __init__(self, configure: Sequence[Callable[[ort.SessionOptions], None]] = ()) -> None:
+        super().__init__(configure, native=False)
 
 
 class OrtSession:

@@ -27,7 +27,7 @@ from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest, sha256_file
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
-from losa_deploy.runtimes.ort.session import OrtRuntime
+from losa_deploy.runtimes.ort.session import StockOrtRuntime
 
 TOKENS = (5, 17, 200, 3, 44, 260, 8, 99)
 STEPS = 6
@@ -55,7 +55,7 @@ def torch_logits(model: torch.nn.Module, tokens: list[int]) -> NDArray[np.float3
 
 def check_session(folder: Path, oracle: torch.nn.Module) -> list[int]:
     """All logits, then greedy steps through the key/value cache; returns the greedy tokens."""
-    session = OrtRuntime().open(folder, threads=1)
+    session = StockOrtRuntime().open(folder, threads=1)
     expected = torch_logits(oracle, list(TOKENS))
     scale = float(np.abs(expected).max())
     assert np.abs(session.logits(TOKENS) - expected).max() <= TOLERANCE * scale

@@ -110,3 +110,41 @@ def test_decoding_is_folded_at_load(layout: str, value_type: ValueType, tmp_path
     folded = onnx.load(f"{tmp_path}/folded.onnx")
     left = {node.op_type for node in folded.graph.node}
     assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
+def test_one_operator_of_three_weights(layout: str, value_type: ValueType) -> None:
+    """As q, k and v: different numbers of rows, one input, three outputs."""
+    n_of_m = tuple(map(int, layout.split()[1].split(":"))) if " " in layout else None
+    options = PackOptions(value_type, pattern=n_of_m)  # type: ignore[arg-type]
+    weights = []
+    for rows in (9, 4, 3):
+        weight = np.random.default_rng(rows).standard_normal((rows, 172)).astype(np.float32)
+        weights.append(LAYOUTS[layout.split()[0]].pack(weight, mask_of(layout, rows, 172), options))
+    first = weights[0]
+    inputs = {f"w{i}.{name}": array for i, w in enumerate(weights) for name, array in w.arrays.items()}
+    node = helper.make_node(
+        op_type(first, 3), ["X", *inputs], ["Y0", "Y1", "Y2"], domain=DOMAIN, **attributes(first)
+    )
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [node],
+        "three",
+        [value("X", onnx.TensorProto.FLOAT, ["batch", "tokens", 172])],
+        [
+            value(f"Y{i}", onnx.TensorProto.FLOAT, ["batch", "tokens", w.shape[0]])
+            for i, w in enumerate(weights)
+        ],
+        [numpy_helper.from_array(array, name) for name, array in inputs.items()],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(
+        graph, opset_imports=imports, functions=[function(first, 3, unpadded=exact(first))], ir_version=10
+    )
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(0).standard_normal((1, 2, 172)).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString())
+    for results in (session.run(None, {"X": x}), ReferenceEvaluator(model).run(None, {"X": x})):
+        for y, packed in zip(results, weights, strict=True):
+            assert np.allclose(y, x @ unpack(packed).weight.T, atol=1e-4)

@@ -1,0 +1,95 @@
+"""The native operators of domain `ai.losa`, as a library that ONNX Runtime loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.errors import MissingError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PACKAGE = "losa_deploy"
+
+
+def library_name(platform: str = sys.platform) -> str:
+    """File name of the library on a platform, named as in `sys.platform`."""
+    if platform == "win32":
+        return "losa_ort.dll"
+    return "liblosa_ort.dylib" if platform == "darwin" else "liblosa_ort.so"
+
+
+def library_path() -> Path:
+    """The library inside the installed package; `MissingError` if it is not there.
+
+    In an editable install the package has several folders; the built files are in one of them.
+    """
+    package = importlib.util.find_spec(PACKAGE)
+    folders = list(package.submodule_search_locations or ()) if package else []
+    for folder in folders:
+        path = Path(folder) / library_name()
+        if path.is_file():
+            return path
+    raise MissingError(
+        f"The native operators for ONNX Runtime ({library_name()}) are not in the package {PACKAGE} "
+        f"({', '.join(map(str, folders)) or 'which is not installed'}).",
+        hint="Install it again with `pip install --force-reinstall --no-deps losa-deploy`.",
+    )
+
+
+def register(session_options: ort.SessionOptions) -> None:
+    """Let sessions made with these options run `ai.losa` nodes by the native kernels.
+
+    Raises `MissingError` if the library is not there, or if this ONNX Runtime cannot use it; the
+    options are then as before, and the model's own functions run instead.
+    """
+    path = library_path()
+    try:
+        session_options.register_custom_ops_library(str(path))
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise MissingError(
+            f"ONNX Runtime cannot use the native operators in {path}: {reason}.",
+            hint="Update it with `pip install --upgrade onnxruntime`.",
+        ) from error
+
+
+def refusal() -> str:
+    """Why the native operators cannot be used here; empty if they can."""
+    import onnxruntime as ort
+
+    try:
+        register(ort.SessionOptions())
+    except MissingError as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def folder_with_library(folder: Path) -> Iterator[Path]:
+    """A temporary folder of links to the files of `folder`, and a copy of the library.
+
+    onnxruntime-genai loads libraries from the model's own folder only, and follows links to find out;
+    what a user exported is not ours to write to. Once a model is open, the folder is not needed.
+    Raises `OSError` where there is no room or no right to make links.
+    """
+    with tempfile.TemporaryDirectory(prefix="losa-ort-", ignore_cleanup_errors=True) as name:
+        for file in folder.iterdir():
+            _link(file.resolve(), Path(name) / file.name)
+        shutil.copyfile(library_path(), Path(name) / library_name())
+        yield Path(name)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source)
+    except OSError:  # Windows asks for a privilege
+        os.link(source, target)

@@ -1,0 +1,382 @@
+"""Every `ai.losa` operator run by the native library inside ONNX Runtime, against a float64 oracle."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from losa_deploy.errors import MissingError
+from losa_deploy.exporters.onnx.functions import DOMAIN, OPSET, VERSION, attributes, op_type
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.plugins import load_runtime
+from losa_deploy.runtimes.ort import register
+from losa_deploy.runtimes.ort.genai import GenaiRuntime
+from losa_deploy.runtimes.ort.library import library_name, library_path, refusal
+from losa_deploy.runtimes.ort.session import OrtRuntime, StockOrtRuntime
+
+SIZES = ((5, 1), (3, 7), (9, 64), (4, 65), (67, 172), (33, 576))
+LAYOUT_NAMES = (
+    "dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:5", "nm 2:16", "nm 4:16", "nm 1:32",
+)  # fmt: skip
+VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+NODE = "layer.7.the_node"
+ROUNDING = 2.0**-24
+Array = NDArray[np.float32]
+
+
+def random_mask(layout: str, rows: int, columns: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    if not layout.startswith("nm"):
+        mask = rng.random((rows, columns)) < 0.4
+        mask[0] = False
+        mask[-1] = True
+        return mask
+    n, m = map(int, layout.split()[1].split(":"))
+    mask = np.zeros((rows, columns), np.bool_)
+    for row in range(rows):
+        for start in range(0, columns, m):
+            width = min(m, columns - start)
+            mask[row, start + rng.permutation(width)[: min(n, width)]] = True
+    return mask
+
+
+def pack(
+    layout: str, value_type: ValueType, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
+) -> PackedTensor:
+    rng = np.random.default_rng((rows, columns, seed))
+    pattern = None
+    if layout.startswith("nm"):
+        n, m = layout.split()[1].split(":")
+        pattern = int(n), int(m)
+    options = PackOptions(
+        value_type,
+        group_size=32 if columns < 100 else 128 if columns < 500 else 64,
+        scale_type="f16" if scale == "f16" else "f32",
+        pattern=pattern,
+    )
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    return LAYOUTS[layout.split()[0]].pack(weight, random_mask(layout, rows, columns, rng), options)
+
+
+def model_of(
+    weights: Sequence[PackedTensor],
+    *,
+    changed: dict[str, NDArray[np.generic]] | None = None,
+    dynamic: str = "",
+    **overrides: int | None,
+) -> onnx.ModelProto:
+    """One node without a function, so that only the library can run it.
+
+    `changed` replaces components, `dynamic` makes one a graph input, `overrides` sets attributes or,
+    with None, leaves them out.
+    """
+    arrays = {
+        f"w{i}.{name}": (changed or {}).get(name, array)
+        for i, packed in enumerate(weights)
+        for name, array in packed.arrays.items()
+    }
+    values = attributes(weights[0]) | overrides
+    outputs = [f"Y{i}" for i in range(len(weights))]
+    node = helper.make_node(
+        op_type(weights[0], len(weights)),
+        ["X", *arrays],
+        outputs,
+        name=NODE,
+        domain=DOMAIN,
+        **{key: value for key, value in values.items() if value is not None},
+    )
+    value_info = helper.make_tensor_value_info
+    inputs = [value_info("X", onnx.TensorProto.FLOAT, ["batch", "tokens", "width"])]
+    if dynamic:
+        array = arrays.pop(dynamic)
+        inputs.append(value_info(dynamic, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+    graph = helper.make_graph(
+        [node],
+        "one",
+        inputs,
+        [value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def open_native(model: onnx.ModelProto, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    register(options)
+    return ort.InferenceSession(model.SerializeToString(), options)
+
+
+def activations(tokens: int, columns: int) -> Array:
+    """Rows of very different size, one of them all zero."""
+    rng = np.random.default_rng((tokens, columns))
+    x = rng.standard_normal((1, tokens, columns)) * 10.0 ** rng.integers(-3, 3, (1, tokens, 1))
+    if tokens > 1:
+        x[:, 1] = 0
+    return x.astype(np.float32)
+
+
+def tolerance(packed: PackedTensor, x: Array, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Most that a right kernel can be off: f32 sums, and for integers int8 activations.
+
+    An activation is rounded to a multiple of its group's largest magnitude / 127, so it is off by half
+    of that; groups are 128 positions, or those of the weight's own scales.
+    """
+    size_of_x, columns = np.abs(x.astype(np.float64)), packed.shape[1]
+    error = ROUNDING * (columns + 8) * size_of_x
+    if packed.value_type in ("i8", "i4"):
+        size = packed.params.get("group_size", 128)
+        padded = np.pad(size_of_x, ((0, 0), (0, 0), (0, -columns % size)))
+        step = padded.reshape(*padded.shape[:2], -1, size).max(axis=3) / 127
+        error = (0.5 + ROUNDING * (columns + 8)) * np.repeat(step, size, axis=2)[..., :columns] + error
+    bound: NDArray[np.float64] = error @ np.abs(weight.T) + 1e-30
+    return bound
+
+
+def check(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Array) -> None:
+    results = session.run(None, {"X": x})
+    assert len(results) == len(weights)
+    for result, packed in zip(results, weights, strict=True):
+        weight = unpack(packed).weight.astype(np.float64)
+        assert result.shape == (*x.shape[:-1], packed.shape[0])
+        error = np.abs(result - x.astype(np.float64) @ weight.T)
+        assert (error <= tolerance(packed, x, weight)).all()
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_operators_equal_the_oracle(layout: str, value_type: ValueType) -> None:
+    for rows, columns in SIZES:
+        weights = [
+            pack(layout, value_type, count, columns, seed=i) for i, count in enumerate((rows, rows + 2, 1))
+        ]
+        for shared in (1, 2, 3):
+            session = open_native(model_of(weights[:shared]), threads=2)
+            for tokens in (1, 3, 17):
+                check(session, weights[:shared], activations(tokens, columns))
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4"])
+def test_row_scales_may_be_f16(layout: str) -> None:
+    packed = pack(layout, "i8", 11, 172, scale="f16")
+    assert packed.arrays["scale"].dtype == np.float16
+    check(open_native(model_of([packed])), [packed], activations(3, 172))
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_work_that_is_split_among_threads(value_type: ValueType) -> None:
+    """Enough rows for many chunks, in weights of unequal size, and a prompt that is prepared in parts."""
+    weights = [pack("bitmask", value_type, rows, 576, seed=rows) for rows in (1021, 192, 13)]
+    session = open_native(model_of(weights), threads=4)
+    for tokens in (1, 2, 64):
+        check(session, weights, activations(tokens, 576))
+
+
+def test_other_ranks_and_no_tokens() -> None:
+    packed = pack("bitmask", "i8", 9, 64)
+    model = model_of([packed])
+    del model.graph.input[0].type.tensor_type.shape.dim[0]
+    flat = activations(3, 64)[0]
+    (result,) = open_native(model).run(None, {"X": flat})
+    (same,) = open_native(model_of([packed])).run(None, {"X": flat[None]})
+    assert np.array_equal(result, same[0])
+    (none,) = open_native(model).run(None, {"X": flat[:0]})
+    assert none.shape == (0, 9)
+
+
+def test_the_kernel_wins_over_the_function_of_the_model() -> None:
+    packed = pack("bitmask", "f32", 9, 64)
+    model = model_of([packed])
+    body = [helper.make_node("Sub", ["X", "X"], ["Y"])]
+    imports = [helper.make_opsetid("", OPSET)]
+    inputs, names = ["X", *packed.arrays], list(attributes(packed))
+    model.functions.append(
+        helper.make_function(DOMAIN, op_type(packed), inputs, ["Y"], body, imports, attributes=names)
+    )
+    check(open_native(model), [packed], activations(3, 64))
+
+
+def test_two_threads_on_one_session() -> None:
+    weights = [pack("bitmask", "i8", rows, 576, seed=rows) for rows in (576, 192, 192)]
+    session = open_native(model_of(weights), threads=2)
+    inputs = [activations(1, 576), activations(40, 576)]
+    alone = [session.run(None, {"X": x}) for x in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(40):
+            results = session.run(None, {"X": inputs[index]})
+            if not all(np.array_equal(a, b) for a, b in zip(results, alone[index], strict=True)):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def refused(model: onnx.ModelProto) -> str:
+    with pytest.raises(Exception, match=r"ai\.losa") as caught:
+        open_native(model)
+    assert NODE in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_another_format_is_refused(shared: int) -> None:
+    weights = [pack("bitmask", "i8", 9, 64)] * shared
+    assert "format 2, this library reads format 1" in refused(model_of(weights, format=2))
+    assert "this library reads format 1" in refused(model_of(weights, format=None))
+
+
+def test_attributes_are_checked() -> None:
+    packed = pack("nm 1:4", "i4", 9, 64)
+    assert "in_features is missing" in refused(model_of([packed], in_features=None))
+    assert "group_size is 1000, expected 32 to 128" in refused(model_of([packed], group_size=1000))
+    assert "out_features is 8" in refused(model_of([packed], out_features=8))
+    assert "position_bits is 0" in refused(model_of([packed], position_bits=0))
+    assert "damaged" in refused(model_of([packed], m=8))
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4"])
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_truncated_components_are_refused(layout: str, value_type: ValueType) -> None:
+    packed = pack(layout, value_type, 9, 64)
+    for name, array in packed.arrays.items():
+        shorter = array[:, :-1] if array.ndim == 2 else array[:-1]
+        reason = refused(model_of([packed], changed={name: shorter}))
+        assert "a component has not the bytes" in reason
+        assert f"{name} {shorter.nbytes}" in reason
+
+
+def test_bad_masks_are_refused() -> None:
+    packed = pack("bitmask", "i8", 9, 65)
+    positions = packed.arrays["positions"].copy()
+    positions[4, 15] |= np.uint8(128)
+    reason = refused(model_of([packed], changed={"positions": positions}))
+    assert "a position lies outside of the row" in reason
+    packed = pack("nm 2:4", "i8", 9, 64)
+    positions = packed.arrays["positions"].copy()
+    positions[4, 0] = np.uint8(255)
+    assert "not N of every M" in refused(model_of([packed], changed={"positions": positions}))
+
+
+def test_components_have_to_be_constant() -> None:
+    packed = pack("bitmask", "i8", 9, 64)
+    for name in packed.arrays:
+        assert f"({name}) is not an initializer" in refused(model_of([packed], dynamic=f"w0.{name}"))
+
+
+def test_scales_of_another_type_are_refused() -> None:
+    packed = pack("bitmask", "i8", 9, 64)
+    doubles = packed.arrays["scale"].astype(np.float64)
+    assert "element type 11" in refused(model_of([packed], changed={"scale": doubles}))
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    session = open_native(model_of([pack("bitmask", "i8", 9, 64)]))
+    with pytest.raises(Exception, match=f"{NODE}.*is 63, expected in_features 64"):
+        session.run(None, {"X": np.zeros((1, 1, 63), np.float32)})
+
+
+def test_registration_is_quick() -> None:
+    times = []
+    for _ in range(5):
+        options = ort.SessionOptions()
+        start = time.perf_counter()
+        register(options)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
+
+
+def test_importing_the_package_does_not_import_onnxruntime() -> None:
+    code = "import sys, losa_deploy.runtimes.ort as o; o.register; print('onnxruntime' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_library_names() -> None:
+    names = [library_name(platform) for platform in ("linux", "darwin", "win32")]
+    assert names == ["liblosa_ort.so", "liblosa_ort.dylib", "losa_ort.dll"]
+
+
+def answer_to(version: bytes, *, table: bool = True, build: bytes = b"ORT Build Info: test") -> str:
+    """What `RegisterCustomOps` tells an ONNX Runtime that has hardly more than its self-test asks for."""
+    library = ctypes.CDLL(str(library_path()))
+    library.RegisterCustomOps.restype = ctypes.c_void_p
+    function, pointer = ctypes.CFUNCTYPE, ctypes.c_void_p
+    texts = [ctypes.create_string_buffer(text) for text in (version, build)]  # a status is an index
+
+    def create(code: int, text: bytes) -> int:
+        texts.append(ctypes.create_string_buffer(text))
+        return len(texts) - 1
+
+    slots = {
+        0: function(pointer, ctypes.c_int, ctypes.c_char_p)(create),
+        1: function(ctypes.c_int, pointer)(lambda status: 2),
+        2: function(pointer, pointer)(lambda status: ctypes.addressof(texts[status])),
+        26: function(pointer, ctypes.c_char_p, pointer)(lambda name, domain: create(1, b"made " + name)),
+        93: function(None, pointer)(lambda status: None),
+        254: function(pointer)(lambda: ctypes.addressof(texts[1])),
+    }
+    entries = (pointer * 275)()
+    for index, slot in slots.items():
+        entries[index] = ctypes.cast(slot, pointer)
+    address = ctypes.addressof(entries)
+    get_api = function(pointer, ctypes.c_uint32)(lambda asked: address if table or asked == 1 else None)
+    get_version = function(pointer)(lambda: ctypes.addressof(texts[0]))
+    base = (pointer * 2)(ctypes.cast(get_api, pointer), ctypes.cast(get_version, pointer))
+    status: int = library.RegisterCustomOps(None, base)
+    return texts[status].value.decode()
+
+
+def test_the_self_test_at_registration() -> None:
+    assert answer_to(b"1.17.0") == "made ai.losa"
+    assert answer_to(b"1.100.3+cu12") == "made ai.losa"
+    for old in (b"1.16.3", b"2.0.0", b"trunk"):
+        assert answer_to(old) == f"losa_ort needs ONNX Runtime 1.17 or a later 1.x, found {old.decode()}"
+    for answer in (answer_to(b"1.99.0", table=False), answer_to(b"1.99.0", build=b"no")):
+        assert "does not recognize the C interface of ONNX Runtime 1.99.0" in answer
+
+
+def test_runtimes_with_and_without_the_library(tiny_dense_onnx: Path) -> None:
+    for runtime in (OrtRuntime(), StockOrtRuntime(), GenaiRuntime(), GenaiRuntime(native=False)):
+        runtime.open(tiny_dense_onnx, threads=1).close()
+        assert runtime.fallback == ""
+    assert load_runtime("ort").name == "ort"
+    assert load_runtime("ort-stock").name == "ort-stock"
+
+
+@pytest.mark.parametrize("kind", [OrtRuntime, GenaiRuntime])
+def test_without_the_library_the_stock_operators_run(
+    kind: type[OrtRuntime] | type[GenaiRuntime], tiny_dense_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("losa_deploy.runtimes.ort.library.PACKAGE", "no_such_package")
+    with pytest.raises(MissingError, match=r"liblosa_ort|losa_ort\.dll"):
+        register(ort.SessionOptions())
+    assert "pip install" in refusal()
+    runtime = kind()
+    runtime.open(tiny_dense_onnx, threads=1).close()
+    assert library_name() in runtime.fallback
+
+
+def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / library_name()).write_bytes(b"not a library")
+    monkeypatch.setattr("losa_deploy.runtimes.ort.library.library_path", lambda: tmp_path / library_name())
+    assert "cannot use the native operators" in refusal()
