@@ -125,9 +125,9 @@ def _parity_section(report: Report) -> list[str]:
     if parity is None:
         return []
     logits = (
-        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; by the "
-        f"artifact's own decoded weights, without native kernels, {parity.decoded_logit_difference:.3g} (f32 arithmetic allows "
-        f"{parity.decoded_logit_tolerance:.3g})"
+        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; without native kernels, "
+        f"against the artifact's own decoded weights {parity.decoded_logit_difference:.3g} (f32 arithmetic "
+        f"allows {parity.decoded_logit_tolerance:.3g})"
     )
     kernels = (
         f"- the native kernels, which round activations to int8, add a mean divergence of "

@@ -11,8 +11,6 @@ from losa_deploy.artifact import free_bytes
 from losa_deploy.cli.command import Command
 from losa_deploy.console import Console, table
 
-KERNELS = "scalar (no sparse kernel runs yet: stock ONNX Runtime expands packed weights at load)"
-
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     facts = collect()
@@ -39,7 +37,7 @@ def collect() -> dict[str, object]:
         "cores": machine.cores,
         "logical_cores": machine.logical_cores,
         "native_library": _native(),
-        "kernel_target": KERNELS,
+        **_kernels(),
         "memory_bytes": machine.ram_bytes,
         "memory_available_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": free_bytes(Path.cwd()),
@@ -62,6 +60,32 @@ def _native() -> str:
     except ImportError as error:
         return f"not usable: {error}"
     return f"version {kernels_version()}"
+
+
+def _kernels() -> dict[str, object]:
+    """Which kernels run here and why, which could, and whether ONNX Runtime can use them."""
+    try:
+        from losa_deploy import _native
+    except ImportError:
+        return {
+            "kernel_target": "none",
+            "kernel_reason": "",
+            "kernel_targets": [],
+            "onnxruntime_operators": "",
+        }
+    from losa_deploy.errors import MissingError
+    from losa_deploy.runtimes.ort.library import library_path, refusal
+
+    try:
+        operators = refusal() or str(library_path())
+    except (ImportError, MissingError) as error:
+        operators = f"not usable: {error}"
+    return {
+        "kernel_target": _native.target_name(),
+        "kernel_reason": _native.target_reason(),
+        "kernel_targets": _native.targets(),
+        "onnxruntime_operators": operators,
+    }
 
 
 def _default_model() -> str:

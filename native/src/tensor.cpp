@@ -218,6 +218,9 @@ extern "C" int losa_blob_parts(const void *blob, uint64_t bytes, losa_parts *par
   p.group_size = static_cast<uint16_t>(read_uint(head + 14, 2));
   p.rows = static_cast<uint32_t>(read_uint(head + 16, 4));
   p.columns = static_cast<uint32_t>(read_uint(head + 20, 4));
+  if (p.rows > bytes) {
+    return LOSA_BAD_SIZE;  // a row takes a byte at least: the caller can allocate by the number of rows
+  }
   losa_bytes *components[] = {&p.positions, &p.values, &p.scale, &p.table};
   uint64_t end = LOSA_HEADER_BYTES;
   for (int i = 0; i < 4; ++i) {

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError, MissingError
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
-from .library import folder_with_library, library_name, refusal
+from .library import check_target, folder_with_library, library_name, refusal
 
 if TYPE_CHECKING:
     import onnxruntime_genai as og
@@ -81,6 +81,8 @@ class GenaiRuntime:
 
     def _load(self, folder: Path, options: Mapping[str, int]) -> og.Model:
         """The model with the native operators, or without and the reason in `fallback`."""
+        if self._native:
+            check_target()
         self.fallback = refusal() if self._native else ""
         with ExitStack() as stack:
             if not self._native or self.fallback:

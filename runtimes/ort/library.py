@@ -45,6 +45,17 @@ def library_path() -> Path:
     )
 
 
+def check_target() -> None:
+    """Raise `MissingError` if LOSA_KERNELS asks for kernels that cannot run here."""
+    from losa_deploy import _native
+
+    if _native.target_name() == "none":
+        raise MissingError(
+            f"There are no such kernels here: {_native.target_reason()}.",
+            hint=f"Set LOSA_KERNELS to one of {', '.join(_native.targets())}, or unset it.",
+        )
+
+
 def register(session_options: ort.SessionOptions) -> None:
     """Let sessions made with these options run `ai.losa` nodes by the native kernels.
 

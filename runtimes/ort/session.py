@@ -14,7 +14,7 @@ from losa_deploy.errors import InputError, MissingError
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .cache import GrowingCache, SharedCache
 from .graph import Graph, read_graph
-from .library import register
+from .library import check_target, register
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -86,6 +86,7 @@ class OrtRuntime:
     def _register(self, options: ort.SessionOptions) -> str:
         """Add the native operators; the reason if that fails, which costs speed and nothing else."""
         if self._native:
+            check_target()
             try:
                 register(options)
             except MissingError as error:

@@ -63,6 +63,12 @@ class Program:
 
 
 @pytest.fixture(scope="session")
+def build_run_cases() -> Callable[..., Path]:
+    """(build folder, CMake options …) → program."""
+    return cmake
+
+
+@pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run_cases with the AVX-512 targets in plain C++."""
     return cmake(tmp_path_factory.mktemp("emulated"), "-DLOSA_EMULATE_AVX512=ON")

@@ -80,7 +80,7 @@ def rounded(x: NDArray[np.float32], group: int) -> Floats:
 
 def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL) -> None:
     x = inputs(tokens, packed.shape[1])
-    group = packed.params.get("group_size", 128)
+    group = packed.params.get("group_size", 64)
     exact = rounded(x, group) if packed.value_type in ("i8", "i4") else x.astype(np.float64)
     weight = unpack(packed).weight.astype(np.float64)
     expected = exact @ weight.T

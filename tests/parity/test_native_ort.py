@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -134,12 +135,12 @@ def tolerance(packed: PackedTensor, x: Array, weight: NDArray[np.float64]) -> ND
     """Most that a right kernel can be off: f32 sums, and for integers int8 activations.
 
     An activation is rounded to a multiple of its group's largest magnitude / 127, so it is off by half
-    of that; groups are 128 positions, or those of the weight's own scales.
+    of that; groups are 64 positions, or those of the weight's own scales.
     """
     size_of_x, columns = np.abs(x.astype(np.float64)), packed.shape[1]
     error = ROUNDING * (columns + 8) * size_of_x
     if packed.value_type in ("i8", "i4"):
-        size = packed.params.get("group_size", 128)
+        size = packed.params.get("group_size", 64)
         padded = np.pad(size_of_x, ((0, 0), (0, 0), (0, -columns % size)))
         step = padded.reshape(*padded.shape[:2], -1, size).max(axis=3) / 127
         error = (0.5 + ROUNDING * (columns + 8)) * np.repeat(step, size, axis=2)[..., :columns] + error
@@ -380,3 +381,20 @@ def test_a_file_that_is_no_library_is_a_reason(tmp_path: Path, monkeypatch: pyte
     (tmp_path / library_name()).write_bytes(b"not a library")
     monkeypatch.setattr("losa_deploy.runtimes.ort.library.library_path", lambda: tmp_path / library_name())
     assert "cannot use the native operators" in refusal()
+
+
+def test_kernels_that_cannot_run_here_are_one_clear_error(tiny_dense_onnx: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from losa_deploy.errors import MissingError\n"
+        "from losa_deploy.runtimes.ort.session import OrtRuntime\n"
+        "try:\n    OrtRuntime().open(Path(sys.argv[1]), threads=1)\n"
+        "except MissingError as error:\n    print(error.exit_code, error, error.hint)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_dense_onnx)],
+        env={**os.environ, "LOSA_KERNELS": "pentium"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("5 ") and "LOSA_KERNELS=pentium" in done.stdout and "scalar" in done.stdout
