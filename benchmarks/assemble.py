@@ -172,6 +172,13 @@ def _samples_part(speed: Latency) -> SamplesPart:
     )
 
 
+def _kernels(job: Job) -> str:
+    """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
+    from losa_deploy import _native
+
+    return "" if job.runtime.exact() is job.runtime else _native.target_name()
+
+
 def _evidence(
     job: Job,
     found: Found,
@@ -189,6 +196,7 @@ def _evidence(
         block_bits_per_weight=exported_numbers.bits_per_weight,
         packed=any(record.layout != "dense" for record in exported.linears),
         runtime=job.runtime.name,
+        kernels=_kernels(job),
         exported_decode=exported_speed.decode_tokens_per_second,
         dense_decode=dense_speed.decode_tokens_per_second,
         decode_noise=max(dense_speed.decode_spread, exported_speed.decode_spread),

@@ -10,7 +10,6 @@ DENSE_INT4_BITS = 4.0
 """From here on plain dense int4 (4.1-4.5 bits with its scales) stores a better model in the same bytes."""
 SPARSE_INT4_BITS = 3.2
 """Below this no dense int4 exists, and sparse int4 is the better format."""
-ONNX_RUNTIMES = ("ort", "genai")
 LEAST_NOISE = 0.02
 """Speeds closer than this are equal, however little the samples spread."""
 
@@ -29,6 +28,8 @@ class Evidence:
     packed: bool
     """At least one linear is stored without its zeros."""
     runtime: str
+    kernels: str
+    """Name of the native kernels in use, e.g. `avx2`; empty if the runtime uses none."""
     exported_decode: float
     dense_decode: float
     decode_noise: float
@@ -102,14 +103,12 @@ def speed_reason(e: Evidence) -> str:
     """Why sparse weights do not decode faster in this runtime."""
     if not e.packed:
         return "Every linear is stored dense, so decode reads its zeros like any other weight."
-    if e.runtime in ONNX_RUNTIMES:
+    if e.kernels:
         return (
-            "Stock ONNX Runtime expands packed weights to dense f32 at load, so decode reads as many "
-            "bytes as dense f32; native kernels are not part of this version."
+            f"The {e.kernels} kernels are bound by computing on this CPU, not by reading weights, so that "
+            "fewer bytes do not pay."
         )
-    return (
-        f"The runtime {e.runtime} computes with dense weights; native kernels are not part of this version."
-    )
+    return f"The runtime {e.runtime} expands packed weights when it loads them and computes with dense ones."
 
 
 def memory_line(e: Evidence) -> str:

@@ -170,8 +170,8 @@ def _limits(manifest: Manifest) -> str:
     ]
     if manifest.format == "onnx":
         lines.append(
-            "- Stock ONNX Runtime expands packed weights at load: the file is smaller, "
-            "decode reads as much as dense f32."
+            "- ONNX Runtime without the operators of losa-deploy opens this folder too, but expands packed "
+            "weights when it loads them: memory and speed are then those of dense f32."
         )
     return "## Limits\n\n" + "\n".join(lines)
 

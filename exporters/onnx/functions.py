@@ -138,7 +138,7 @@ def exact(packed: PackedTensor) -> bool:
         return packed.value_type != "i4" or in_features % ROW_BLOCK == 0
     if params.get("position_bits"):
         return in_features % params["m"] == 0
-    return packed.arrays["positions"].shape[1] * 8 == in_features
+    return bool(packed.arrays["positions"].shape[1] * 8 == in_features)
 
 
 def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) -> onnx.FunctionProto:

@@ -86,7 +86,7 @@ def _add_kernels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8 and i4, with commas")
     group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")
     group.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="tokens at once (1 64)")
-    group.add_argument("--seconds", type=number, metavar="S", help="time for the whole table (110)")
+    group.add_argument("--seconds", type=number, metavar="S", help="time for the whole table (100)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="a roofline as .svg or .png (matplotlib)")
     group.add_argument(
         "--deepsparse", type=Path, metavar="PYTHON", help="compare with DeepSparse in that environment"

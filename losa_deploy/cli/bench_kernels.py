@@ -103,9 +103,16 @@ def _table(found: KernelTable) -> str:
     rows = []
     for row in found.rows:
         record = {key: value for key, value in found.record(row).items() if isinstance(value, (int, float))}
-        cells = (row.storage.label, f"{record['bits_per_weight']:.2f}", row.target, str(row.threads))
-        rates = (f"{record['weights_per_second'] / 1e9:.2f}", f"{record['bytes_per_second'] / 1e9:.2f}")
-        share = f"{100 * record['share_of_read_bandwidth']:.0f} %"
-        rows.append((*cells, str(row.tokens), *rates, share))
-    rates = ", ".join(f"{rate / 1e9:.1f} GB/s with {n}" for n, rate in sorted(found.read_bandwidth.items()))
-    return f"{table(header, rows)}\n\nread rate of the memory: {rates} threads"
+        cells = (
+            row.storage.label,
+            f"{record['bits_per_weight']:.2f}",
+            row.target,
+            str(row.threads),
+            str(row.tokens),
+            f"{record['weights_per_second'] / 1e9:.2f}",
+            f"{record['bytes_per_second'] / 1e9:.2f}",
+            f"{100 * record['share_of_read_bandwidth']:.0f} %",
+        )
+        rows.append(cells)
+    reads = ", ".join(f"{rate / 1e9:.1f} GB/s with {n}" for n, rate in sorted(found.read_bandwidth.items()))
+    return f"{table(header, rows)}\n\nread rate of the memory: {reads} threads"

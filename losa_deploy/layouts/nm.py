@@ -141,9 +141,9 @@ def _store_positions(slots: NDArray[np.bool_], n: int, m: int, in_features: int)
     if bits:
         codes = (np.nonzero(slots)[1] % m).astype(np.uint8).reshape(rows, -1)
         digits = np.unpackbits(codes[..., None], axis=2, bitorder="little")[..., :bits]
+        packed = np.packbits(digits.reshape(rows, -1), axis=1, bitorder="little")
     else:
-        digits = slots
-    packed = np.packbits(digits.reshape(rows, -1), axis=1, bitorder="little")
+        packed = np.packbits(slots, axis=1, bitorder="little")
     positions = np.zeros((rows, positions_row_bytes(n, m, in_features)), np.uint8)
     positions[:, : packed.shape[1]] = packed
     return positions

@@ -66,11 +66,12 @@ def store_rows(codes: NDArray[np.generic], value_type: ValueType) -> Component:
     """
     if value_type != "i4":
         return np.ascontiguousarray(codes)
-    rows, columns = codes.shape
+    nibbles: NDArray[np.uint8] = codes.astype(np.uint8)
+    rows, columns = nibbles.shape
     packed = np.zeros((rows, -(-columns // 2)), np.uint8)
     for low, high, into in _halves(columns):
-        packed[:, into] = codes[:, low]
-        packed[:, into.start : into.start + high.stop - high.start] |= codes[:, high] << np.uint8(4)
+        packed[:, into] = nibbles[:, low]
+        packed[:, into.start : into.start + high.stop - high.start] |= nibbles[:, high] << np.uint8(4)
     return packed
 
 

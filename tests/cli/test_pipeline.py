@@ -254,10 +254,14 @@ def test_generate_chat_evaluate_and_bench(
     argv = ["bench", output, "--prompt-tokens", "16", "--decode-tokens", "4", "--repetitions", "2", "--json"]
     result = losa(*argv, "--threads", "1")
     assert result.code == 0, result.err
-    models = json.loads(result.out)["models"]
+    document = json.loads(result.out)
+    assert document["schema"] == "losa.bench/1"
+    assert document["machine"]["cores"] >= 1
+    models = document["results"]
     assert len(models) == 2
-    assert models[0]["model"].startswith("dense ")
+    assert models[0]["name"].startswith("dense ")
     assert all(m["peak_rss_bytes"] > 0 and len(m["samples"]) == 2 for m in models)
+    assert models[0]["bytes"] > models[1]["bytes"] > 0
 
 
 @pytest.mark.slow

@@ -1,0 +1,251 @@
+"""How each contender stores and computes a linear: ours, and what people run otherwise in ONNX Runtime.
+
+Everything else of the graph is the same for all. Each class has a `name`, the `bits` it stores per
+weight (for the estimate of the disk it needs), and `write`, which appends the nodes of linears that
+read the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.layouts.base import FORMAT_VERSION, Component, PackedTensor
+
+from .graphs import F32, GraphWriter
+from .tensors import RandomWeight, Storage
+
+MICROSOFT = "com.microsoft"
+BLOCK_SIZE = 128
+"""Weights per scale of MatMulNBits: the group size of our i4."""
+ACCURACY_LEVEL = 4
+"""MatMulNBits rounds the activations to int8, its fastest mode."""
+VALUE_BITS = {"f32": 32.0, "f16": 16.0, "i8": 8.0, "i4": 4.2}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear of the graph: Y = X @ W.T."""
+
+    name: str
+    """Prefix of the initializers, e.g. `model.layers.0.mlp.up_proj`."""
+    x: str
+    y: str
+    weight: RandomWeight
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Initializers of a tied embedding (i8: values, scale) that a head may use as they are."""
+    head: bool = False
+
+
+class Linear(Protocol):
+    """One way to store and compute linears. An object serves one model."""
+
+    name: str
+    bits: float
+    """Stored bits per weight, roughly."""
+
+    def describe(self) -> dict[str, object]:
+        """What decides the bytes of a model, for reuse."""
+        ...
+
+    def write(self, graph: GraphWriter, sites: Sequence[Site], *, packed: bool = False) -> list[str]:
+        """Append the nodes and initializers of linears with the same input; returns their outputs.
+
+        With `packed` the reader also takes all of them in one output, one after another.
+        """
+        ...
+
+
+class Ours:
+    """Operators of `ai.losa`, run by our library; the head is dense i8, and may be the tied embedding.
+
+    As in an exported model, linears with the same input share one node, and dense f32 is a plain MatMul.
+    """
+
+    name = "ours"
+
+    def __init__(self, storage: Storage, head: Storage) -> None:
+        self._storage, self._head = storage, head
+        self._plain = OrtFp32()
+        self.operators: dict[str, tuple[PackedTensor, int]] = {}
+        """Operator → one tensor it was used with, and how many weights it takes."""
+        kept = VALUE_BITS[storage.value_type] * (1 - storage.sparsity)
+        self.bits = kept if storage.layout == "dense" else kept + min(2.0, 1.0 + kept)
+
+    def describe(self) -> dict[str, object]:
+        storage = self._storage
+        return {"linears": storage.label, "group_size": storage.group_size, "head": self._head.label}
+
+    def write(self, graph: GraphWriter, sites: Sequence[Site], *, packed: bool = False) -> list[str]:
+        storage = self._head if sites[0].head else self._storage
+        if (storage.layout, storage.value_type) == ("dense", "f32"):
+            return self._plain.write(graph, sites)
+        tensors = [site.weight.pack(storage) for site in sites]
+        operator = operator_name(tensors[0], len(sites))
+        self.operators[operator] = (tensors[0], len(sites))
+        inputs = [
+            site.shared[part] if part in site.shared else graph.tensor(f"{site.name}.{part}", array)
+            for site, tensor in zip(sites, tensors, strict=True)
+            for part, array in tensor.arrays.items()
+        ]
+        outputs = [site.y for site in sites]
+        graph.op(operator, [sites[0].x, *inputs], outputs, "ai.losa", **operator_attributes(tensors[0]))
+        return outputs
+
+
+def operator_name(packed: PackedTensor, weights: int = 1) -> str:
+    """Operator of so many weights, as the exporter names it: `BitmaskMatMulI4x3`, `NmCodesMatMulI8` …"""
+    layout = {"dense": "Dense", "bitmask": "Bitmask"}.get(packed.layout)
+    if layout is None:
+        layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
+    return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
+
+
+def operator_attributes(packed: PackedTensor) -> dict[str, int]:
+    """Node attributes; weights that share a node agree in all of them."""
+    return {"format": FORMAT_VERSION, "in_features": packed.shape[1], **packed.params}
+
+
+Weights = tuple[RandomWeight, ...]
+"""Stored below each other as one: mostly one, or q, k and v."""
+
+
+class _Peer:
+    """A peer. As onnxruntime-genai's builder does it, q, k and v are one matrix, gate and up are two."""
+
+    def write(self, graph: GraphWriter, sites: Sequence[Site], *, packed: bool = False) -> list[str]:
+        groups = [sites] if packed else [[site] for site in sites]
+        return [self._write_group(graph, group) for group in groups]
+
+    def _write_group(self, graph: GraphWriter, sites: Sequence[Site]) -> str:
+        weights = tuple(site.weight for site in sites)
+        name = "+".join([sites[0].name, *(site.name.rpartition(".")[2] for site in sites[1:])])
+        parts = self.make(weights).items()
+        stored = {part: graph.tensor(f"{name}.{part}", array) for part, array in parts}
+        output = sites[0].y if len(sites) == 1 else f"{name}.out"
+        shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+        self.connect(graph, sites[0].x, output, stored, shape)
+        return output
+
+    def make(self, weights: Weights) -> Mapping[str, Component]:
+        """Stored arrays."""
+        raise RuntimeError("no arrays for this kind of linear")
+
+    def connect(
+        self, graph: GraphWriter, x: str, y: str, stored: Mapping[str, str], shape: tuple[int, int]
+    ) -> None:
+        """Nodes from `x` to `y` that use the stored arrays of a weight of `shape` (out, in)."""
+        raise RuntimeError("no nodes for this kind of linear")
+
+
+class OrtFp32(_Peer):
+    """An ordinary MatMul, the weight stored as [in, out]."""
+
+    name = "ort-fp32"
+    bits = 32.0
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+    def make(self, weights: Weights) -> Mapping[str, Component]:
+        columns = [weight.matrix().T for weight in weights]
+        return {"weight": np.concatenate(columns, axis=1)}
+
+    def connect(
+        self, graph: GraphWriter, x: str, y: str, stored: Mapping[str, str], shape: tuple[int, int]
+    ) -> None:
+        graph.op("MatMul", [x, stored["weight"]], [y])
+
+
+class OrtInt4(_Peer):
+    """MatMulNBits: symmetric int4 with a scale per 128 weights, activations rounded to int8."""
+
+    name = "ort-int4"
+    bits = 4.0 + 32.0 / BLOCK_SIZE
+
+    def describe(self) -> dict[str, object]:
+        return {"block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+
+    def make(self, weights: Weights) -> Mapping[str, Component]:
+        codes, scales = [], []
+        for weight in weights:
+            found = quantize_blocks(weight.rows[0], BLOCK_SIZE)
+            codes.append(np.tile(found[0], (weight.repeats, 1, 1)))
+            scales.append(np.tile(found[1], (weight.repeats, 1)))
+        return {"quantized": np.concatenate(codes), "scales": np.concatenate(scales).reshape(-1)}
+
+    def connect(
+        self, graph: GraphWriter, x: str, y: str, stored: Mapping[str, str], shape: tuple[int, int]
+    ) -> None:
+        options = {"bits": 4, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+        inputs = [x, stored["quantized"], stored["scales"]]
+        graph.op("MatMulNBits", inputs, [y], MICROSOFT, N=shape[0], K=shape[1], **options)
+
+
+def quantize_blocks(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Weight [out, in] → codes [out, blocks, block / 2], two per byte (low first), and scales [out, blocks].
+
+    A code is the level -8..7 plus 8; the largest weight of a block becomes -8 exactly.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block)
+    padded = np.zeros((rows, blocks * block), np.float32)
+    padded[:, :columns] = weight
+    grouped = padded.reshape(rows, blocks, block)
+    index = np.abs(grouped).argmax(axis=2)[..., None]
+    scales = np.take_along_axis(grouped, index, axis=2)[..., 0] / np.float32(-8)
+    safe = np.where(scales == 0, np.float32(1), scales)
+    levels = np.clip(np.rint(grouped / safe[..., None]), -8, 7) + 8
+    codes = levels.astype(np.uint8)
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4), scales.astype(np.float32)
+
+
+class OrtInt8(_Peer):
+    """What `onnxruntime.quantization.quantize_dynamic` makes of a MatMul: int8 with one scale per tensor.
+
+    The activations are quantized once per value, however many linears read it.
+    """
+
+    name = "ort-int8"
+    bits = 8.0
+
+    def __init__(self) -> None:
+        self._quantized: set[str] = set()
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+    def make(self, weights: Weights) -> Mapping[str, Component]:
+        scale = np.float32(max(np.abs(weight.rows[0]).max() for weight in weights) / 127)
+        columns = []
+        for weight in weights:
+            levels = np.clip(np.rint(weight.rows[0] / scale), -127, 127).astype(np.int8)
+            columns.append(np.tile(levels, (weight.repeats, 1)).T)
+        return {
+            "quantized": np.concatenate(columns, axis=1),
+            "zero_point": np.array(0, np.int8),
+            "scale": np.array(scale, np.float32),
+        }
+
+    def connect(
+        self, graph: GraphWriter, x: str, y: str, stored: Mapping[str, str], shape: tuple[int, int]
+    ) -> None:
+        codes, scale, zero = (f"{x}.{part}" for part in ("quantized", "scale", "zero_point"))
+        if x not in self._quantized:
+            self._quantized.add(x)
+            graph.op("DynamicQuantizeLinear", [x], [codes, scale, zero])
+        product = [codes, stored["quantized"], zero, stored["zero_point"]]
+        graph.op("MatMulInteger", product, [f"{y}.integer"])
+        graph.op("Cast", [f"{y}.integer"], [f"{y}.float"], to=F32)
+        graph.op("Mul", [scale, stored["scale"]], [f"{y}.scale"])
+        graph.op("Mul", [f"{y}.float", f"{y}.scale"], [y])
+
+
+PEERS: Mapping[str, type[OrtFp32] | type[OrtInt4] | type[OrtInt8]] = {
+    kind.name: kind for kind in (OrtInt4, OrtInt8, OrtFp32)
+}
+"""Name → how that peer computes linears."""

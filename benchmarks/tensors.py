@@ -1,0 +1,166 @@
+"""Random packed tensors of any size, made quickly: a few rows are packed, and their bytes repeated.
+
+No kernel and no runtime is faster or slower for rows that come again some hundred rows later, so a
+repeated tensor costs what a fully random one does, and a table of 45 million weights takes seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions
+from losa_deploy.layouts.base import Component, ValueType
+from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id
+from losa_deploy.layouts.streams import stream_bytes
+
+SEED_ROWS = 256
+"""At most so many different rows per tensor."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a weight is stored."""
+
+    layout: str
+    """dense, bitmask or nm."""
+    value_type: ValueType
+    sparsity: float = 0.0
+    """Fraction of zeros; with a pattern it is 1 - N/M."""
+    pattern: tuple[int, int] | None = None
+    """(N, M), nm only."""
+    group_size: int = 128
+    """i4 only: positions per scale."""
+
+    @property
+    def label(self) -> str:
+        """E.g. `bitmask 60 % i4` or `nm 2:4 i8`."""
+        if self.layout == "dense":
+            return f"dense {self.value_type}"
+        where = f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{100 * self.sparsity:g} %"
+        return f"{self.layout} {where} {self.value_type}"
+
+    @property
+    def options(self) -> PackOptions:
+        return PackOptions(self.value_type, self.group_size, pattern=self.pattern)
+
+
+@dataclass(frozen=True)
+class RandomWeight:
+    """A pruned random weight [out, in] whose rows repeat after `period` rows; zeros are exactly zero."""
+
+    shape: tuple[int, int]
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+    seed: int = 0
+
+    @property
+    def period(self) -> int:
+        """Different rows: the largest even divisor of `out` up to `SEED_ROWS`, or all of them.
+
+        Even, because i4 stores pairs of rows.
+        """
+        rows = self.shape[0]
+        return next((n for n in range(SEED_ROWS, 1, -2) if rows % n == 0), rows)
+
+    @property
+    def repeats(self) -> int:
+        """How often these rows come."""
+        return self.shape[0] // self.period
+
+    @cached_property
+    def rows(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Weight and mask [period, in]; outputs have about the size of the inputs."""
+        rng = np.random.default_rng(self.seed)
+        shape = (self.period, self.shape[1])
+        weight = rng.standard_normal(shape, np.float32) * np.float32(1 / np.sqrt(self.shape[1]))
+        mask = self._mask(rng, shape)
+        return np.where(mask, weight, np.float32(0)), mask
+
+    def matrix(self) -> NDArray[np.float32]:
+        """The whole weight [out, in]."""
+        return np.tile(self.rows[0], (self.repeats, 1))
+
+    def pack(self, storage: Storage) -> PackedTensor:
+        """Stored as a packed tensor."""
+        weight, mask = self.rows
+        packed = LAYOUTS[storage.layout].pack(weight, mask, storage.options)
+        return repeat_rows(packed, mask, self.repeats)
+
+    def _mask(self, rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        if self.pattern is None:
+            return rng.random(shape, np.float32) >= self.sparsity
+        n, m = self.pattern
+        width = -(-shape[1] // m) * m
+        order = rng.random((shape[0], width // m, m), np.float32).argsort(axis=2)
+        return np.ascontiguousarray((order < n).reshape(shape[0], width)[:, : shape[1]])
+
+
+def random_packed(shape: tuple[int, int], storage: Storage, seed: int = 0) -> PackedTensor:
+    """A random weight [out, in] stored as `storage` says."""
+    return RandomWeight(shape, storage.sparsity, storage.pattern, seed).pack(storage)
+
+
+def repeat_rows(packed: PackedTensor, mask: NDArray[np.bool_], times: int) -> PackedTensor:
+    """What packing `times` copies of the rows below each other gives; `mask` is the one of `packed`.
+
+    An odd number of rows can be repeated in every value type but i4.
+    """
+    if times == 1:
+        return packed
+    if packed.value_type == "i4" and packed.shape[0] % 2 and packed.layout != "dense":
+        raise ValueError("i4 stores pairs of rows, so only an even number of rows can be repeated")
+    arrays: dict[str, Component] = {}
+    for name, array in packed.arrays.items():
+        if name == "table":
+            arrays[name] = array
+        elif name == "values" and packed.layout != "dense":
+            arrays[name] = _repeat_stream(array, _counts(packed, mask), packed.value_type, times)
+        else:
+            arrays[name] = np.tile(array, (times,) + (1,) * (array.ndim - 1))
+    shape = (packed.shape[0] * times, packed.shape[1])
+    return replace(packed, shape=shape, arrays=arrays, nnz=packed.nnz * times)
+
+
+def native_description(packed: PackedTensor) -> dict[str, int | NDArray[np.uint8]]:
+    """What `losa_deploy._native.MatmulTimer` takes: parameters, and the bytes of each component."""
+    numbers = {key: packed.params.get(key, 0) for key in ("n", "m", "position_bits", "group_size")}
+    return {
+        "rows": packed.shape[0],
+        "columns": packed.shape[1],
+        "layout": LAYOUT_IDS[packed.layout],
+        "value_type": VALUE_TYPE_IDS[packed.value_type],
+        "scale_type": scale_type_id(packed),
+        **numbers,
+        **{name: byte_view(array) for name, array in packed.arrays.items()},
+    }
+
+
+def byte_view(array: Component) -> NDArray[np.uint8]:
+    """The bytes of an array, flat, without a copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _counts(packed: PackedTensor, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Stored values per row [out], those beyond the end of an N:M row included."""
+    if packed.layout == "nm":
+        groups = -(-packed.shape[1] // packed.params["m"])
+        return np.full(packed.shape[0], groups * packed.params["n"], np.int64)
+    counts: NDArray[np.int64] = np.count_nonzero(mask, axis=1)
+    return counts
+
+
+def _repeat_stream(
+    values: Component, counts: NDArray[np.int64], value_type: ValueType, times: int
+) -> Component:
+    """The stream without its padding, `times` times, and padded again."""
+    used = int(counts.sum())
+    if value_type == "i4":
+        used = int(np.maximum(counts[0::2], counts[1::2]).sum())
+    length = stream_bytes(np.tile(counts, times), value_type) // values.itemsize
+    repeated = np.zeros(length, values.dtype)
+    repeated[: used * times] = np.tile(values[:used], times)
+    return repeated
