@@ -179,6 +179,7 @@ class ExportRecipe(Part):
     portable: bool = False
     """True: dense weights and standard operators only."""
     bundle_runtime: bool = False
+    """True: the library with the native operators is put beside the model, and its configuration names it."""
 
 
 class VerifyRecipe(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from losa_deploy.errors import InputError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, no_progress
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
+from losa_deploy.operators import library_name, library_path
 from losa_deploy.recipe import ExportRecipe, ValueType
 
 from . import reader
@@ -123,6 +125,9 @@ def write_graph(
     packing = pack_graph(job, graph, Writer(folder), progress)
     _save(packing, folder, properties)
     copy_side_files(job.checkpoint.folder, folder)
+    if job.recipe.bundle_runtime:
+        shutil.copyfile(library_path(), folder / library_name())
+        config["model"]["decoder"]["session_options"]["custom_ops_library"] = library_name()
     (folder / GENAI_FILE).write_text(json.dumps(config, indent=4) + "\n", "utf-8")
     return packing
 

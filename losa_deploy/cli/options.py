@@ -84,6 +84,9 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--group-size", "export.group_size", "number", "i4 positions per scale: 32, 64 or 128"),
     _choice("--head", "export.head", "same|f32|f16|i8|i4", "value type of embedding and head"),
     RecipeOption("--portable", "export.portable", "switch", "dense weights and standard operators only"),
+    RecipeOption(
+        "--bundle-runtime", "export.bundle_runtime", "switch", "put the native operators beside the model"
+    ),
     _choice("--verify", "verify.level", "off|quick|full", "check of the exported model"),
     RecipeOption("--text", "verify.text", "text", "text for the perplexities: `builtin` or a file"),
     RecipeOption("--window", "verify.window", "number", "tokens per perplexity window"),

@@ -58,9 +58,21 @@ def _continue(
         cache = output.past_key_values
         scores = output.logits[:, -1] / recipe.temperature
         scores[:, banned] = float("-inf")
-        result.append(torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=draw))
+        result.append(draw_tokens(torch.softmax(scores, dim=-1), draw))
         progress(done + position + 1, total, "sampling calibration text")
     return torch.cat(result, dim=1)
+
+
+def draw_tokens(probabilities: Tensor, draw: torch.Generator) -> Tensor:
+    """One index per row of [batch, vocabulary], [batch, 1] int64, with the row's probabilities.
+
+    By the inverse of the distribution function, in f64: torch.multinomial draws a random number for
+    every entry, which for a large vocabulary takes a tenth of the sampling time.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    uniform = torch.rand(len(cumulative), 1, generator=draw, dtype=torch.float64)
+    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return found.clamp_(max=probabilities.shape[-1] - 1)
 
 
 def text_tokens(folder: Path, source: Path, samples: int, length: int, seed: int) -> Tensor:

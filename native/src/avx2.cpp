@@ -2,104 +2,12 @@
 // put up to 8 kept values in their places.
 #include <immintrin.h>
 
-#include "shuffle.h"
+#include "avx2_panel.h"
+#include "avx2_rows.h"
 #include "target.h"
 
 namespace losa {
 namespace {
-
-// Levels of one sparse row, 64 positions at a time.
-template <bool I4, bool Fixed>
-class SparseRow {
- public:
-  SparseRow(const losa_tensor &t, size_t row)
-      : positions_(t.parts, row),
-        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
-        count_(Fixed ? count_per_byte(t.parts) : 0),
-        offsets_(fixed_offsets(count_)),
-        shift_(row % 2 ? 4 : 0),
-        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
-
-  size_t blocks() const { return positions_.blocks; }
-
-  Block next(size_t block) {
-    const uint64_t word = positions_.word(block);
-    Block found;
-    if (Fixed) {
-      found = scatter_fixed(word, at_, count_, offsets_);
-      at_ += 8 * count_;
-    } else {
-      unsigned used;
-      found = scatter(word, at_, &used);
-      at_ += used;
-    }
-    return I4 ? Block{nibbles(found.low, shift_, levels_), nibbles(found.high, shift_, levels_)} : found;
-  }
-
- private:
-  Positions positions_;
-  const uint8_t *at_;
-  unsigned count_;
-  __m256i offsets_;
-  int shift_;
-  __m256i levels_;
-};
-
-// Levels of one dense row; the last block is copied, so that nothing behind the row is read.
-template <bool I4>
-class DenseRow {
- public:
-  DenseRow(const losa_tensor &t, size_t row)
-      : columns_(t.parts.columns),
-        row_(static_cast<const uint8_t *>(t.parts.values.data) + row * (I4 ? (columns_ + 1) / 2 : columns_)),
-        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
-
-  size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
-
-  Block next(size_t block) {
-    const size_t start = block * kBlock;
-    if (I4) {
-      return next_i4(start);
-    }
-    if (start + kBlock <= columns_) {
-      return load(row_ + start);
-    }
-    alignas(32) uint8_t copy[kBlock] = {};
-    std::memcpy(copy, row_ + start, columns_ - start);
-    return load(copy);
-  }
-
- private:
-  static Block load(const uint8_t *p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
-            _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
-  }
-
-  Block next_i4(size_t start) {
-    const size_t first = start / kPadding * kPadding;
-    if (first + kPadding <= columns_) {
-      const int shift = start == first ? 0 : 4;
-      const Block bytes = load(row_ + first / 2);
-      return {nibbles(bytes.low, shift, levels_), nibbles(bytes.high, shift, levels_)};
-    }
-    // A last block of n < 128 positions is split in halves of its own.
-    alignas(32) uint8_t codes[kPadding] = {};
-    const size_t n = columns_ - first, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j) {
-      const uint8_t byte = row_[first / 2 + j];
-      codes[j] = byte & 15;
-      if (half + j < n) {
-        codes[half + j] = byte >> 4;
-      }
-    }
-    const Block found = load(codes + (start - first));
-    return {nibbles(found.low, 0, levels_), nibbles(found.high, 0, levels_)};
-  }
-
-  size_t columns_;
-  const uint8_t *row_;
-  __m256i levels_;
-};
 
 inline float sum(__m256 v) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -122,34 +30,6 @@ inline __m256i dot_block(const Block &w, const int8_t *x) {
   const __m256i low = products(w.low, x), high = products(w.high, x + 32);
   return Small ? widen(_mm256_add_epi16(low, high)) : _mm256_add_epi32(widen(low), widen(high));
 }
-
-// Scales of one row of weights, per activation group.
-class RowScales {
- public:
-  RowScales(const losa_parts &p, size_t row)
-      : halves_(p.value_type == LOSA_I4
-                    ? static_cast<const uint8_t *>(p.scale.data) + 2 * row * weight_groups(p)
-                    : nullptr),
-        groups_(halves_ ? weight_groups(p) : 0),
-        whole_(halves_ ? 1.0f : load_scale(p, row)) {}
-
-  // Groups behind the last one hold no weights.
-  float group(size_t g) const {
-    if (halves_ == nullptr) {
-      return whole_;
-    }
-    uint16_t half = 0;
-    if (g < groups_) {
-      std::memcpy(&half, halves_ + 2 * g, 2);
-    }
-    return _cvtsh_ss(half);
-  }
-
- private:
-  const uint8_t *halves_;
-  size_t groups_;
-  float whole_;
-};
 
 // One row times one token, groups of 64 or 128.
 template <bool Small, typename Row>
@@ -182,31 +62,6 @@ float dot_row_32(const losa_parts &p, Row row, size_t r, const Activations &a) {
     total = _mm256_fmadd_ps(high, _mm256_set1_ps(a.scale[g + 1] * scales.group(g + 1)), total);
   }
   return sum(total);
-}
-
-// Calls use(row) with the reader of row r that fits the tensor.
-template <typename Use>
-auto with_row(const losa_tensor &t, size_t r, Use use) {
-  const bool i4 = t.parts.value_type == LOSA_I4;
-  if (t.parts.layout == LOSA_DENSE) {
-    return i4 ? use(DenseRow<true>(t, r)) : use(DenseRow<false>(t, r));
-  }
-  if (count_per_byte(t.parts) != 0) {
-    return i4 ? use(SparseRow<true, true>(t, r)) : use(SparseRow<false, true>(t, r));
-  }
-  return i4 ? use(SparseRow<true, false>(t, r)) : use(SparseRow<false, false>(t, r));
-}
-
-void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
-  with_row(t, row, [&](auto reader) {
-    const size_t blocks = reader.blocks();
-    for (size_t block = 0; block < blocks; ++block) {
-      const Block levels = reader.next(block);
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + block * kBlock), levels.low);
-      _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + block * kBlock + 32), levels.high);
-    }
-    std::memset(out + blocks * kBlock, 0, padded_columns(t.parts) - blocks * kBlock);
-  });
 }
 
 // 8 floats from the stream to the positions of a mask byte; zero elsewhere.
@@ -313,83 +168,6 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
   }
 }
 
-// Two expanded rows times four tokens over one group.
-template <bool Small>
-inline void tile(const int8_t *const w[2], const int8_t *const x[4], size_t length, __m256i acc[2][4]) {
-  for (int r = 0; r < 2; ++r) {
-    for (int k = 0; k < 4; ++k) {
-      acc[r][k] = _mm256_setzero_si256();
-    }
-  }
-  for (size_t i = 0; i < length; i += 32) {
-    for (int r = 0; r < 2; ++r) {
-      const __m256i row = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(w[r] + i));
-      for (int k = 0; k < 4; ++k) {
-        const __m256i pairs = products(row, x[k] + i);
-        // Small: at most four 16-bit sums of two, each up to 64 * 127 * 2 / 2.
-        acc[r][k] = Small ? _mm256_add_epi16(acc[r][k], pairs) : _mm256_add_epi32(acc[r][k], widen(pairs));
-      }
-    }
-  }
-  if (Small) {
-    for (int r = 0; r < 2; ++r) {
-      for (int k = 0; k < 4; ++k) {
-        acc[r][k] = widen(acc[r][k]);
-      }
-    }
-  }
-}
-
-// Levels up to 32 in magnitude: four sums of two products, 4 * 2 * 32 * 127 < 2^15, fit 16 bits.
-constexpr int kTiny = 32;
-
-template <bool Tiny>
-void levels_tiles(const losa_tensor &t, const int8_t *panel, size_t first, size_t rows, const Activations &a,
-                  float *y, size_t ldy) {
-  const size_t group = activation_group(t.parts);
-  for (size_t token = 0; token < a.tokens; token += 4) {
-    const size_t tokens = a.tokens - token < 4 ? a.tokens - token : 4;
-    for (size_t r = 0; r < rows; r += 2) {
-      const size_t pair = rows - r < 2 ? 1 : 2;
-      const RowScales scales[2] = {RowScales(t.parts, first + r), RowScales(t.parts, first + r + pair - 1)};
-      __m256 total[2][4];
-      for (auto &row : total) {
-        for (auto &v : row) {
-          v = _mm256_setzero_ps();
-        }
-      }
-      for (size_t g = 0; g < a.groups; ++g) {
-        const int8_t *w[2] = {panel + r * a.padded + g * group,
-                              panel + (r + pair - 1) * a.padded + g * group};
-        const int8_t *x[4];
-        for (size_t k = 0; k < 4; ++k) {
-          x[k] = a.q + (token + (k < tokens ? k : 0)) * a.padded + g * group;
-        }
-        __m256i acc[2][4];
-        tile<Tiny>(w, x, group, acc);
-        for (size_t k = 0; k < 4; ++k) {
-          const float xs = a.scale[(token + (k < tokens ? k : 0)) * a.groups + g];
-          for (int i = 0; i < 2; ++i) {
-            const __m256 factor = _mm256_set1_ps(xs * scales[i].group(g));
-            total[i][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i][k]), factor, total[i][k]);
-          }
-        }
-      }
-      for (size_t k = 0; k < tokens; ++k) {
-        for (size_t i = 0; i < pair; ++i) {
-          y[(token + k) * ldy + first + r + i] = sum(total[i][k]);
-        }
-      }
-    }
-  }
-}
-
-void levels_panel(const losa_tensor &t, const int8_t *panel, size_t first, size_t rows, const Activations &a,
-                  float *y, size_t ldy) {
-  const bool tiny = t.parts.value_type == LOSA_I4 && widest_level(t.parts) <= kTiny;
-  (tiny ? levels_tiles<true> : levels_tiles<false>)(t, panel, first, rows, a, y, ldy);
-}
-
 void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
   for (size_t token = 0; token < a.tokens; token += 4) {
     const size_t tokens = a.tokens - token < 4 ? a.tokens - token : 4;
@@ -478,15 +256,12 @@ void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
   if (is_integer(t.parts)) {
-    each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
-                       [&](const int8_t *panel, size_t first, size_t rows) {
-                         levels_panel(t, panel, first, rows, a, y, ldy);
-                       });
-  } else {
-    each_panel<float>(
-        t, a, begin, end, scratch, expand_values,
-        [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
+    matmul_levels(t, a, begin, end, y, ldy, static_cast<uint8_t *>(scratch));
+    return;
   }
+  each_panel<float>(
+      t, a, begin, end, scratch, expand_values,
+      [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
 }
 
 }  // namespace

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,36 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.errors import MissingError
+from losa_deploy.operators import library_name, library_path
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-PACKAGE = "losa_deploy"
-
-
-def library_name(platform: str = sys.platform) -> str:
-    """File name of the library on a platform, named as in `sys.platform`."""
-    if platform == "win32":
-        return "losa_ort.dll"
-    return "liblosa_ort.dylib" if platform == "darwin" else "liblosa_ort.so"
-
-
-def library_path() -> Path:
-    """The library inside the installed package; `MissingError` if it is not there.
-
-    In an editable install the package has several folders; the built files are in one of them.
-    """
-    package = importlib.util.find_spec(PACKAGE)
-    folders = list(package.submodule_search_locations or ()) if package else []
-    for folder in folders:
-        path = Path(folder) / library_name()
-        if path.is_file():
-            return path
-    raise MissingError(
-        f"The native operators for ONNX Runtime ({library_name()}) are not in the package {PACKAGE} "
-        f"({', '.join(map(str, folders)) or 'which is not installed'}).",
-        hint="Install it again with `pip install --force-reinstall --no-deps losa-deploy`.",
-    )
 
 
 def check_target() -> None:

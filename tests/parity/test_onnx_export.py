@@ -26,6 +26,7 @@ from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest, sha256_file
 from losa_deploy.model import SparseModel
+from losa_deploy.operators import library_name
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort.session import StockOrtRuntime
 
@@ -207,6 +208,16 @@ def test_dense_baseline_is_the_model_itself(merged_qwen2: SparseModel, tmp_path:
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     assert not [node for node in graph.node if node.domain == DOMAIN]
     check_session(tmp_path, torch_model(merged_qwen2, {}))
+
+
+def test_bundled_operators_are_found_by_genai_alone(merged_llama: SparseModel, tmp_path: Path) -> None:
+    """The folder names its own library: onnxruntime-genai runs the kernels without this package."""
+    recipe = ExportRecipe(value_type="f32", bundle_runtime=True)
+    exported = OnnxExporter().export(merged_llama, recipe, tmp_path, no_progress)
+    assert library_name() in exported.files
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == library_name()
+    assert genai_tokens(tmp_path) == check_session(tmp_path, torch_model(merged_llama, {}))
 
 
 def test_nm_layout_is_refused_for_other_masks_before_any_work(

@@ -11,6 +11,7 @@ import torch
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
+from losa_deploy.compress.calibrate import draw_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.schedule import compress, rmi_importance
 from losa_deploy.errors import InputError
@@ -201,3 +202,15 @@ def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Pat
         decoder.linear(name).weight.data.zero_()
     importance = rmi_importance(decoder, torch.arange(60).view(6, 10), beta=1.0)
     assert np.ptp(importance) < 1e-9
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20000, 1)
+    drawn = draw_tokens(probabilities, torch.Generator().manual_seed(1))
+    assert drawn.shape == (20000, 1)
+    shares = torch.bincount(drawn.flatten(), minlength=6) / 20000
+    # Four standard deviations of a share of one half.
+    assert (shares - probabilities[0]).abs().max() < 4 * 0.5 / 20000**0.5
+    assert not shares[[0, 2, 5]].any()
+    again = draw_tokens(probabilities, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, again)

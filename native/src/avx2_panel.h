@@ -1,0 +1,174 @@
+// Several tokens in AVX2. A panel holds 8 rows side by side: 4 positions of row 0, of row 1, ... of row 7,
+// then the next 4 positions. One 32-bit broadcast of a token then meets 8 rows, and a lane is a row to the
+// end.
+#ifndef LOSA_AVX2_PANEL_H
+#define LOSA_AVX2_PANEL_H
+
+#include "avx2_rows.h"
+#include "target.h"
+
+namespace losa {
+namespace {
+
+constexpr size_t kLanes = 8;
+constexpr size_t kUnit = 32;  // positions whose products are summed in one go
+
+// Levels of -8..7 are stored plus 8: unsigned by signed bytes need no sign, and the sums of 8 steps of two
+// products, each at most 15 * 127, fit 16 bits. The bias, -128 times the sum of the activations, divided by
+// 16 takes the 8 off again. Other levels keep their sign and are widened in every step.
+constexpr int kNarrow = 8;
+
+inline bool is_narrow(const losa_parts &p) {
+  if (p.value_type != LOSA_I4) {
+    return false;
+  }
+  for (int i = 0; i < 16; ++i) {
+    const int level = static_cast<const int8_t *>(p.table.data)[i];
+    if (level < -kNarrow || level >= kNarrow) {
+      return false;
+    }
+  }
+  return true;
+}
+
+template <bool Narrow>
+void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, uint8_t *panel) {
+  with_row(t, row, [&](auto reader) {
+    const size_t blocks = reader.blocks();
+    const __m256i offset = _mm256_set1_epi8(Narrow ? kNarrow : 0);
+    alignas(32) uint32_t four[kBlock / 4];
+    for (size_t block = 0; block * kBlock < padded; ++block) {
+      const __m256i zero = _mm256_setzero_si256();
+      const Block levels = block < blocks ? reader.next(block) : Block{zero, zero};
+      _mm256_store_si256(reinterpret_cast<__m256i *>(four), _mm256_add_epi8(levels.low, offset));
+      _mm256_store_si256(reinterpret_cast<__m256i *>(four + 8), _mm256_add_epi8(levels.high, offset));
+      uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
+      for (size_t i = 0; i < kBlock / 4; ++i) {
+        std::memcpy(out + i * 4 * kLanes, four + i, 4);
+      }
+    }
+  });
+}
+
+inline __m256i broadcast_four(const int8_t *x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+inline __m256i sums_of_two(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+// 32 positions of 16 rows times `Tokens` tokens, as 32-bit sums.
+template <bool Narrow, int Tokens>
+inline void unit(const uint8_t *const panel[2], const int8_t *const x[Tokens], size_t start,
+                 __m256i acc[2][Tokens]) {
+  for (int k = 0; k < Tokens; ++k) {
+    acc[0][k] = acc[1][k] = _mm256_setzero_si256();
+  }
+  for (size_t i = start; i < start + kUnit; i += 4) {
+    __m256i w[2], magnitude[2];
+    for (int r = 0; r < 2; ++r) {
+      w[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel[r] + i * kLanes));
+      magnitude[r] = Narrow ? w[r] : _mm256_abs_epi8(w[r]);
+    }
+    for (int k = 0; k < Tokens; ++k) {
+      const __m256i q = broadcast_four(x[k] + i);
+      for (int r = 0; r < 2; ++r) {
+        const __m256i pairs = _mm256_maddubs_epi16(magnitude[r], Narrow ? q : _mm256_sign_epi8(q, w[r]));
+        acc[r][k] =
+            Narrow ? _mm256_add_epi16(acc[r][k], pairs) : _mm256_add_epi32(acc[r][k], sums_of_two(pairs));
+      }
+    }
+  }
+  for (int k = 0; Narrow && k < Tokens; ++k) {
+    acc[0][k] = sums_of_two(acc[0][k]);
+    acc[1][k] = sums_of_two(acc[1][k]);
+  }
+}
+
+// 16 rows times `Tokens` tokens, all groups. `scales` [groups, 2, 8] are those of the rows.
+template <bool Narrow, int Tokens>
+void tile(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
+          size_t token, __m256 total[2][Tokens]) {
+  const int8_t *x[Tokens];
+  for (int k = 0; k < Tokens; ++k) {
+    x[k] = a.q + (token + static_cast<size_t>(k)) * a.padded;
+    total[0][k] = total[1][k] = _mm256_setzero_ps();
+  }
+  for (size_t g = 0; g < a.groups; ++g) {
+    const __m256 s0 = _mm256_loadu_ps(scales + 2 * g * kLanes),
+                 s1 = _mm256_loadu_ps(scales + (2 * g + 1) * kLanes);
+    for (size_t start = g * group; start < (g + 1) * group; start += kUnit) {
+      __m256i acc[2][Tokens];
+      unit<Narrow, Tokens>(panel, x, start, acc);
+      for (int k = 0; k < Tokens; ++k) {
+        const size_t at = (token + static_cast<size_t>(k)) * a.groups + g;
+        if (Narrow && start == g * group) {
+          const __m256i bias = _mm256_set1_epi32(a.bias[at] / 16);
+          acc[0][k] = _mm256_add_epi32(acc[0][k], bias);
+          acc[1][k] = _mm256_add_epi32(acc[1][k], bias);
+        }
+        const __m256 scale = _mm256_set1_ps(a.scale[at]);
+        total[0][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[0][k]), _mm256_mul_ps(s0, scale), total[0][k]);
+        total[1][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[1][k]), _mm256_mul_ps(s1, scale), total[1][k]);
+      }
+    }
+  }
+}
+
+// Rows of a panel that exist: results of the other lanes are not stored.
+inline void store_lanes(__m256 values, size_t count, float *out) {
+  alignas(32) float lanes[kLanes];
+  _mm256_store_ps(lanes, values);
+  std::memcpy(out, lanes, (count < kLanes ? count : kLanes) * sizeof(float));
+}
+
+template <bool Narrow, int Tokens>
+void tiles(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
+           size_t *token, size_t first, size_t rows, float *y, size_t ldy) {
+  for (; *token + Tokens <= a.tokens; *token += Tokens) {
+    __m256 total[2][Tokens];
+    tile<Narrow, Tokens>(panel, scales, group, a, *token, total);
+    for (int k = 0; k < Tokens; ++k) {
+      float *out = y + (*token + static_cast<size_t>(k)) * ldy + first;
+      store_lanes(total[0][k], rows, out);
+      if (rows > kLanes) {
+        store_lanes(total[1][k], rows - kLanes, out + kLanes);
+      }
+    }
+  }
+}
+
+template <bool Narrow>
+void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
+            uint8_t *scratch) {
+  constexpr size_t pair = 2 * kLanes;
+  const size_t group = activation_group(t.parts);
+  auto *scales = reinterpret_cast<float *>(scratch + kPanelRows * a.padded);
+  const uint8_t *panel[2] = {scratch, scratch + kLanes * a.padded};
+  for (size_t first = begin; first < end; first += pair) {
+    const size_t rows = end - first < pair ? end - first : pair;
+    for (size_t lane = 0; lane < pair; ++lane) {
+      // Lanes without a row repeat the last one.
+      const size_t row = first + (lane < rows ? lane : rows - 1);
+      expand_lane<Narrow>(t, row, lane % kLanes, a.padded, scratch + lane / kLanes * kLanes * a.padded);
+      const RowScales own(t.parts, row);
+      for (size_t g = 0; g < a.groups; ++g) {
+        scales[g * pair + lane] = own.group(g);
+      }
+    }
+    size_t token = 0;
+    tiles<Narrow, 4>(panel, scales, group, a, &token, first, rows, y, ldy);
+    tiles<Narrow, 1>(panel, scales, group, a, &token, first, rows, y, ldy);
+  }
+}
+
+inline void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                          size_t ldy, uint8_t *scratch) {
+  (is_narrow(t.parts) ? panels<true> : panels<false>)(t, a, begin, end, y, ldy, scratch);
+}
+
+}  // namespace
+}  // namespace losa
+
+#endif

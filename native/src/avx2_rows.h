@@ -1,0 +1,147 @@
+// One row of levels in AVX2, sparse or dense, 64 positions at a time, and its scales.
+#ifndef LOSA_AVX2_ROWS_H
+#define LOSA_AVX2_ROWS_H
+
+#include "shuffle.h"
+
+namespace losa {
+namespace {
+
+// Levels of one sparse row, 64 positions at a time.
+template <bool I4, bool Fixed>
+class SparseRow {
+ public:
+  SparseRow(const losa_tensor &t, size_t row)
+      : positions_(t.parts, row),
+        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
+        count_(Fixed ? count_per_byte(t.parts) : 0),
+        offsets_(fixed_offsets(count_)),
+        shift_(row % 2 ? 4 : 0),
+        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+
+  size_t blocks() const { return positions_.blocks; }
+
+  Block next(size_t block) {
+    const uint64_t word = positions_.word(block);
+    Block found;
+    if (Fixed) {
+      found = scatter_fixed(word, at_, count_, offsets_);
+      at_ += 8 * count_;
+    } else {
+      unsigned used;
+      found = scatter(word, at_, &used);
+      at_ += used;
+    }
+    return I4 ? Block{nibbles(found.low, shift_, levels_), nibbles(found.high, shift_, levels_)} : found;
+  }
+
+ private:
+  Positions positions_;
+  const uint8_t *at_;
+  unsigned count_;
+  __m256i offsets_;
+  int shift_;
+  __m256i levels_;
+};
+
+// Levels of one dense row; the last block is copied, so that nothing behind the row is read.
+template <bool I4>
+class DenseRow {
+ public:
+  DenseRow(const losa_tensor &t, size_t row)
+      : columns_(t.parts.columns),
+        row_(static_cast<const uint8_t *>(t.parts.values.data) + row * (I4 ? (columns_ + 1) / 2 : columns_)),
+        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+
+  size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
+
+  Block next(size_t block) {
+    const size_t start = block * kBlock;
+    if (I4) {
+      return next_i4(start);
+    }
+    if (start + kBlock <= columns_) {
+      return load(row_ + start);
+    }
+    alignas(32) uint8_t copy[kBlock] = {};
+    std::memcpy(copy, row_ + start, columns_ - start);
+    return load(copy);
+  }
+
+ private:
+  static Block load(const uint8_t *p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
+  }
+
+  Block next_i4(size_t start) {
+    const size_t first = start / kPadding * kPadding;
+    if (first + kPadding <= columns_) {
+      const int shift = start == first ? 0 : 4;
+      const Block bytes = load(row_ + first / 2);
+      return {nibbles(bytes.low, shift, levels_), nibbles(bytes.high, shift, levels_)};
+    }
+    // A last block of n < 128 positions is split in halves of its own.
+    alignas(32) uint8_t codes[kPadding] = {};
+    const size_t n = columns_ - first, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j) {
+      const uint8_t byte = row_[first / 2 + j];
+      codes[j] = byte & 15;
+      if (half + j < n) {
+        codes[half + j] = byte >> 4;
+      }
+    }
+    const Block found = load(codes + (start - first));
+    return {nibbles(found.low, 0, levels_), nibbles(found.high, 0, levels_)};
+  }
+
+  size_t columns_;
+  const uint8_t *row_;
+  __m256i levels_;
+};
+
+// Scales of one row of weights, per activation group.
+class RowScales {
+ public:
+  RowScales(const losa_parts &p, size_t row)
+      : halves_(p.value_type == LOSA_I4
+                    ? static_cast<const uint8_t *>(p.scale.data) + 2 * row * weight_groups(p)
+                    : nullptr),
+        groups_(halves_ ? weight_groups(p) : 0),
+        whole_(halves_ ? 1.0f : load_scale(p, row)) {}
+
+  // Groups behind the last one hold no weights.
+  float group(size_t g) const {
+    if (halves_ == nullptr) {
+      return whole_;
+    }
+    uint16_t half = 0;
+    if (g < groups_) {
+      std::memcpy(&half, halves_ + 2 * g, 2);
+    }
+    return _cvtsh_ss(half);
+  }
+
+ private:
+  const uint8_t *halves_;
+  size_t groups_;
+  float whole_;
+};
+
+// Calls use(row) with the reader of row r that fits the tensor.
+template <typename Use>
+auto with_row(const losa_tensor &t, size_t r, Use use) {
+  const bool i4 = t.parts.value_type == LOSA_I4;
+  if (t.parts.layout == LOSA_DENSE) {
+    return i4 ? use(DenseRow<true>(t, r)) : use(DenseRow<false>(t, r));
+  }
+  if (count_per_byte(t.parts) != 0) {
+    return i4 ? use(SparseRow<true, true>(t, r)) : use(SparseRow<false, true>(t, r));
+  }
+  return i4 ? use(SparseRow<true, false>(t, r)) : use(SparseRow<false, false>(t, r));
+}
+
+}  // namespace
+}  // namespace losa
+
+#endif
