@@ -74,7 +74,8 @@ def _kernels() -> dict[str, object]:
             "onnxruntime_operators": "",
         }
     from losa_deploy.errors import MissingError
-    from losa_deploy.runtimes.ort.library import library_path, refusal
+    from losa_deploy.operators import library_path
+    from losa_deploy.runtimes.ort.library import refusal
 
     try:
         operators = refusal() or str(library_path())

@@ -1,5 +1,7 @@
 """ONNX Runtime: `register(session_options)` is all a user of plain ONNX Runtime needs."""
 
-from .library import library_path, register
+from losa_deploy.operators import library_path
+
+from .library import register
 
 __all__ = ["library_path", "register"]

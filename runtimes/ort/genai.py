@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.operators import library_name
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
-from .library import check_target, folder_with_library, library_name, refusal
+from .library import check_target, folder_with_library, refusal
 
 if TYPE_CHECKING:
     import onnxruntime_genai as og

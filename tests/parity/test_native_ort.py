@@ -22,10 +22,11 @@ from losa_deploy.errors import MissingError
 from losa_deploy.exporters.onnx.functions import DOMAIN, OPSET, VERSION, attributes, op_type
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
+from losa_deploy.operators import library_name, library_path
 from losa_deploy.plugins import load_runtime
 from losa_deploy.runtimes.ort import register
 from losa_deploy.runtimes.ort.genai import GenaiRuntime
-from losa_deploy.runtimes.ort.library import library_name, library_path, refusal
+from losa_deploy.runtimes.ort.library import refusal
 from losa_deploy.runtimes.ort.session import OrtRuntime, StockOrtRuntime
 
 SIZES = ((5, 1), (3, 7), (9, 64), (4, 65), (67, 172), (33, 576))
