@@ -40,6 +40,10 @@ def ort_trace(folder: Path, prompts: list[list[int]], steps: int) -> list[Trace]
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(folder / "model.onnx"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    empty = np.zeros((1, heads, 0, size), np.float32)
     traces: list[Trace] = []
     for prompt in prompts:
         tokens = list(prompt)
@@ -47,7 +51,7 @@ def ort_trace(folder: Path, prompts: list[list[int]], steps: int) -> list[Trace]
             feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
             for i in session.get_inputs():
                 if i.name.startswith("past_key_values"):
-                    feeds[i.name] = np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+                    feeds[i.name] = empty
             tokens.append(int(session.run(["logits"], feeds)[0][0, -1].argmax()))
         traces.append({"tokens": tokens[len(prompt) :]})
     return traces
