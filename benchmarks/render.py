@@ -130,10 +130,10 @@ def _parity_section(report: Report) -> list[str]:
         f"allows {parity.decoded_logit_tolerance:.3g})"
     )
     kernels = (
-        f"- the native kernels, which round activations to int8, add a mean divergence of "
+        f"- native kernels (int8 activations where weights are integers) add a mean divergence of "
         f"{parity.kernel_kl:.3g} nats"
         if parity.kernel_kl
-        else "- no native kernels were used"
+        else "- native kernels: none used, or no divergence added"
     )
     closeness = (
         f"- mean divergence {parity.mean_kl:.3g} nats, same most likely token at "

@@ -18,8 +18,7 @@ static inline size_t round_up(size_t value, size_t step) { return (value + step 
 static inline size_t padded_columns(const losa_parts &p) { return round_up(p.columns, kPadding); }
 static inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
 
-// Positions that share one activation scale: the groups of the weight, or a block where it has row scales. On
-// SmolLM2-135M, 50 % i8, groups of 128 / 64 / 32 cost 0.6 / 0.4 / 0.3 % perplexity.
+// Positions that share one activation scale: the groups of the weight, or a block where it has row scales.
 static inline size_t activation_group(const losa_parts &p) {
   return p.value_type == LOSA_I4 ? p.group_size : kBlock;
 }
