@@ -240,17 +240,7 @@ void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int3
 
 void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
               int32_t *bias) {
-  for (size_t start = 0, g = 0; start < padded; start += group, ++g) {
-    if (start + group <= columns) {
-      quantize_group(x + start, group, q + start, scale + g, bias + g);
-      continue;
-    }
-    alignas(32) float copy[kPadding] = {};
-    if (start < columns) {
-      std::memcpy(copy, x + start, (columns - start) * sizeof(float));
-    }
-    quantize_group(copy, group, q + start, scale + g, bias + g);
-  }
+  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
 }
 
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,

@@ -81,16 +81,8 @@ class DenseRow {
       const Block bytes = load(row_ + first / 2);
       return {nibbles(bytes.low, shift, levels_), nibbles(bytes.high, shift, levels_)};
     }
-    // A last block of n < 128 positions is split in halves of its own.
     alignas(32) uint8_t codes[kPadding] = {};
-    const size_t n = columns_ - first, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j) {
-      const uint8_t byte = row_[first / 2 + j];
-      codes[j] = byte & 15;
-      if (half + j < n) {
-        codes[half + j] = byte >> 4;
-      }
-    }
+    split_dense_tail(row_ + first / 2, columns_ - first, codes);
     const Block found = load(codes + (start - first));
     return {nibbles(found.low, 0, levels_), nibbles(found.high, 0, levels_)};
   }

@@ -371,17 +371,7 @@ void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int3
 
 void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
               int32_t *bias) {
-  for (size_t first = 0, g = 0; first < padded; first += group, ++g) {
-    if (first + group <= columns) {
-      quantize_group(x + first, group, q + first, scale + g, bias + g);
-      continue;
-    }
-    alignas(64) float copy[kPadding] = {};
-    if (first < columns) {
-      std::memcpy(copy, x + first, (columns - first) * sizeof(float));
-    }
-    quantize_group(copy, group, q + first, scale + g, bias + g);
-  }
+  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
 }
 
 }  // namespace

@@ -120,16 +120,8 @@ class DenseRow {
     if (first + kPadding <= columns_) {
       return nibbles512(load512(row_ + first / 2), start != first);
     }
-    // A last block of n < 128 positions is split in halves of its own.
     alignas(64) uint8_t copy[kPadding] = {};
-    const size_t n = columns_ - first, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j) {
-      const uint8_t byte = row_[first / 2 + j];
-      copy[j] = byte & 15;
-      if (half + j < n) {
-        copy[half + j] = byte >> 4;
-      }
-    }
+    split_dense_tail(row_ + first / 2, columns_ - first, copy);
     return load512(copy + (start - first));
   }
 

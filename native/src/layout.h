@@ -185,6 +185,17 @@ static inline float load_scale(const losa_parts &p, size_t index) {
   return half_to_float(half);
 }
 
+// Codes of the last block of a dense i4 row, n < 128 positions split in halves of their own.
+static inline void split_dense_tail(const uint8_t *bytes, size_t n, uint8_t *codes) {
+  const size_t half = (n + 1) / 2;
+  for (size_t j = 0; j < half; ++j) {
+    codes[j] = bytes[j] & 15;
+    if (half + j < n) {
+      codes[half + j] = bytes[j] >> 4;
+    }
+  }
+}
+
 // Largest magnitude among the levels of an i4 table.
 static inline int widest_level(const losa_parts &p) {
   int widest = 0;

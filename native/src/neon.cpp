@@ -2,26 +2,11 @@
 // expand instruction: a mask byte selects one of 256 byte shuffles, as on AVX2.
 #include <arm_neon.h>
 
+#include "shuffle_table.h"
 #include "target.h"
 
 namespace losa {
 namespace {
-
-// For each mask byte the rank of every position among the kept ones, or 255 (a lookup gives zero).
-struct ShuffleTable {
-  alignas(64) uint64_t control[256];
-
-  constexpr ShuffleTable() : control{} {
-    for (unsigned byte = 0; byte < 256; ++byte) {
-      uint64_t row = 0, rank = 0;
-      for (unsigned i = 0; i < 8; ++i) {
-        row |= (byte >> i & 1 ? rank++ : uint64_t{255}) << (8 * i);
-      }
-      control[byte] = row;
-    }
-  }
-};
-constexpr ShuffleTable kShuffle;
 
 struct Block {
   int8x16_t part[4];  // 64 positions
@@ -118,25 +103,13 @@ class Row {
     const size_t first = start / kPadding * kPadding;
     const bool full = first + kPadding <= parts_.columns;
     if (!full) {
-      split_tail(first, copy);
+      split_dense_tail(at_ + first / 2, parts_.columns - first, copy);
     }
     Block found = load(full ? at_ + first / 2 : copy + (start - first));
     for (auto &part : found.part) {
       part = nibbles(part, full && start != first, levels_);
     }
     return found;
-  }
-
-  // A last block of n < 128 positions is split in halves of its own.
-  void split_tail(size_t first, uint8_t *codes) const {
-    const size_t n = parts_.columns - first, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j) {
-      const uint8_t byte = at_[first / 2 + j];
-      codes[j] = byte & 15;
-      if (half + j < n) {
-        codes[half + j] = byte >> 4;
-      }
-    }
   }
 
   const losa_parts &parts_;
@@ -329,17 +302,7 @@ void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int3
 
 void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
               int32_t *bias) {
-  for (size_t start = 0, g = 0; start < padded; start += group, ++g) {
-    if (start + group <= columns) {
-      quantize_group(x + start, group, q + start, scale + g, bias + g);
-      continue;
-    }
-    float copy[kPadding] = {};
-    if (start < columns) {
-      std::memcpy(copy, x + start, (columns - start) * sizeof(float));
-    }
-    quantize_group(copy, group, q + start, scale + g, bias + g);
-  }
+  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
 }
 
 }  // namespace

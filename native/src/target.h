@@ -35,6 +35,23 @@ extern const Target kNeon;
 // The chosen target; null if LOSA_KERNELS names one that cannot run.
 const Target *current_target();
 
+// Calls quantize(x, group, q, scale, bias) for every group of a token; what lies behind the columns is zero.
+template <typename Quantize>
+static inline void each_group(const float *x, size_t columns, size_t padded, size_t group, int8_t *q,
+                              float *scale, int32_t *bias, Quantize quantize) {
+  for (size_t start = 0, g = 0; start < padded; start += group, ++g) {
+    if (start + group <= columns) {
+      quantize(x + start, group, q + start, scale + g, bias + g);
+      continue;
+    }
+    float copy[kPadding] = {};
+    if (start < columns) {
+      std::memcpy(copy, x + start, (columns - start) * sizeof(float));
+    }
+    quantize(copy, group, q + start, scale + g, bias + g);
+  }
+}
+
 // Panels of up to kPanelRows rows: expanded once, then multiplied with every token while in the cache.
 template <typename Value, typename Expand, typename Multiply>
 static inline void each_panel(const losa_tensor &t, const Activations &a, size_t begin, size_t end,
