@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
 
@@ -87,6 +88,16 @@ class Exporter(Protocol):
         self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
     ) -> ExportedModel:
         """Write into `folder`, which exists and is empty; the caller renames it when all is done."""
+        ...
+
+    def export_dense(
+        self, source: Checkpoint, exported: Path, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        """Write the dense baseline of the artifact `exported`: the model `source` that it was pruned from.
+
+        In the same format and, where the format has graphs, with the same graph; f32 (or what comes
+        nearest in the format). `folder` exists and is empty.
+        """
         ...
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:

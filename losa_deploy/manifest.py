@@ -67,10 +67,10 @@ class MergeProof(Record):
 
 
 class Manifest(Record):
-    """The parsed `losa.json` of an adapted, merged or exported folder."""
+    """The parsed `losa.json` of an adapted, merged or exported folder, or of a dense baseline."""
 
     schema_: str = Field(default=SCHEMA, alias="schema")
-    kind: Literal["adapted", "merged", "exported"]
+    kind: Literal["adapted", "merged", "exported", "dense"]
     tool_version: str = __version__
     format: str = "safetensors"
     source: SourceRecord

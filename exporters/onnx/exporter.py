@@ -14,17 +14,18 @@ from onnx import helper
 from losa_deploy import __version__
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, no_progress
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.operators import library_name, library_path
-from losa_deploy.recipe import ExportRecipe, ValueType
+from losa_deploy.recipe import ExportRecipe
 
 from . import reader
 from .functions import DOMAIN, VERSION
 from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
 from .plan import Job, choice, plan
+from .restore import restored_graph
 from .writer import Writer
 
 GENAI_FILE = "genai_config.json"
@@ -74,6 +75,16 @@ class OnnxExporter:
         manifest.write(folder)
         return _exported(folder, packing)
 
+    def export_dense(
+        self, source: Checkpoint, exported: Path, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        """The unpruned f32 model, in the graph of the artifact `exported` and without operators of ours."""
+        recipe = ExportRecipe(layout="dense", value_type="f32", head="f32")
+        linears = source.linears
+        job = Job(source, recipe, lambda linear: np.ones(linears[linear], np.bool_))
+        graph = restored_graph(exported, source)
+        return _exported(folder, write_graph(job, graph, folder, {}, progress))
+
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """Linear, embedding, head → weight [out, in], unpacked from the bytes of the artifact.
 
@@ -90,19 +101,6 @@ class OnnxExporter:
         group_size = manifest.recipe.export.group_size
         tables = reader.decode_tables(folder, manifest.other_tensors, group_size)
         return {name: weights[name] for name in linears} | tables
-
-
-def export_dense(
-    checkpoint: Checkpoint, folder: Path, value_type: ValueType = "f32", progress: Progress = no_progress
-) -> ExportedModel:
-    """The dense baseline of any Hugging Face folder, without masks: what the same runtime does with it.
-
-    f32 needs no operator of ours. `folder` exists and is empty; no `losa.json` is written.
-    """
-    recipe = ExportRecipe(layout="dense", value_type=value_type)
-    linears = checkpoint.linears
-    job = Job(checkpoint, recipe, lambda linear: np.ones(linears[linear], np.bool_))
-    return _exported(folder, _write(job, folder, {}, progress))
 
 
 def _job(model: SparseModel, recipe: ExportRecipe) -> Job:
@@ -125,6 +123,7 @@ def write_graph(
     packing = pack_graph(job, graph, Writer(folder), progress)
     _save(packing, folder, properties)
     copy_side_files(job.checkpoint.folder, folder)
+    config["model"]["decoder"]["session_options"].pop("custom_ops_library", None)
     if job.recipe.bundle_runtime:
         shutil.copyfile(library_path(), folder / library_name())
         config["model"]["decoder"]["session_options"]["custom_ops_library"] = library_name()

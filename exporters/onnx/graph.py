@@ -11,9 +11,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,9 +39,13 @@ class DenseGraph:
 
     model: onnx.ModelProto
     folder: Path
+    weights: Mapping[str, Callable[[], NDArray[np.float32]]] = field(default_factory=dict)
+    """Initializers whose values are not in the folder."""
 
     def array(self, tensor: onnx.TensorProto) -> NDArray[np.generic]:
         """The value of an initializer; external data is mapped, not read."""
+        if tensor.name in self.weights:
+            return self.weights[tensor.name]()
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         entries = {entry.key: entry.value for entry in tensor.external_data}

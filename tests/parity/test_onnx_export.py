@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from transformers import AutoModelForCausalLM
 
+from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import UsageError
-from losa_deploy.exporters.onnx.exporter import OnnxExporter, export_dense, write_graph
+from losa_deploy.exporters.onnx.exporter import OnnxExporter, write_graph
 from losa_deploy.exporters.onnx.functions import DOMAIN
 from losa_deploy.exporters.onnx.graph import DenseGraph, dense_graph
 from losa_deploy.exporters.onnx.plan import Job
@@ -203,11 +204,35 @@ def test_other_families(family: str, request: pytest.FixtureRequest, tmp_path: P
     assert check_session(tmp_path, torch_model(model, weights)) == genai_tokens(tmp_path)
 
 
-def test_dense_baseline_is_the_model_itself(merged_qwen2: SparseModel, tmp_path: Path) -> None:
-    export_dense(merged_qwen2.checkpoint, tmp_path)
-    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+@pytest.mark.parametrize("family", ["merged_llama", "merged_qwen2", "merged_opt"])
+@pytest.mark.parametrize("value_type", ["i4", "f32"])
+def test_dense_baseline_is_the_source_in_the_graph_of_the_artifact(
+    family: str, value_type: ValueType, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Tied and untied heads, both graph sources, packed and plain nodes; the masks do not matter."""
+    model: SparseModel = request.getfixturevalue(family)
+    exported, dense = tmp_path / "exported", tmp_path / "dense"
+    for folder in (exported, dense):
+        folder.mkdir()
+    exporter, recipe = OnnxExporter(), ExportRecipe(value_type=value_type, bundle_runtime=True)
+    exporter.export(model, recipe, exported, no_progress)
+    source = _rescaled(model.checkpoint, tmp_path / "source")
+    exporter.export_dense(source, exported, dense, no_progress)
+    graph = onnx.load(dense / "model.onnx", load_external_data=False).graph
     assert not [node for node in graph.node if node.domain == DOMAIN]
-    check_session(tmp_path, torch_model(merged_qwen2, {}))
+    assert "custom_ops_library" not in (dense / "genai_config.json").read_text()
+    check_session(dense, AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32))
+
+
+def _rescaled(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The same model with other weights in its block linears."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name in checkpoint.linears:
+            model.get_submodule(name).weight.mul_(1.5)
+    model.save_pretrained(folder)
+    copy_side_files(checkpoint.folder, folder)
+    return Checkpoint.open(folder)
 
 
 def test_bundled_operators_are_found_by_genai_alone(merged_llama: SparseModel, tmp_path: Path) -> None:

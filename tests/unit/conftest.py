@@ -100,6 +100,14 @@ class FolderExporter:
         model.manifest.model_copy(update=update).write(folder)
         return ExportedModel(folder, "folder", {}, ())
 
+    def export_dense(
+        self, source: Checkpoint, exported: Path, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        copy_side_files(source.folder, folder)
+        for path in source.folder.glob("*.safetensors"):
+            shutil.copyfile(path, folder / path.name)
+        return ExportedModel(folder, "folder", {}, ())
+
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         checkpoint = Checkpoint.open(folder)
         return {name: checkpoint.array(f"{name}.weight") for name in checkpoint.linears}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from losa_deploy.benchmarks.assemble import Job, dense_same_type_bytes
-from losa_deploy.benchmarks.baseline import unpruned_model
 from losa_deploy.benchmarks.measure import measure
 from losa_deploy.benchmarks.memory import measure_footprint
 from losa_deploy.benchmarks.render import bar, markdown
@@ -161,14 +160,6 @@ def test_dense_bytes_of_the_same_type_come_from_shapes(exported_half: Path) -> N
     packed = manifest.linears[0].model_copy(update={"value_type": "i8", "bytes": 100, "shape": (10, 20)})
     changed = manifest.model_copy(update={"linears": (packed,)})
     assert dense_same_type_bytes(1000, changed) == 1000 - 100 + 10 * 20 + 10 * 4
-
-
-def test_an_unpruned_model_opens_like_a_merged_one(
-    tiny_llama: Path, merged_half: Path, tmp_path: Path
-) -> None:
-    model = unpruned_model(Checkpoint.open(tiny_llama), Manifest.read(merged_half), tmp_path / "dense")
-    assert model.masked == frozenset() and model.manifest.sparsity_achieved == 0.0
-    assert model.mask("model.layers.0.mlp.up_proj").all()
 
 
 def test_a_real_probe_in_a_fresh_process(merged_half: Path) -> None:

@@ -1,0 +1,87 @@
+"""Graph source of the dense baseline: the graph of an artifact, with the weights of the unpruned model.
+
+Both models then run the same graph, and building one (half a minute where it must be traced) is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from losa_deploy.checkpoint import Checkpoint
+
+from .functions import DOMAIN
+from .graph import MODEL_FILE, DenseGraph
+
+
+def restored_graph(exported: Path, source: Checkpoint) -> DenseGraph:
+    """The dense f32 graph of `source`, made from the artifact `exported` of a model pruned from it.
+
+    Block linears, embedding and head take the weights of `source`; everything else is the artifact's,
+    which pruning does not change.
+    """
+    model = onnx.load(exported / MODEL_FILE, load_external_data=False)
+    plain = [node for old in model.graph.node for node in _plain(old)]
+    del model.graph.node[:]
+    model.graph.node.extend(_without_lookup(plain, source))
+    tables = [source.family.embedding] + ([] if source.tied else [source.family.head])
+    used = {name for node in model.graph.node for name in node.input}
+    weights = {
+        f"{module}.weight": _reader(source, module)
+        for module in (*source.linears, *tables)
+        if f"{module}.weight" in used
+    }
+    others = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(others)
+    for name, read in weights.items():
+        dims, kind = read().shape, onnx.TensorProto.FLOAT
+        model.graph.initializer.append(onnx.TensorProto(name=name, dims=dims, data_type=kind))
+    return DenseGraph(model, exported, weights)
+
+
+def _reader(source: Checkpoint, module: str) -> Callable[[], NDArray[np.float32]]:
+    """Reads a weight as MatMul takes it, [in, out]; a table that is only gathered as it is."""
+    if module == source.family.embedding and not source.tied:
+        return lambda: source.array(f"{module}.weight")
+    return lambda: source.array(f"{module}.weight").T
+
+
+def _plain(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """A packed node as one MatMul per weight; any other node as it is.
+
+    Components are called `<module>.<component>`, and all weights of a node have the same components.
+    """
+    if node.domain != DOMAIN:
+        yield node
+        return
+    count = (len(node.input) - 1) // len(node.output)
+    for index, output in enumerate(node.output):
+        module = node.input[1 + index * count].rpartition(".")[0]
+        yield helper.make_node("MatMul", [node.input[0], f"{module}.weight"], [output], name=module)
+
+
+def _without_lookup(nodes: list[onnx.NodeProto], source: Checkpoint) -> Iterator[onnx.NodeProto]:
+    """One Gather instead of the nodes that gather and decode rows of a packed embedding."""
+    embedding = source.family.embedding
+    lookup = [node for node in nodes if node.name.startswith(f"{embedding}.")]
+    for node in nodes:
+        if lookup and node is lookup[0]:
+            yield from _gather(lookup[0].input[1], lookup[-1].output[0], embedding, tied=source.tied)
+        elif not node.name.startswith(f"{embedding}."):
+            yield node
+
+
+def _gather(ids: str, rows: str, embedding: str, *, tied: bool) -> Iterator[onnx.NodeProto]:
+    """Rows of the embedding; a tied one is stored as the head's MatMul takes it, and turned."""
+    table = f"{embedding}.weight"
+    if tied:
+        turned = f"{embedding}.turned"
+        yield helper.make_node("Transpose", [table], [turned], name=f"{embedding}.transpose", perm=[1, 0])
+        table = turned
+    yield helper.make_node("Gather", [table, ids], [rows], name=embedding)
