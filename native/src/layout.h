@@ -15,7 +15,6 @@ constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
 constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
 
 static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
-static inline size_t padded_columns(const losa_parts &p) { return round_up(p.columns, kPadding); }
 static inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
 
 // Positions that share one activation scale: the groups of the weight, or a block where it has row scales.
@@ -29,13 +28,18 @@ static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : t
 static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
 static inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
 
+// Positions of a row: the last group of N:M may reach beyond the columns.
+static inline size_t row_width(const losa_parts &p) {
+  return p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
+}
+static inline size_t padded_columns(const losa_parts &p) { return round_up(row_width(p), kPadding); }
+
 // Bytes of positions per block of 64, and per row.
 static inline size_t position_bytes_per_block(const losa_parts &p) {
   return p.layout == LOSA_NM && p.position_bits ? kBlock / p.m * p.n * p.position_bits / 8 : kBlock / 8;
 }
 static inline size_t position_row_bytes(const losa_parts &p) {
-  const size_t width = p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
-  return (width + kBlock - 1) / kBlock * position_bytes_per_block(p);
+  return (row_width(p) + kBlock - 1) / kBlock * position_bytes_per_block(p);
 }
 
 // True if every block of 64 positions keeps the same count, so that a kernel need not count bits.

@@ -96,7 +96,7 @@ bool codes_are_sound(const losa_parts &p, const uint8_t *row) {
 // Bits set in a row; -1 if one lies outside of the row, or a block of N:M has another count than it must.
 int64_t row_count(const losa_parts &p, size_t row) {
   const Positions positions(p, row);
-  const size_t width = p.layout == LOSA_NM ? group_count(p) * p.m : p.columns;
+  const size_t width = row_width(p);
   const bool fixed = fixed_count(p) && p.position_bits == 0;
   int64_t count = 0;
   for (size_t block = 0; block < positions.blocks; ++block) {

@@ -260,6 +260,7 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
 #define _mm512_zextsi128_si512 losa_emulated::zextsi128_si512
 #define _mm512_castsi256_si512 losa_emulated::castsi256_si512
+#undef _mm512_inserti64x4  // a macro in clang's header
 #define _mm512_inserti64x4 losa_emulated::inserti64x4
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps

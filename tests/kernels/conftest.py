@@ -25,14 +25,19 @@ Multiply = Callable[[PackedTensor, Matrix, int], Matrix]
 """(weight, x [tokens, in], rows at a time) → x @ W.T."""
 
 
-def cmake(build: Path, *options: str) -> Path:
-    """Configure and build `run_cases`; returns the program."""
+def build(target: str, folder: Path, *options: str) -> Path:
+    """Configure and build a program of native/tests; returns its path."""
     tool = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
-    configure = [tool, "-S", str(ROOT), "-B", str(build), "-DLOSA_BUILD_TESTS=ON", *options]
-    for command in (configure, [tool, "--build", str(build), "--target", "run_cases", "-j", "2"]):
+    configure = [tool, "-S", str(ROOT), "-B", str(folder), *options]
+    for command in (configure, [tool, "--build", str(folder), "--target", target, "-j", "2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return build / "run_cases"
+    return folder / target
+
+
+def cmake(folder: Path, *options: str) -> Path:
+    """Build `run_cases`."""
+    return build("run_cases", folder, "-DLOSA_BUILD_TESTS=ON", *options)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,12 @@ class Program:
 def build_run_cases() -> Callable[..., Path]:
     """(build folder, CMake options …) → program."""
     return cmake
+
+
+@pytest.fixture(scope="session")
+def build_program() -> Callable[..., Path]:
+    """(program, build folder, CMake options …) → program."""
+    return build
 
 
 @pytest.fixture(scope="session")

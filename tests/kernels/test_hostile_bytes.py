@@ -31,21 +31,23 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory, build_run_cases: object)
     return build_run_cases(folder, f"-DCMAKE_CXX_FLAGS={SANITIZERS}", "-DLOSA_EMULATE_AVX512=ON")  # type: ignore[operator, no-any-return]
 
 
-def blob_of(layout: str, value_type: ValueType) -> bytes:
+def blob_of(layout: str, value_type: ValueType, columns: int = COLUMNS) -> bytes:
     rng = np.random.default_rng(1)
-    weight = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    weight = rng.standard_normal((ROWS, columns)).astype(np.float32)
     name, _, pattern = layout.partition(" ")
-    mask = rng.random((ROWS, COLUMNS)) < 0.5
+    mask = rng.random((ROWS, columns)) < 0.5
     n_of_m = None
     if pattern:
         n_of_m = n, m = tuple(map(int, pattern.split(":")))  # type: ignore[assignment]
-        mask = np.arange(COLUMNS)[None].repeat(ROWS, 0) % m < n
+        mask = np.arange(columns)[None].repeat(ROWS, 0) % m < n
     return to_blob(LAYOUTS[name].pack(weight, mask, PackOptions(value_type, 64, pattern=n_of_m)))
 
 
-def run(program: Path, target: str, folder: Path, blobs: Sequence[bytes]) -> list[int]:
+def run(
+    program: Path, target: str, folder: Path, blobs: Sequence[bytes], columns: int = COLUMNS
+) -> list[int]:
     """Status of each blob; a sanitizer's report fails the test."""
-    x = np.ones((TOKENS, COLUMNS), np.float32).tobytes()
+    x = np.ones((TOKENS, columns), np.float32).tobytes()
     heads = [struct.pack("<QQQQ", len(blob), len(x), TOKENS, 8) for blob in blobs]
     (folder / "cases").write_bytes(b"".join(h + b + x for h, b in zip(heads, blobs, strict=True)))
     command = [str(program), target, str(folder / "cases"), str(folder / "results")]
@@ -88,6 +90,17 @@ def test_no_damage_reads_outside(sanitized: Path, tmp_path: Path, layout: str, v
         assert statuses[0] == OK and statuses.count(OK) > 1
         assert {BAD_HEADER, BAD_SIZE, BAD_RANGE} & set(statuses)
         assert len(set(statuses)) >= 4 or len(chosen) < len(blobs)
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("columns", [64, 128, 256])
+def test_a_last_group_beyond_the_padding_stays_inside(
+    sanitized: Path, tmp_path: Path, columns: int, value_type: ValueType
+) -> None:
+    """Groups of 5 and 24 do not divide these widths, which need no padding otherwise."""
+    blobs = [blob_of(layout, value_type, columns) for layout in ("nm 3:5", "nm 3:24")]
+    for target in subprocess.check_output([str(sanitized), "list"], text=True).split():
+        assert run(sanitized, target, tmp_path, blobs, columns) == [OK, OK]
 
 
 def test_each_lie_is_named(sanitized: Path, tmp_path: Path) -> None:

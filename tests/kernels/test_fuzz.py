@@ -1,0 +1,60 @@
+"""Coverage-guided fuzzing of the loader and the kernels, with sanitizers, in every x86 target.
+
+A minute here; run the program longer by hand (native/tests/fuzz_tensor.cpp says how).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from losa_deploy.layouts import LAYOUTS, PackOptions
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.blob import to_blob
+
+pytestmark = pytest.mark.slow
+SECONDS = 60
+TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+PATTERNS = ((2, 4), (1, 4), (3, 5), (3, 16), (1, 8))
+SHAPES = ((3, 70), (2, 256))
+
+
+def seeds() -> list[bytes]:
+    """A small sound tensor of every kind."""
+    rng = np.random.default_rng(0)
+    found = []
+    for value_type, (rows, columns) in itertools.product(TYPES, SHAPES):
+        weight = rng.standard_normal((rows, columns)).astype(np.float32)
+        mask = rng.random((rows, columns)) < 0.4
+        for name in ("dense", "bitmask"):
+            found.append(to_blob(LAYOUTS[name].pack(weight, mask, PackOptions(value_type, 32))))
+        for n, m in PATTERNS:
+            fixed = np.arange(columns)[None].repeat(rows, 0) % m < n
+            options = PackOptions(value_type, 32, pattern=(n, m))
+            found.append(to_blob(LAYOUTS["nm"].pack(weight, fixed, options)))
+    return found
+
+
+def test_a_minute_of_fuzzing_finds_nothing(tmp_path: Path, build_program: Callable[..., Path]) -> None:
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("needs clang with libFuzzer")
+    options = (f"-DCMAKE_CXX_COMPILER={clang}", "-DLOSA_BUILD_FUZZER=ON", "-DLOSA_EMULATE_AVX512=ON")
+    program = build_program("fuzz_tensor", tmp_path / "build", *options)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    blobs = seeds()
+    for index, (blob, choice) in enumerate(itertools.product(blobs, range(0, 16, 5))):
+        (corpus / str(index)).write_bytes(bytes([choice]) + blob)
+    command = [str(program), f"-max_total_time={SECONDS}", "-max_len=8192", "-seed=1", "-rss_limit_mb=4096"]
+    done = subprocess.run([*command, str(corpus)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    runs = re.search(r"Done (\d+) runs", done.stderr)
+    assert runs is not None and int(runs[1]) > 4 * len(blobs), done.stderr[-2000:]
