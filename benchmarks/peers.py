@@ -18,7 +18,9 @@ import psutil
 
 from losa_deploy.artifact import require_disk
 from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
+from losa_deploy.plugins import load_runtime
 
+from . import ggufs
 from .decoder import CONTEXT, Geometry, Pruning
 from .document import result_record
 from .geometry import build
@@ -29,6 +31,8 @@ from .tensors import Storage
 from .workloads import prompt_tokens
 
 OURS = Ours.name
+LLAMACPP, STOCK = "llamacpp", "llamacpp-stock"
+"""Runtimes with and without our backend."""
 HEAD = Storage("dense", "i8")
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
@@ -57,6 +61,7 @@ class Contender:
     name: str
     folder: Path
     bytes: int
+    runtime: Runtime
     footprint: Footprint | None = None
     decode_rates: list[float] = field(default_factory=list)
     prefill_rates: list[float] = field(default_factory=list)
@@ -78,14 +83,18 @@ def build_contenders(
     storage: Storage,
     peers: Sequence[str],
     folder: Path,
+    runtime: Runtime,
     *,
+    threads: int = 0,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Contender]:
-    """Ours, pruned and stored as `storage` says, and the dense peers named in `PEERS`.
+    """Ours, pruned and stored as `storage` says, and the dense peers of the runtime (`known_peers`).
 
     Written into `folder` or reused from it. Raises `ResourceError` if the disk cannot hold them.
     """
+    if runtime.name == LLAMACPP:
+        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
     made: list[tuple[Linear, Pruning, str]] = [
         (Ours(storage, HEAD), Pruning(storage.sparsity, storage.pattern, seed), f"ours-{_slug(storage)}")
     ]
@@ -96,7 +105,34 @@ def build_contenders(
     contenders = []
     for (kind, pruning, _), place in zip(made, places, strict=True):
         size = build(geometry, kind, place, pruning, progress=progress)
-        contenders.append(Contender(kind.name, place, size))
+        contenders.append(Contender(kind.name, place, size, runtime))
+    return contenders
+
+
+def known_peers(runtime: str) -> tuple[str, ...]:
+    """Names of the peers that models are compared with in this runtime."""
+    return tuple(ggufs.PEERS if runtime == LLAMACPP else PEERS)
+
+
+def _ggufs(
+    geometry: Geometry,
+    storage: Storage,
+    peers: Sequence[str],
+    folder: Path,
+    runtime: Runtime,
+    threads: int,
+    seed: int,
+    progress: Progress,
+) -> list[Contender]:
+    """Ours in our backend, and the peers in llama.cpp as it is."""
+    place = folder / f"{geometry.name}-gguf-{_slug(storage)}"
+    size = ggufs.build_ours(geometry, storage, place, seed, progress)
+    contenders = [Contender(OURS, place, size, runtime)]
+    stock = load_runtime(STOCK)
+    for name in peers:
+        place = folder / f"{geometry.name}-{name}"
+        size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
+        contenders.append(Contender(name, place, size, stock))
     return contenders
 
 
@@ -107,7 +143,6 @@ def _slug(storage: Storage) -> str:
 
 def measure_contenders(
     contenders: Sequence[Contender],
-    runtime: Runtime,
     load: Load,
     threads: int,
     *,
@@ -124,11 +159,11 @@ def measure_contenders(
     steps = len(contenders) * (load.repetitions + 2)
     for done, contender in enumerate(contenders):
         progress(done, steps, f"memory of {contender.name}")
-        contender.footprint = measure_footprint(runtime.name, contender.folder, threads=threads)
+        contender.footprint = measure_footprint(contender.runtime.name, contender.folder, threads=threads)
     together = _fit(contenders)
     by_name = {contender.name: contender for contender in contenders}
     done = len(contenders)
-    with _sessions(by_name, runtime, threads, together) as opened:
+    with _sessions(by_name, threads, together) as opened:
         for turn, name in enumerate(schedule(list(by_name), load.repetitions + 1, seed)):
             progress(done + turn, steps, f"timing {name}")
             warm = turn < len(contenders)
@@ -165,19 +200,21 @@ def _repetition(
 
 @contextmanager
 def _sessions(
-    contenders: Mapping[str, Contender], runtime: Runtime, threads: int, together: bool
+    contenders: Mapping[str, Contender], threads: int, together: bool
 ) -> Iterator[Callable[[str], _Turn]]:
     """Gives a context with the session of a contender: one of many open ones, or opened for its turn."""
     with ExitStack() as stack:
         opened: dict[str, Session] = {}
         if together:
             for name, contender in contenders.items():
-                opened[name] = runtime.open(contender.folder, threads=threads)
+                opened[name] = contender.runtime.open(contender.folder, threads=threads)
                 stack.callback(opened[name].close)
-        yield lambda name: _Turn(
-            lambda: opened[name] if together else runtime.open(contenders[name].folder, threads=threads),
-            close=not together,
-        )
+
+        def session(name: str) -> Session:
+            contender = contenders[name]
+            return opened[name] if together else contender.runtime.open(contender.folder, threads=threads)
+
+        yield lambda name: _Turn(lambda: session(name), close=not together)
 
 
 class _Turn:

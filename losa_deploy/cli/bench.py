@@ -71,7 +71,9 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--pattern", metavar="N:M", help="N kept of every M, instead of --sparsity")
     group.add_argument(
-        "--peers", metavar="NAMES", help="ort-int4, ort-int8, ort-fp32, with commas (all); or none"
+        "--peers",
+        metavar="NAMES",
+        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q2_k,f16 (all); or none",
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"

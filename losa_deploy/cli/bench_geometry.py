@@ -29,24 +29,30 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
     from losa_deploy.benchmarks.geometry import GEOMETRIES
-    from losa_deploy.benchmarks.peers import build_contenders, measure_contenders
+    from losa_deploy.benchmarks.peers import build_contenders, known_peers, measure_contenders
 
     geometry: Geometry = pick(args.geometry, GEOMETRIES, "geometry", "--geometry")
-    storage, peers, load = chosen_storage(args), chosen_peers(args.peers), chosen_load(args)
     runtime, threads = plugins.load_runtime(args.runtime or "ort"), thread_count(args)
+    storage, load = chosen_storage(args), chosen_load(args)
+    peers = chosen_peers(args.peers, known_peers(runtime.name))
     with _folder(args.keep) as folder:
         with console.stage("models") as progress:
             contenders = build_contenders(
-                geometry, storage, peers, Path(folder), seed=args.seed, progress=progress
+                geometry,
+                storage,
+                peers,
+                Path(folder),
+                runtime,
+                threads=threads,
+                seed=args.seed,
+                progress=progress,
             )
         console.info(
             f"Measuring {geometry.name}, {storage.label}: {load.decode_tokens} tokens after "
             f"{load.prompt_tokens}, prompts of {load.prefill_tokens}, {threads} threads …"
         )
         with console.stage("speed") as progress:
-            together = measure_contenders(
-                contenders, runtime, load, threads, seed=args.seed, progress=progress
-            )
+            together = measure_contenders(contenders, load, threads, seed=args.seed, progress=progress)
     if not together:
         console.warn("The models do not fit into memory together: each was opened for its turns alone.")
     if args.json:
@@ -86,15 +92,13 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
     return Storage(layout, args.value_type or "i4", sparsity, None if layout == "dense" else pattern)
 
 
-def chosen_peers(text: str | None) -> tuple[str, ...]:
-    """Names of peers in the order given; all of them without `--peers`, none for `none`."""
-    from losa_deploy.benchmarks.linears import PEERS
-
-    names = list(PEERS) if text is None else split(text)
+def chosen_peers(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Names of peers in the order given; all of `known` without `--peers`, none for `none`."""
+    names = list(known) if text is None else split(text)
     if names == ["none"]:
         return ()
     for name in names:
-        pick(name, PEERS, "peer", "--peers")
+        pick(name, dict.fromkeys(known), "peer", "--peers")
     if len(set(names)) < len(names):
         raise UsageError(f"--peers {text} names a peer twice.", hint="Name every peer once.")
     return tuple(names)

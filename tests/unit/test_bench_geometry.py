@@ -168,9 +168,9 @@ def test_contenders_are_sampled_alike(room: int, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     storage = Storage("bitmask", "i8", 0.6)
-    contenders = build_contenders(TINY, storage, ["ort-int4"], tmp_path)[1:]
+    contenders = build_contenders(TINY, storage, ["ort-int4"], tmp_path, OrtRuntime())[1:]
     load = Load(prompt_tokens=4, decode_tokens=3, prefill_tokens=9, repetitions=2)
-    assert measure_contenders(contenders, OrtRuntime(), load, 1) == (room > 0)
+    assert measure_contenders(contenders, load, 1) == (room > 0)
     record = contenders[0].record()
     assert list(record) == [
         "name",
@@ -236,5 +236,5 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr("losa_deploy.artifact.free_bytes", lambda path: 1000)
     with pytest.raises(LosaError, match=r"needs .* MB on the disk"):
-        build_contenders(TINY, Storage("bitmask", "i8", 0.6), ["ort-fp32"], tmp_path)
+        build_contenders(TINY, Storage("bitmask", "i8", 0.6), ["ort-fp32"], tmp_path, OrtRuntime())
     assert list(tmp_path.iterdir()) == []
