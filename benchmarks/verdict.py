@@ -10,6 +10,8 @@ DENSE_INT4_BITS = 4.0
 """From here on plain dense int4 (4.1-4.5 bits with its scales) stores a better model in the same bytes."""
 SPARSE_INT4_BITS = 3.2
 """Below this no dense int4 exists, and sparse int4 is the better format."""
+CACHE_BYTES = 32_000_000
+"""Weights up to here are read from the last-level cache of a usual CPU, not from memory."""
 LEAST_NOISE = 0.02
 """Speeds closer than this are equal, however little the samples spread."""
 
@@ -103,11 +105,19 @@ def speed_reason(e: Evidence) -> str:
     """Why sparse weights do not decode faster in this runtime."""
     if not e.packed:
         return "Every linear is stored dense, so decode reads its zeros like any other weight."
-    if e.kernels:
+    if e.dense_f32_bytes <= CACHE_BYTES:
         return (
-            f"The {e.kernels} kernels are bound by computing on this CPU, not by reading weights, so that "
-            "fewer bytes do not pay."
+            f"The dense model has {megabytes(e.dense_f32_bytes)} and stays in the CPU's caches, so that "
+            "reading fewer bytes saves no time."
         )
+    if e.kernels:
+        ours, dense = e.exported_bytes * e.exported_decode / 1e9, e.dense_f32_bytes * e.dense_decode / 1e9
+        rates = (
+            f"reads {ours:.1f} GB/s of weights with the {e.kernels} kernels, the dense one {dense:.1f} GB/s"
+        )
+        if ours < dense:
+            return f"This model {rates}: the kernels are bound by computing on this CPU, not by reading."
+        return "This model has no fewer bytes to read than the dense one."
     return f"The runtime {e.runtime} expands packed weights when it loads them and computes with dense ones."
 
 
