@@ -21,6 +21,7 @@ from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
 from losa_deploy.plugins import load_runtime
 
 from . import ggufs
+from .accuracy import Perplexity
 from .decoder import CONTEXT, Geometry, Pruning
 from .document import result_record
 from .geometry import build
@@ -54,6 +55,11 @@ class Load:
         return max(self.prompt_tokens + self.decode_tokens, self.prefill_tokens)
 
 
+def default_load(runtime: str) -> Load:
+    """What people measure in this runtime: llama-bench's tg128 starts from one token, its pp512 from none."""
+    return Load(prompt_tokens=1) if runtime == LLAMACPP else Load()
+
+
 @dataclass
 class Contender:
     """One model and what was measured on it."""
@@ -63,19 +69,29 @@ class Contender:
     bytes: int
     runtime: Runtime
     footprint: Footprint | None = None
+    quality: Perplexity | None = None
+    """Where the weights are real."""
     decode_rates: list[float] = field(default_factory=list)
     prefill_rates: list[float] = field(default_factory=list)
     """Tokens per second, one per repetition."""
 
     def record(self) -> dict[str, object]:
         """One entry of `results` in the `losa.bench/1` document."""
-        return result_record(
+        record = result_record(
             self.name,
             self.decode_rates,
             self.prefill_rates,
             self.bytes,
             self.footprint.peak_rss_bytes if self.footprint else None,
         )
+        if self.quality is not None:
+            record |= {
+                "perplexity": self.quality.perplexity,
+                "perplexity_stderr": self.quality.stderr,
+                "perplexity_tokens": self.quality.tokens,
+                "perplexity_window": self.quality.window,
+            }
+        return record
 
 
 def build_contenders(
@@ -139,6 +155,37 @@ def _ggufs(
 def _slug(storage: Storage) -> str:
     """E.g. bitmask-60-i4 or nm-2-4-i8, for a folder name."""
     return "-".join(re.findall(r"[a-z0-9.]+", storage.label))
+
+
+def real_contenders(
+    artifacts: Sequence[Path],
+    dense: Path,
+    peers: Sequence[str],
+    folder: Path,
+    threads: int,
+    progress: Progress = no_progress,
+) -> list[Contender]:
+    """GGUF artifacts in our backend, and the types `peers` of the file `dense` in llama.cpp as it is."""
+    ours, stock = load_runtime(LLAMACPP), load_runtime(STOCK)
+    contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
+    for done, name in enumerate(peers):
+        progress(done, len(peers), f"quantizing to {name}")
+        target = folder / f"{dense.stem}-{name}.gguf"
+        if name == ggufs.SOURCE:
+            target = dense
+        elif not target.is_file():
+            unfinished = target.with_suffix(".partial")
+            ggufs.quantize(dense, name, threads, unfinished)
+            unfinished.rename(target)
+        contenders.append(Contender(name, target, target.stat().st_size, stock))
+    progress(len(peers), len(peers), "done")
+    return contenders
+
+
+def _gguf_bytes(path: Path) -> int:
+    """Of the file itself, or of the one that is opened in a folder: the smallest."""
+    files = [path] if path.is_file() else path.glob("*.gguf")
+    return min(file.stat().st_size for file in files)
 
 
 def measure_contenders(

@@ -21,19 +21,17 @@ if TYPE_CHECKING:
     from losa_deploy.interfaces import Runtime, Session
 
 KERNELS = "kernels"
-FOLDERS, GEOMETRY, KERNEL_TABLE = "model folders", "--geometry", "`bench kernels`"
+FOLDERS, PEERS, GEOMETRY, KERNEL_TABLE = "model folders", "--peers", "--geometry", "`bench kernels`"
 MODES: Mapping[str, tuple[str, ...]] = {
-    "baseline": (FOLDERS,),
+    "baseline": (FOLDERS, PEERS),
     "runtime": (FOLDERS, GEOMETRY),
-    "prompt_tokens": (FOLDERS, GEOMETRY),
-    "decode_tokens": (FOLDERS, GEOMETRY),
-    "repetitions": (FOLDERS, GEOMETRY),
-    "prefill_tokens": (GEOMETRY,),
+    **dict.fromkeys(("prompt_tokens", "decode_tokens", "repetitions"), (FOLDERS, GEOMETRY, PEERS)),
+    "prefill_tokens": (GEOMETRY, PEERS),
     "value_type": (GEOMETRY,),
     "layout": (GEOMETRY,),
     "pattern": (GEOMETRY,),
-    "peers": (GEOMETRY,),
-    "keep": (GEOMETRY,),
+    "peers": (GEOMETRY, PEERS),
+    "keep": (GEOMETRY, PEERS),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
     **dict.fromkeys(("seconds", "plot", "deepsparse"), (KERNEL_TABLE,)),
@@ -102,6 +100,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         from losa_deploy.cli.bench_kernels import run_kernels
 
         run_kernels(args, console)
+    elif mode == PEERS:
+        from losa_deploy.cli.bench_peers import run_peers
+
+        run_peers(args, console)
     elif mode == GEOMETRY:
         from losa_deploy.cli.bench_geometry import run_geometry
 
@@ -127,7 +129,7 @@ def _mode(args: argparse.Namespace) -> str:
             "There is nothing to measure.",
             hint="Give model folders, the word `kernels`, or --geometry llama-1b.",
         )
-    return FOLDERS
+    return FOLDERS if args.peers is None else PEERS
 
 
 def _check_flags(args: argparse.Namespace, mode: str) -> None:

@@ -33,9 +33,9 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
 
     geometry: Geometry = pick(args.geometry, GEOMETRIES, "geometry", "--geometry")
     runtime, threads = plugins.load_runtime(args.runtime or "ort"), thread_count(args)
-    storage, load = chosen_storage(args), chosen_load(args)
+    storage, load = chosen_storage(args), chosen_load(args, runtime.name)
     peers = chosen_peers(args.peers, known_peers(runtime.name))
-    with _folder(args.keep) as folder:
+    with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
             contenders = build_contenders(
                 geometry,
@@ -104,13 +104,14 @@ def chosen_peers(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def chosen_load(args: argparse.Namespace) -> Load:
+def chosen_load(args: argparse.Namespace, runtime: str) -> Load:
     """Tokens and repetitions; `UsageError` if they exceed the context of the models."""
     from losa_deploy.benchmarks.decoder import CONTEXT
-    from losa_deploy.benchmarks.peers import Load
+    from losa_deploy.benchmarks.peers import Load, default_load
 
     names = [field.name for field in dataclasses.fields(Load)]
-    load = Load(**{name: getattr(args, name) for name in names if getattr(args, name)})
+    given = {name: getattr(args, name) for name in names if getattr(args, name)}
+    load = dataclasses.replace(default_load(runtime), **given)
     if load.longest > CONTEXT:
         raise UsageError(
             f"Sequences of {load.longest} tokens do not fit the models' context of {CONTEXT}.",
@@ -150,7 +151,8 @@ def check_sparsity(value: float) -> None:
         raise UsageError(f"--sparsity {value:g} is no fraction from 0 to below 1.", hint="Example: 0.6")
 
 
-def _folder(keep: Path | None) -> AbstractContextManager[str]:
+def model_folder(keep: Path | None) -> AbstractContextManager[str]:
+    """Where models are written: `keep`, or a temporary folder."""
     if keep is None:
         return tempfile.TemporaryDirectory(prefix="losa-bench-")
     keep.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,109 @@
+"""`losa-deploy bench PATH --peers`: GGUF artifacts beside llama.cpp's own quantizations of the dense model.
+
+Speed, bytes, memory and perplexity of every file in one call: quality per byte and per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.cli.bench_geometry import chosen_load, chosen_peers, model_folder
+from losa_deploy.cli.flags import thread_count
+from losa_deploy.console import Console, table
+from losa_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from losa_deploy.benchmarks.peers import Contender, Load
+    from losa_deploy.interfaces import Progress
+
+RUNTIME = "llamacpp"
+BASELINE = "dense-gguf"
+
+
+def run_peers(args: argparse.Namespace, console: Console) -> None:
+    """Quantize the peers, measure everything interleaved, and write the table or document."""
+    from losa_deploy import plugins
+    from losa_deploy.benchmarks.document import bench_document
+    from losa_deploy.benchmarks.peers import known_peers, measure_contenders, real_contenders
+
+    runtime, threads = plugins.load_runtime(RUNTIME), thread_count(args)
+    paths = [Path(path) for path in args.paths]
+    for path in paths:
+        if not runtime.supports(path):
+            raise InputError(
+                f"{path} holds no GGUF file, and --peers quantizes GGUF files.",
+                hint="Leave --peers out, or export with --format gguf.",
+            )
+    peers = chosen_peers(args.peers, known_peers(RUNTIME))
+    load = chosen_load(args, RUNTIME)
+    dense = dense_file(paths[0], args.baseline)
+    with model_folder(args.keep) as folder:
+        with console.stage("models") as progress:
+            contenders = real_contenders(paths, dense, peers, Path(folder), threads, progress)
+        with console.stage("perplexity") as progress:
+            _measure_quality(contenders, paths[0], threads, progress)
+        with console.stage("speed") as progress:
+            measure_contenders(contenders, load, threads, seed=args.seed, progress=progress)
+    if args.json:
+        workload = {**dataclasses.asdict(load), "runtime": RUNTIME, "threads": threads, "seed": args.seed}
+        console.result_json(bench_document([contender.record() for contender in contenders], workload))
+    else:
+        console.result(_table(contenders, load))
+
+
+def dense_file(path: Path, baseline: Path | None) -> Path:
+    """The dense GGUF that peers are made of: in `baseline`, or in the work folder of the artifact."""
+    from losa_deploy.cli.stages import work_folder
+
+    folder = baseline or work_folder(path if path.is_dir() else path.parent) / BASELINE
+    found = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    if not found:
+        raise InputError(
+            f"There is no dense GGUF in {folder}, of which the peers could be made.",
+            hint="Give one with --baseline, e.g. an F16 conversion of the unpruned model.",
+        )
+    return found[0]
+
+
+def _measure_quality(
+    contenders: Sequence[Contender], artifact: Path, threads: int, progress: Progress
+) -> None:
+    from losa_deploy.benchmarks.accuracy import perplexity, text_windows
+    from losa_deploy.gate import evaluation_text
+    from losa_deploy.recipe import VerifyRecipe
+    from losa_deploy.text import load_tokenizer
+
+    verify = VerifyRecipe()
+    tokenizer = load_tokenizer(artifact if artifact.is_dir() else artifact.parent)
+    for done, contender in enumerate(contenders):
+        progress(done, len(contenders), f"perplexity of {contender.name}")
+        session = contender.runtime.open(contender.folder, threads=threads)
+        try:
+            window = min(verify.window, session.context_length or verify.window)
+            windows = text_windows(tokenizer, evaluation_text(verify.text), window, verify.max_tokens)
+            contender.quality = perplexity(session, windows, window)
+        finally:
+            session.close()
+
+
+def _table(contenders: Sequence[Contender], load: Load) -> str:
+    header = ("model", "MB", "perplexity", f"tg{load.decode_tokens} tok/s", f"pp{load.prefill_tokens} tok/s")
+    rows = []
+    for contender in contenders:
+        record = contender.record()
+        quality = contender.quality
+        rows.append(
+            (
+                contender.name,
+                f"{contender.bytes / 1e6:,.1f}",
+                f"{quality.perplexity:.2f} ± {quality.stderr:.2f}" if quality else "",
+                f"{float(str(record['decode_tokens_per_second'])):.1f}",
+                f"{float(str(record['prefill_tokens_per_second'])):.1f}",
+                f"{contender.footprint.peak_rss_bytes / 1e6:,.0f}" if contender.footprint else "",
+            )
+        )
+    return table((*header, "peak RSS MB"), rows)
