@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
+
+# A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def made_up_text(sentences: int, seed: int) -> str:
