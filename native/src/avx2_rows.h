@@ -55,6 +55,45 @@ class SparseRow {
   __m256i levels_;
 };
 
+// Levels of one row of a pattern whose code byte describes 16 positions. Behind the last group it finds
+// values of the next row, or zeros: activations are zero there.
+template <bool I4>
+class CodesRow {
+ public:
+  static constexpr bool kI4 = I4;
+
+  CodesRow(const losa_tensor &t, size_t row, const CodeShuffles &shuffles)
+      : positions_(t.parts, row),
+        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
+        shuffles_(shuffles),
+        slots_(16u / t.parts.m * t.parts.n),
+        offsets_(
+            _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(static_cast<char>(slots_)), 1)),
+        shift_(row % 2 ? 4 : 0),
+        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+
+  size_t blocks() const { return positions_.blocks; }
+
+  void raise(int offset) { levels_ = _mm256_add_epi8(levels_, _mm256_set1_epi8(static_cast<char>(offset))); }
+
+  Block next(size_t block) {
+    const uint8_t *codes = positions_.bytes + 4 * block;
+    const Block found = {scatter_codes(shuffles_, codes, at_, offsets_),
+                         scatter_codes(shuffles_, codes + 2, at_ + 2 * slots_, offsets_)};
+    at_ += 4 * slots_;
+    return I4 ? Block{nibbles(found.low, shift_, levels_), nibbles(found.high, shift_, levels_)} : found;
+  }
+
+ private:
+  Positions positions_;
+  const uint8_t *at_;
+  const CodeShuffles &shuffles_;
+  size_t slots_;
+  __m256i offsets_;
+  int shift_;
+  __m256i levels_;
+};
+
 // Levels of one dense row; the last block is copied, so that nothing behind the row is read.
 template <bool I4>
 class DenseRow {
@@ -149,11 +188,14 @@ auto with_row(const losa_tensor &t, size_t r, Use use) {
   if (t.parts.layout == LOSA_DENSE) {
     return i4 ? use(DenseRow<true>(t, r)) : use(DenseRow<false>(t, r));
   }
-  const bool codes = t.parts.layout == LOSA_NM && t.parts.position_bits != 0;
-  if (count_per_byte(t.parts) != 0) {
-    return codes ? with_sparse<true, true>(t, r, use) : with_sparse<true, false>(t, r, use);
+  if (const CodeShuffles *shuffles = code_shuffles(t.parts)) {
+    return i4 ? use(CodesRow<true>(t, r, *shuffles)) : use(CodesRow<false>(t, r, *shuffles));
   }
-  return codes ? with_sparse<false, true>(t, r, use) : with_sparse<false, false>(t, r, use);
+  if (count_per_byte(t.parts) != 0) {
+    return with_sparse<true, false>(t, r, use);
+  }
+  return t.parts.layout == LOSA_NM && t.parts.position_bits != 0 ? with_sparse<false, true>(t, r, use)
+                                                                 : with_sparse<false, false>(t, r, use);
 }
 
 }  // namespace

@@ -59,6 +59,44 @@ inline Block scatter_fixed(const uint8_t *mask, const uint8_t *p, unsigned c, __
   return {half(mask, p), half(mask + 4, p + 4 * c)};
 }
 
+// The patterns of CodeTable: for each code byte the slot of every one of its 16 positions, or 0x80.
+struct CodeShuffles {
+  alignas(64) uint8_t control[256][16];
+
+  constexpr CodeShuffles(unsigned n, unsigned m, unsigned bits) : control{} {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      for (unsigned i = 0; i < 16; ++i) {
+        control[byte][i] = 0x80;
+      }
+      for (unsigned slot = 0; slot < 8 / bits; ++slot) {
+        const unsigned code = (byte >> slot * bits) & ((1u << bits) - 1u);
+        control[byte][slot / n * m + code % m] = static_cast<uint8_t>(slot);
+      }
+    }
+  }
+};
+constexpr CodeShuffles kShuffleOneOfTwo(1, 2, 1), kShuffleOneOfFour(1, 4, 2), kShuffleOneOfEight(1, 8, 4),
+    kShuffleTwoOfSixteen(2, 16, 4);
+
+inline const CodeShuffles *code_shuffles(const losa_parts &p) {
+  const CodeTable *table = p.layout == LOSA_NM ? code_table(p.n, p.m, p.position_bits) : nullptr;
+  return table == nullptr        ? nullptr
+         : table == &kOneOfTwo   ? &kShuffleOneOfTwo
+         : table == &kOneOfFour  ? &kShuffleOneOfFour
+         : table == &kOneOfEight ? &kShuffleOneOfEight
+                                 : &kShuffleTwoOfSixteen;
+}
+
+// 32 positions of two code bytes with `slots` <= 8 values each; offsets: 0, then `slots`.
+inline __m256i scatter_codes(const CodeShuffles &shuffles, const uint8_t *codes, const uint8_t *p,
+                             __m256i offsets) {
+  const auto control = [&](uint8_t code) {
+    return _mm_load_si128(reinterpret_cast<const __m128i *>(shuffles.control[code]));
+  };
+  const __m256i data = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  return _mm256_shuffle_epi8(data, _mm256_add_epi8(join(control(codes[0]), control(codes[1])), offsets));
+}
+
 // Kept values per mask byte if it is the same for all and small enough for scatter_fixed, else 0.
 inline unsigned count_per_byte(const losa_parts &p) {
   if (p.layout != LOSA_NM || 8 % p.m != 0) {
