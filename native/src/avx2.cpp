@@ -15,53 +15,79 @@ inline float sum(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
 
-// 32 products as 16-bit sums of two. Without sign the levels would need 9 bits: |w| * sign(x, w).
+inline __m256i load_x(const int8_t *x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)); }
+
+// 32 products as 16-bit sums of two. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits
+// without their sign: |w| * sign(x, w).
+template <bool Narrow>
 inline __m256i products(__m256i w, const int8_t *x) {
-  const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
-  return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+  return Narrow ? _mm256_maddubs_epi16(w, load_x(x))
+                : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(load_x(x), w));
 }
 
-inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-
-// 64 products as 32-bit sums. Small: levels so small that two 16-bit sums may be added (|w| <= 64).
-constexpr int kSmall = 64;
-template <bool Small>
-inline __m256i dot_block(const Block &w, const int8_t *x) {
-  const __m256i low = products(w.low, x), high = products(w.high, x + 32);
-  return Small ? widen(_mm256_add_epi16(low, high)) : _mm256_add_epi32(widen(low), widen(high));
+inline __m256 widened(__m256i pairs, int32_t bias) {
+  const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(bias));
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(start, sums_of_two(pairs)));
 }
 
-// One row times one token, groups of 64 or 128.
-template <bool Small, typename Row>
+// What takes the offset of narrow levels off again; others have none.
+template <bool Narrow>
+inline int32_t start(const Activations &a, size_t g) {
+  return Narrow ? a.bias[g] >> 4 : 0;
+}
+
+// One row times one token, groups of 64 or 128. Sums of four products of narrow levels fit 16 bits.
+template <bool Narrow, bool I4, size_t PerGroup, typename Row>
 float dot_row(const losa_parts &p, Row row, size_t r, const Activations &a) {
-  const RowScales scales(p, r);
-  const size_t per_group = activation_group(p) / kBlock, blocks = row.blocks();
+  const RowScales<I4> scales(p, r);
+  const size_t blocks = row.blocks();
   __m256 total = _mm256_setzero_ps();
   for (size_t block = 0, g = 0; block < blocks; ++g) {
     __m256i acc = _mm256_setzero_si256();
-    for (size_t i = 0; i < per_group && block < blocks; ++i, ++block) {
-      acc = _mm256_add_epi32(acc, dot_block<Small>(row.next(block), a.q + block * kBlock));
+    for (size_t i = 0; i < PerGroup && block < blocks; ++i, ++block) {
+      const Block w = row.next(block);
+      const int8_t *x = a.q + block * kBlock;
+      const __m256i low = products<Narrow>(w.low, x), high = products<Narrow>(w.high, x + 32);
+      acc = Narrow ? _mm256_add_epi16(acc, _mm256_add_epi16(low, high))
+                   : _mm256_add_epi32(acc, _mm256_add_epi32(sums_of_two(low), sums_of_two(high)));
     }
-    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+    const __m256 sums = Narrow ? widened(acc, start<Narrow>(a, g)) : _mm256_cvtepi32_ps(acc);
+    total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
   }
   return sum(total);
 }
 
 // Groups of 32: each half of a block has its own scale.
-template <typename Row>
+template <bool Narrow, typename Row>
 float dot_row_32(const losa_parts &p, Row row, size_t r, const Activations &a) {
-  const RowScales scales(p, r);
+  const RowScales<true> scales(p, r);
   __m256 total = _mm256_setzero_ps();
   for (size_t block = 0, blocks = row.blocks(); block < blocks; ++block) {
     const Block w = row.next(block);
     const int8_t *x = a.q + block * kBlock;
     const size_t g = 2 * block;
-    const __m256 low = _mm256_cvtepi32_ps(widen(products(w.low, x)));
-    const __m256 high = _mm256_cvtepi32_ps(widen(products(w.high, x + 32)));
+    const __m256 low = widened(products<Narrow>(w.low, x), start<Narrow>(a, g));
+    const __m256 high = widened(products<Narrow>(w.high, x + 32), start<Narrow>(a, g + 1));
     total = _mm256_fmadd_ps(low, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
     total = _mm256_fmadd_ps(high, _mm256_set1_ps(a.scale[g + 1] * scales.group(g + 1)), total);
   }
   return sum(total);
+}
+
+// The variant for a row, chosen when this is compiled as far as it can be.
+template <bool Narrow, typename Row>
+float dot_any(const losa_parts &p, Row row, size_t r, const Activations &a) {
+  if constexpr (Row::kI4) {
+    if (Narrow) {
+      row.raise(kNarrow);
+    }
+    const size_t group = activation_group(p);
+    return group == 32   ? dot_row_32<Narrow>(p, row, r, a)
+           : group == 64 ? dot_row<Narrow, true, 1>(p, row, r, a)
+                         : dot_row<Narrow, true, 2>(p, row, r, a);
+  } else {
+    return dot_row<false, false, 1>(p, row, r, a);
+  }
 }
 
 // 8 floats from the stream to the positions of a mask byte; zero elsewhere.
@@ -157,13 +183,10 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     matvec_values(t, a, begin, end, y, static_cast<float *>(scratch));
     return;
   }
-  const bool narrow = activation_group(p) == 32;
-  const bool small = p.value_type == LOSA_I4 && widest_level(p) <= kSmall;
+  const bool narrow = is_narrow(p);
   for (size_t row = begin; row < end; ++row) {
     y[row] = with_row(t, row, [&](auto reader) {
-      return narrow  ? dot_row_32(p, reader, row, a)
-             : small ? dot_row<true>(p, reader, row, a)
-                     : dot_row<false>(p, reader, row, a);
+      return narrow ? dot_any<true>(p, reader, row, a) : dot_any<false>(p, reader, row, a);
     });
   }
 }

@@ -139,6 +139,16 @@ void tiles(const uint8_t *const panel[2], const float *scales, size_t group, con
   }
 }
 
+// Scales of a row, per group, at a distance of 16.
+inline void copy_scales(const losa_parts &p, size_t row, size_t groups, float *out) {
+  const auto copy = [&](const auto &own) {
+    for (size_t g = 0; g < groups; ++g) {
+      out[g * 2 * kLanes] = own.group(g);
+    }
+  };
+  p.value_type == LOSA_I4 ? copy(RowScales<true>(p, row)) : copy(RowScales<false>(p, row));
+}
+
 template <bool Narrow>
 void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             uint8_t *scratch) {
@@ -152,10 +162,7 @@ void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end
       // Lanes without a row repeat the last one.
       const size_t row = first + (lane < rows ? lane : rows - 1);
       expand_lane<Narrow>(t, row, lane % kLanes, a.padded, scratch + lane / kLanes * kLanes * a.padded);
-      const RowScales own(t.parts, row);
-      for (size_t g = 0; g < a.groups; ++g) {
-        scales[g * pair + lane] = own.group(g);
-      }
+      copy_scales(t.parts, row, a.groups, scales + lane);
     }
     size_t token = 0;
     tiles<Narrow, 4>(panel, scales, group, a, &token, first, rows, y, ldy);

@@ -47,7 +47,7 @@ inline __m512i start_halves(int32_t, int32_t) { return _mm512_setzero_si512(); }
 inline __m512i start_lanes(int32_t) { return _mm512_setzero_si512(); }
 
 inline __m512i scatter512(uint64_t word, const uint8_t *p, unsigned *used) {
-  const Block found = scatter(word, p, used);
+  const Block found = scatter(reinterpret_cast<const uint8_t *>(&word), p, used);
   return _mm512_inserti64x4(_mm512_castsi256_si512(found.low), found.high, 1);
 }
 

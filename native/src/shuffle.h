@@ -11,15 +11,6 @@
 namespace losa {
 namespace {
 
-// Bits set in each byte, and in all bytes before it (exclusive; the total is returned).
-inline unsigned prefix_counts(uint64_t word, uint64_t *before) {
-  uint64_t c = word - ((word >> 1) & 0x5555555555555555u);
-  c = (c & 0x3333333333333333u) + ((c >> 2) & 0x3333333333333333u);
-  c = ((c + (c >> 4)) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u;
-  *before = c << 8;
-  return static_cast<unsigned>(c >> 56);
-}
-
 inline __m128i load_pair(const uint8_t *low, const uint8_t *high) {
   const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(low));
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64 *>(high)));
@@ -38,31 +29,72 @@ struct Block {
   __m256i low, high;  // 64 bytes
 };
 
-// Any count: bytes of the stream at `p` to the positions of `word`; `used` bytes were taken.
-inline Block scatter(uint64_t word, const uint8_t *p, unsigned *used) {
-  uint64_t b;
-  *used = prefix_counts(word, &b);
+// 32 positions with any count: bytes of the stream at `p` to the positions of four mask bytes.
+inline __m256i scatter_half(const uint8_t *mask, const uint8_t *p) {
+  const unsigned m0 = mask[0], m1 = mask[1], m2 = mask[2], m3 = mask[3];
+  const uint8_t *p1 = p + __builtin_popcount(m0), *p2 = p1 + __builtin_popcount(m1),
+                *p3 = p2 + __builtin_popcount(m2);
   const __m256i second = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
-  const auto half = [&](uint64_t w, uint64_t o) {
-    const __m256i data = join(load_pair(p + (o & 255), p + (o >> 8 & 255)),
-                              load_pair(p + (o >> 16 & 255), p + (o >> 24 & 255)));
-    const __m256i control = join(shuffles(static_cast<unsigned>(w), static_cast<unsigned>(w >> 8)),
-                                 shuffles(static_cast<unsigned>(w >> 16), static_cast<unsigned>(w >> 24)));
-    return _mm256_shuffle_epi8(data, _mm256_or_si256(control, second));
-  };
-  return {half(word, b), half(word >> 32, b >> 32)};
+  const __m256i data = join(load_pair(p, p1), load_pair(p2, p3));
+  const __m256i control = join(shuffles(m0, m1), shuffles(m2, m3));
+  return _mm256_shuffle_epi8(data, _mm256_or_si256(control, second));
+}
+
+// 64 positions; `used` bytes were taken.
+inline Block scatter(const uint8_t *mask, const uint8_t *p, unsigned *used) {
+  const uint64_t word = load_word(mask);
+  *used = static_cast<unsigned>(__builtin_popcountll(word));
+  const auto first = static_cast<unsigned>(__builtin_popcount(static_cast<uint32_t>(word)));
+  return {scatter_half(mask, p), scatter_half(mask + 4, p + first)};
 }
 
 // The same count `c` <= 4 in every byte of the mask: 32 positions take their values from one load.
-inline Block scatter_fixed(uint64_t word, const uint8_t *p, unsigned c, __m256i offsets) {
-  const auto half = [&](uint64_t w, const uint8_t *from) {
+inline Block scatter_fixed(const uint8_t *mask, const uint8_t *p, unsigned c, __m256i offsets) {
+  const auto half = [&](const uint8_t *m, const uint8_t *from) {
     const __m256i data =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-    const __m256i control = join(shuffles(static_cast<unsigned>(w), static_cast<unsigned>(w >> 8)),
-                                 shuffles(static_cast<unsigned>(w >> 16), static_cast<unsigned>(w >> 24)));
+    const __m256i control = join(shuffles(m[0], m[1]), shuffles(m[2], m[3]));
     return _mm256_shuffle_epi8(data, _mm256_add_epi8(control, offsets));
   };
-  return {half(word, p), half(word >> 32, p + 4 * c)};
+  return {half(mask, p), half(mask + 4, p + 4 * c)};
+}
+
+// The patterns of CodeTable: for each code byte the slot of every one of its 16 positions, or 0x80.
+struct CodeShuffles {
+  alignas(64) uint8_t control[256][16];
+
+  constexpr CodeShuffles(unsigned n, unsigned m, unsigned bits) : control{} {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      for (unsigned i = 0; i < 16; ++i) {
+        control[byte][i] = 0x80;
+      }
+      for (unsigned slot = 0; slot < 8 / bits; ++slot) {
+        const unsigned code = (byte >> slot * bits) & ((1u << bits) - 1u);
+        control[byte][slot / n * m + code % m] = static_cast<uint8_t>(slot);
+      }
+    }
+  }
+};
+constexpr CodeShuffles kShuffleOneOfTwo(1, 2, 1), kShuffleOneOfFour(1, 4, 2), kShuffleOneOfEight(1, 8, 4),
+    kShuffleTwoOfSixteen(2, 16, 4);
+
+inline const CodeShuffles *code_shuffles(const losa_parts &p) {
+  const CodeTable *table = p.layout == LOSA_NM ? code_table(p.n, p.m, p.position_bits) : nullptr;
+  return table == nullptr        ? nullptr
+         : table == &kOneOfTwo   ? &kShuffleOneOfTwo
+         : table == &kOneOfFour  ? &kShuffleOneOfFour
+         : table == &kOneOfEight ? &kShuffleOneOfEight
+                                 : &kShuffleTwoOfSixteen;
+}
+
+// 32 positions of two code bytes with `slots` <= 8 values each; offsets: 0, then `slots`.
+inline __m256i scatter_codes(const CodeShuffles &shuffles, const uint8_t *codes, const uint8_t *p,
+                             __m256i offsets) {
+  const auto control = [&](uint8_t code) {
+    return _mm_load_si128(reinterpret_cast<const __m128i *>(shuffles.control[code]));
+  };
+  const __m256i data = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+  return _mm256_shuffle_epi8(data, _mm256_add_epi8(join(control(codes[0]), control(codes[1])), offsets));
 }
 
 // Kept values per mask byte if it is the same for all and small enough for scatter_fixed, else 0.
