@@ -76,6 +76,10 @@ class Exporter(Protocol):
 
     name: str
 
+    def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
+        """Raise what `check` would raise about every model made from `source`, before it is compressed."""
+        ...
+
     def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
         """Raise `InputError`/`MissingError` if this model cannot be written; called before any work."""
         ...

@@ -37,6 +37,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         stages.set_threads(threads)
         with stages.timed(timings, "source"):
             source, record = stages.open_source(args, work, console)
+        exporter.check_source(source, recipe.export)
         _require(exporter, source, recipe, output, console)
         model = merged_model(source, record, recipe, work, timings, console)
         exporter.check(model, recipe.export)

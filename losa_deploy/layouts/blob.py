@@ -14,11 +14,25 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackedTensor, ValueType
+from losa_deploy.layouts.base import (
+    COMPONENTS,
+    FORMAT_VERSION,
+    LAYOUTS,
+    Component,
+    PackedTensor,
+    PackOptions,
+    ValueType,
+)
 from losa_deploy.layouts.bitmask import row_bytes
-from losa_deploy.layouts.nm import load_positions, position_bits, positions_row_bytes, store_positions
+from losa_deploy.layouts.nm import (
+    find_pattern,
+    load_positions,
+    position_bits,
+    positions_row_bytes,
+    store_positions,
+)
 from losa_deploy.layouts.streams import stream_bytes
-from losa_deploy.layouts.values import code_dtype, group_count
+from losa_deploy.layouts.values import code_dtype, group_count, scale_bytes
 
 MAGIC = b"LOSA"
 HEADER_BYTES = 128
@@ -77,6 +91,23 @@ def to_blob(packed: PackedTensor) -> bytes:
         table += struct.pack("<QQ", offset, len(component))
         body += component + bytes(-len(component) % ALIGNMENT)
     return (header + table).ljust(HEADER_BYTES, b"\0") + body
+
+
+def blob_bytes(layout: str, mask: NDArray[np.bool_], options: PackOptions) -> int:
+    """Size of the blob that packing a weight with this mask gives, without packing."""
+    shape = (mask.shape[0], mask.shape[1])
+    total = LAYOUTS[layout].size(mask, options)
+    positions = 0
+    if layout == "bitmask":
+        positions = shape[0] * row_bytes(shape[1])
+    elif layout == "nm":
+        pattern = options.pattern or find_pattern(mask)
+        assert pattern is not None  # `size` would have raised
+        positions = shape[0] * positions_row_bytes(*pattern, shape[1])
+    table = 16 if options.value_type == "i4" else 0
+    scale = scale_bytes(shape, options) - table
+    parts = (positions, total - positions - scale - table, scale, table)
+    return HEADER_BYTES + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
 
 
 def read_header(data: bytes, total: int) -> BlobHeader:
