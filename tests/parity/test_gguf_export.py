@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from losa_deploy import gguf_view
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.exporters.gguf.reader import primary
+from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest
@@ -112,7 +112,15 @@ def merged_linear(make_merged: Make) -> SparseModel:
     return make_merged(LlamaConfig(**GATED, tie_word_embeddings=True, rope_parameters=scaling))
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "biased", "yarn", "linear")
+@pytest.fixture(scope="session")
+def merged_smollm3(make_merged: Make) -> SparseModel:
+    """Every fourth block without rotary embedding."""
+    from transformers import SmolLM3Config
+
+    return make_merged(SmolLM3Config(**{**GATED, "num_hidden_layers": 5, "pad_token_id": 1}))
+
+
+FAMILIES = ("smollm3", "llama", "mistral", "qwen2", "qwen3", "biased", "yarn", "linear")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +130,7 @@ def test_f32_equals_torch(family: str, tmp_path: Path, request: pytest.FixtureRe
     decoded = GgufExporter().decode(folder)
     assert all(np.array_equal(decoded[name], model.weight(name)) for name in model.linears)
     expected = torch_logits(model, {})
-    found = llama_logits(primary(folder), list(TOKENS))
+    found = llama_logits(find_gguf(folder), list(TOKENS))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -133,7 +141,7 @@ def test_packed_and_portable_mean_the_decoded_weights(
 ) -> None:
     model: SparseModel = request.getfixturevalue(f"merged_{family}")
     both = export(model, tmp_path / "both", value_type=value_type, packed=True, portable=True, group_size=32)
-    packed, portable = primary(both), next(p for p in both.glob("*.gguf") if "LOSA" not in p.name)
+    packed, portable = find_gguf(both), next(p for p in both.glob("*.gguf") if "LOSA" not in p.name)
     assert packed != portable
     decoded = GgufExporter().decode(both)
     expected = torch_logits(model, decoded)
