@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from losa_deploy import gguf_view
+from losa_deploy.benchmarks.assemble import dense_same_type_bytes, folder_bytes
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.architecture import sliding_note
@@ -282,6 +283,19 @@ def test_the_plan_is_what_is_written(merged_llama: SparseModel, tmp_path: Path) 
     assert "no smaller than an unpruned one" not in "".join(r.reason for r in manifest.linears)
     alone = Manifest.read(export(merged_llama, tmp_path / "portable", value_type="i4"))
     assert all("no smaller than an unpruned one" in record.reason for record in alone.linears)
+
+
+def test_sizes_in_a_report_are_of_the_file_that_is_opened(merged_llama: SparseModel, tmp_path: Path) -> None:
+    folder = export(merged_llama, tmp_path / "both", value_type="i8", packed=True, portable=True)
+    manifest = Manifest.read(folder)
+    packed, portable = find_gguf(folder), next(p for p in folder.glob("*.gguf") if "LOSA" not in p.name)
+    side = sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".gguf" and p.name in manifest.files)
+    assert folder_bytes(folder, manifest) == packed.stat().st_size + side
+    same = dense_same_type_bytes(folder_bytes(folder, manifest), manifest)
+    assert abs(same - portable.stat().st_size - side) < 256 * len(manifest.linears)  # headers of the blobs
+    alone = export(merged_llama, tmp_path / "alone", value_type="i8")
+    size = folder_bytes(alone, Manifest.read(alone))
+    assert dense_same_type_bytes(size, Manifest.read(alone)) == size
 
 
 def test_same_input_same_bytes(merged_llama: SparseModel, tmp_path: Path) -> None:
