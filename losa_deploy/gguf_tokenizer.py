@@ -38,7 +38,8 @@ class GgufVocabulary:
         self._vocabulary = self._library.llama_model_get_vocab(model)
         if self._library.llama_vocab_type(self._vocabulary) == NO_VOCABULARY:
             raise InputError(
-                f"{path} has no tokenizer.", hint="Give a folder with the model's tokenizer.json, or another file."
+                f"{path} has no tokenizer.",
+                hint="Give a folder with the model's tokenizer.json, or another file.",
             )
         template = self._library.llama_model_chat_template(model, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None

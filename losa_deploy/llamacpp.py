@@ -29,16 +29,22 @@ _errors: deque[str] = deque(maxlen=100)
 def load() -> ModuleType:
     """The module `llama_cpp.llama_cpp`, started and silenced; `MissingError` if it cannot be used."""
     with _lock:
-        try:
-            from llama_cpp import llama_cpp as library
-        except ImportError as error:
-            raise _missing("is not installed" if error.name == "llama_cpp" else str(error)) from None
-        except (OSError, RuntimeError) as error:
-            raise _missing(f"cannot be loaded: {error}") from error
+        library = load_package()
         if not _keep:
             _silence(library)
             library.llama_backend_init()
         return library
+
+
+def load_package() -> ModuleType:
+    """The module `llama_cpp.llama_cpp` as it is when imported; `MissingError` if it cannot be."""
+    try:
+        from llama_cpp import llama_cpp as library
+    except ImportError as error:
+        raise _missing("is not installed" if error.name == "llama_cpp" else str(error)) from None
+    except (OSError, RuntimeError) as error:
+        raise _missing(f"cannot be loaded: {error}") from error
+    return library
 
 
 def version() -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from losa_deploy.gguf_view import write_expanded
-from losa_deploy.llamacpp import load, logged_errors, refusal
+from losa_deploy.gguf_view import is_packed, write_expanded
 
 from ..facts import thread_count
+from .backend import attach
 from .files import choose_file, has_float_weights, holds_gguf
-from .session import LlamaCppSession, Model
+from .load import load_file, load_packed
+from .session import LlamaCppSession
 
 
 class StockLlamaCppRuntime:
@@ -36,7 +37,10 @@ class StockLlamaCppRuntime:
         Raises `InputError` with llama.cpp's reason if it cannot open the file.
         """
         path = choose_file(folder, packed=False)
-        return LlamaCppSession(load_stock(path, float_cache=has_float_weights(path)), thread_count(threads))
+        # Even here, because the plug-in can be put in before the first model only.
+        with attach().accepting(False):
+            model = load_file(path, float_cache=has_float_weights(path))
+        return LlamaCppSession(model, thread_count(threads))
 
 
 class ExpandedLlamaCppRuntime:
@@ -65,22 +69,9 @@ class ExpandedLlamaCppRuntime:
         with tempfile.TemporaryDirectory(prefix="losa-gguf-", ignore_cleanup_errors=True) as name:
             plain = Path(name) / path.name
             write_expanded(path, plain)
-            model = load_stock(plain, float_cache=True, mapped=False)
+            with attach().accepting(False):
+                model = load_file(plain, float_cache=True, mapped=False)
         return LlamaCppSession(model, thread_count(threads))
-
-
-def load_stock(path: Path, *, float_cache: bool, mapped: bool = True) -> Model:
-    """Load a file with llama.cpp's own kernels; `InputError` if it refuses."""
-    library = load()
-    parameters = library.llama_model_default_params()
-    parameters.n_gpu_layers = 0
-    if not mapped:
-        parameters.load_mode = library.LLAMA_LOAD_MODE_NONE
-    with logged_errors() as lines:
-        handle = library.llama_model_load_from_file(str(path).encode(), parameters)
-    if not handle:
-        raise refusal(path, lines)
-    return Model(library, handle, float_cache)
 
 
 class LlamaCppRuntime:
