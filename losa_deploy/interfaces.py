@@ -150,6 +150,10 @@ class Runtime(Protocol):
         """The runtime without kernels of ours, which may round activations; itself if it uses none."""
         ...
 
+    def baseline(self) -> Runtime:
+        """The runtime that dense models are measured in: as people have it without us; or itself."""
+        ...
+
 
 class OracleRuntime(Runtime, Protocol):
     """A runtime that can also run a folder with some of its weights replaced: what parity is judged by."""
