@@ -10,6 +10,7 @@ from typing import cast
 from losa_deploy.card import mean_bits
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.gate import Parity
+from losa_deploy.gguf_view import dense_gguf_bytes, find_gguf
 from losa_deploy.interfaces import Exporter, Runtime
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size
@@ -106,8 +107,15 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
 
 
 def folder_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes of the files of the manifest: the model without reports and card."""
-    return sum((folder / name).stat().st_size for name in manifest.files)
+    """Bytes of the files of the manifest: the model without reports and card.
+
+    Of a packed and a portable GGUF only the one that is opened counts.
+    """
+    names = list(manifest.files)
+    if manifest.format == "gguf":
+        opened = find_gguf(folder).name
+        names = [name for name in names if not name.endswith(".gguf") or name == opened]
+    return sum((folder / name).stat().st_size for name in names)
 
 
 def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
@@ -115,8 +123,12 @@ def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
     group_size = manifest.recipe.export.group_size
     total = exported_bytes
     for record in manifest.linears:
-        options = PackOptions(value_type=cast("ValueType", record.value_type), group_size=group_size)
-        total += dense_size((record.shape[0], record.shape[1]), options) - record.bytes
+        shape = (record.shape[0], record.shape[1])
+        value_type = cast("ValueType", record.value_type)
+        dense = dense_size(shape, PackOptions(value_type=value_type, group_size=group_size))
+        if manifest.format == "gguf":
+            dense = dense_gguf_bytes(value_type, shape)
+        total += dense - record.bytes
     return total
 
 
@@ -190,6 +202,7 @@ def _evidence(
     dense_speed, exported_speed = found.speed["dense"], found.speed["exported"]
     return Evidence(
         value_type=job.recipe.export.value_type,
+        dense_type=Manifest.read(found.dense_folder).linears[0].value_type,
         exported_bytes=exported_numbers.size_bytes,
         dense_same_type_bytes=same_type_bytes,
         dense_f32_bytes=dense_numbers.size_bytes,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
 from losa_deploy.gguf_file import (
+    BLOCKS,
     F16,
     F32,
     I8,
@@ -81,6 +82,35 @@ def declared_type(value_type: ValueType, shape: tuple[int, int], blob_bytes: int
         if size is not None and size >= blob_bytes:
             return kind
     return None
+
+
+def dense_type(value_type: ValueType, columns: int) -> int:
+    """Type of a dense weight in a portable file: F16 where rows are no whole blocks of 32."""
+    kind = CANDIDATES[value_type][0]
+    return kind if columns % BLOCKS[kind][0] == 0 else F16
+
+
+def dense_gguf_bytes(value_type: ValueType, shape: tuple[int, int]) -> int:
+    """Bytes of a weight [out, in] in a portable file."""
+    size = dense_bytes(dense_type(value_type, shape[1]), (shape[1], shape[0]))
+    assert size is not None  # `dense_type` looked at the columns
+    return size
+
+
+def find_gguf(folder: Path) -> Path:
+    """The file of an artifact that is opened: the packed one, else its only other one.
+
+    Raises `InputError` if there is none, or a choice.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    found = [path for path in files if is_packed(path)] or files
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(
+            f"{folder} should hold one GGUF file, or a packed and a portable one; found {names}.",
+            hint="Name one file, or export the model again.",
+        )
+    return found[0]
 
 
 def is_packed(path: Path) -> bool:

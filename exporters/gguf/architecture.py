@@ -39,6 +39,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", rotated=True, optional=ALL_BIASES),
     "mistral": Architecture("llama", rotated=True, optional=ALL_BIASES),
     "qwen2": Architecture("qwen2", rotated=False, optional=tuple(f"self_attn.{p}_proj.bias" for p in "qkv")),
+    "smollm3": Architecture("smollm3", rotated=True, optional=()),
     "qwen3": Architecture(
         "qwen3", rotated=False, optional=("self_attn.q_norm.weight", "self_attn.k_norm.weight")
     ),
@@ -83,6 +84,11 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
             "config.json has a partial_rotary_factor, which this exporter does not write.", hint=ONNX_HINT
+        )
+    unrotated = config.get("no_rope_layers")
+    if isinstance(unrotated, list) and unrotated != [int(i % 4 != 3) for i in range(len(unrotated))]:
+        raise InputError(
+            f"config.json has no_rope_layers {unrotated}; llama.cpp leaves out every fourth.", hint=ONNX_HINT
         )
     Rope.of(config)
     tensor_names(checkpoint, found)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import UsageError
 from losa_deploy.gguf_file import F32, TYPE_NAMES, dense_bytes
-from losa_deploy.gguf_view import declared_type
+from losa_deploy.gguf_view import declared_type, dense_type
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import LAYOUTS, Choice, choose, nm
 from losa_deploy.layouts.base import ValueType
@@ -23,7 +23,7 @@ from losa_deploy.recipe import ExportRecipe
 
 from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
 from .naming import file_name
-from .values import VALUE_TYPES, dense_type, pack_options
+from .values import VALUE_TYPES, pack_options
 
 Kind = Literal["portable", "packed"]
 ROPE = "rope_freqs.weight"

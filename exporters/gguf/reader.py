@@ -12,24 +12,10 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf_file import GgufFile, Tensor, open_gguf
-from losa_deploy.gguf_view import PREFIX, expanded, is_packed
+from losa_deploy.gguf_view import PREFIX, expanded, find_gguf
 from losa_deploy.manifest import TensorRecord
 
 from .architecture import ARCHITECTURES, row_order, weight_name
-
-
-def primary(folder: Path) -> Path:
-    """The packed file of an artifact, else its only other one; `InputError` if there is none or a choice."""
-    files = sorted(folder.glob("*.gguf"))
-    packed = [path for path in files if is_packed(path)]
-    found = packed or files
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise InputError(
-            f"{folder} should hold one GGUF file, or a packed and a portable one; found {names}.",
-            hint="Export the model again.",
-        )
-    return found[0]
 
 
 def decode(folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[np.float32]]:
@@ -37,7 +23,7 @@ def decode(folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[n
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
     weights: dict[str, NDArray[np.float32]] = {}
-    with open_gguf(primary(folder)) as file:
+    with open_gguf(find_gguf(folder)) as file:
         tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in file.tensors}
         for record in records:
             tensor = tensors.get(weight_name(family, record.name))

@@ -22,6 +22,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types of llama.cpp."""
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
 """Special token → its part of the GGUF key (one of them is misspelt in the format)."""
+NO_RULES = (
+    "The rules by which the tokenizer splits text are none that llama.cpp has by name; its default is used, "
+    "and some texts may become other tokens."
+)
 Document = Mapping[str, object]
 
 
@@ -87,20 +91,29 @@ def read_vocabulary(folder: Path, size: int, config: Document) -> Vocabulary:
         vocabulary = _from_sentencepiece(folder, document)
     else:
         vocabulary = _from_llama_json(folder, document)
+    return _as_in_source(folder, _with_special(folder, _fitted(folder, vocabulary, size), config))
+
+
+def _fitted(folder: Path, vocabulary: Vocabulary, size: int) -> Vocabulary:
+    """As many tokens as the embedding has rows: unused ones are added, added ones without a row left out."""
     count = len(vocabulary.tokens)
-    if count > size:
+    if any(kind not in (CONTROL, USER_DEFINED) for kind in vocabulary.types[size:]):
         raise InputError(
             f"The tokenizer of {folder} has {count} tokens, the model's embedding {size} rows.",
             hint="Check that the tokenizer belongs to these weights.",
         )
+    notes = vocabulary.notes
+    if count > size:
+        names = ", ".join(vocabulary.tokens[size:][:3])
+        notes += (f"Tokens beyond the {size} rows of the embedding are left out: {names}.",)
     unused = tuple(f"[PAD{index}]" for index in range(count, size))
-    vocabulary = replace(
+    return replace(
         vocabulary,
-        tokens=vocabulary.tokens + unused,
-        types=vocabulary.types + (UNUSED,) * len(unused),
-        scores=vocabulary.scores + (-1e4,) * len(unused) if vocabulary.scores else (),
+        tokens=vocabulary.tokens[:size] + unused,
+        types=vocabulary.types[:size] + (UNUSED,) * len(unused),
+        scores=vocabulary.scores[:size] + (-1e4,) * len(unused) if vocabulary.scores else (),
+        notes=notes,
     )
-    return _as_in_source(folder, _with_special(folder, vocabulary, config))
 
 
 def _document(folder: Path) -> Document | None:
@@ -159,14 +172,10 @@ def _pairs(document: Document) -> list[tuple[str, str]]:
 def _from_bpe(folder: Path, document: Document) -> Vocabulary:
     """Byte-level BPE."""
     tokens, types = _tokens(document)
-    pre, notes = recognise(document), []
-    if pre is None:
-        notes.append(
-            "The rules by which the tokenizer splits text are none that llama.cpp has by name; its default "
-            "is used, and some texts may become other tokens."
-        )
+    pre = recognise(document)
+    notes = () if pre else (NO_RULES,)
     merges = tuple(f"{left} {right}" for left, right in _pairs(document))
-    return Vocabulary("gpt2", pre or "default", tuple(tokens), tuple(types), merges, notes=tuple(notes))
+    return Vocabulary("gpt2", pre or "default", tuple(tokens), tuple(types), merges, notes=notes)
 
 
 def _from_llama_json(folder: Path, document: Document) -> Vocabulary:
@@ -306,7 +315,7 @@ def _as_in_source(folder: Path, vocabulary: Vocabulary) -> Vocabulary:
     runs, scores, pre = source.get("token_types"), source.get("scores"), source.get("pre")
     types = [kind for kind, times in runs for _ in range(times)] if isinstance(runs, list) else []
     if isinstance(pre, str) and pre:
-        vocabulary = replace(vocabulary, pre=pre, notes=())
+        vocabulary = replace(vocabulary, pre=pre, notes=tuple(n for n in vocabulary.notes if n != NO_RULES))
     if len(types) == count:
         vocabulary = replace(vocabulary, types=tuple(types))
     if vocabulary.scores and isinstance(scores, list) and len(scores) == count:

@@ -20,12 +20,6 @@ DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": 
 VALUE_TYPES: dict[int, ValueType] = {kind: name for name, kind in DENSE_TYPES.items()}
 
 
-def dense_type(value_type: ValueType, columns: int) -> int:
-    """Tensor type of a dense weight; F16 where its rows are no whole blocks."""
-    kind = DENSE_TYPES[value_type]
-    return F16 if kind in (Q8_0, Q4_0) and columns % BLOCK else kind
-
-
 def pack_options(value_type: ValueType, group_size: int) -> PackOptions:
     """Row scales are f16, as Q8_0 has them."""
     return PackOptions(value_type, group_size, scale_type="f16")
