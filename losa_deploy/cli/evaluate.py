@@ -11,7 +11,9 @@ from losa_deploy.console import Console, table
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="exported, merged or dense model folder, or GGUF file")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="exported, merged or dense model folder, or GGUF file"
+    )
     parser.add_argument(
         "--text", default="builtin", metavar="FILE", help="UTF-8 text (default: the shipped one)"
     )

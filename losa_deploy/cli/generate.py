@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def add_model_folder(parser: argparse.ArgumentParser) -> None:
     """The model to talk to."""
     parser.add_argument(
-        "-m", "--model", type=Path, required=True, metavar="MODEL", help="exported or merged folder, or GGUF file"
+        "-m",
+        "--model",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="exported or merged folder, or GGUF file",
     )
 
 

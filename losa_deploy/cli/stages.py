@@ -198,6 +198,23 @@ def pick_runtime(folder: Path, name: str | None) -> Runtime:
     )
 
 
+def require_runtime(exporter: str, packed: bool) -> None:
+    """Raise `MissingError` if this machine cannot open what is to be exported; called before any work."""
+    if exporter != "gguf":
+        return
+    from losa_deploy.errors import MissingError
+    from losa_deploy.llamacpp import load
+    from losa_deploy.runtimes.llamacpp.backend import attach
+
+    load()
+    backend = attach()
+    if packed and backend.reason:
+        raise MissingError(
+            f"A packed GGUF cannot be checked here, because our backend cannot be used: {backend.reason}",
+            hint="Leave --packed out, or see `losa-deploy doctor`.",
+        )
+
+
 def run_verify(
     folder: Path,
     model: SparseModel,
