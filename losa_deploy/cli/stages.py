@@ -198,6 +198,13 @@ def pick_runtime(folder: Path, name: str | None) -> Runtime:
     )
 
 
+def warn_of_fallback(runtime: Runtime, console: Console) -> None:
+    """Say if the model that `runtime` opened last runs without our kernels."""
+    reason = getattr(runtime, "fallback", "")
+    if reason:
+        console.warn(f"{runtime.name} runs without our kernels: {reason}")
+
+
 def require_runtime(exporter: str, packed: bool) -> None:
     """Raise `MissingError` if this machine cannot open what is to be exported; called before any work."""
     if exporter != "gguf":
