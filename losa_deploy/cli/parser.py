@@ -30,6 +30,7 @@ MODULES = (
     "evaluate",
     "generate",
     "chat",
+    "serve",
     "formats",
     "doctor",
 )
