@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -232,11 +232,9 @@ async def _while_connected(request: Request, work: Coroutine[object, object, T])
         gone.cancel()
 
 
-async def _disconnected(receive: Callable[[], Coroutine[object, object, object]]) -> None:
-    while True:
-        message = await receive()
-        if isinstance(message, dict) and message["type"] == "http.disconnect":
-            return
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class EventStream(StreamingResponse):

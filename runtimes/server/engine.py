@@ -144,17 +144,18 @@ class Course:
         if self.ticket.cancelled:
             return None
         if self._left <= 0:
-            return self._end("length")
+            return self._ended("length")
         token = pick(logits, request.options, self._random)
         if token in request.options.stop_ids:
-            return self._end("stop")
+            return self._ended("stop")
         self.ticket.put(describe(token, logits, request.top_logprobs))
         self._count()
         self._left -= 1
-        return token if self._left else self._end("length")
+        return token if self._left else self._ended("length")
 
-    def _end(self, reason: FinishReason) -> None:
+    def _ended(self, reason: FinishReason) -> int | None:
         self.ticket.put(reason)
+        return None
 
 
 def describe(token: int, logits: NDArray[np.float32], top: int | None) -> EngineToken:

@@ -14,7 +14,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 def refuse(words: str, **values: object) -> PydanticCustomError:
     """An error that `validation_error` reports as an unsupported field."""
-    return PydanticCustomError("unsupported", words, values)  # type: ignore[arg-type]
+    return PydanticCustomError("unsupported", words, values)
 
 
 class _Neutral:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,21 @@ from losa_deploy.runtimes.server.sequential import QueueEngine
 from losa_deploy.text import load_tokenizer
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came back over HTTP."""
+
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def error(self) -> dict[str, str]:
+        """OpenAI's error object."""
+        found: dict[str, str] = json.loads(self.text)["error"]
+        return found
+
+
 @dataclass
 class Running:
     """A server that answers at `url`; `log` is what it would write on stderr."""
@@ -34,16 +51,31 @@ class Running:
         """The official client, without its own retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
 
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        headers: dict[str, str] | None = None,
+        timeout: float = 30,
+    ) -> Answer:
+        """One plain HTTP request; `body` is sent as JSON, or as it is if it is bytes."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=timeout)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.headers), response.read().decode())
+        finally:
+            connection.close()
+
     def metric(self, name: str) -> float:
         """A value of /metrics, 0 if it is not there."""
-        import urllib.request
-
-        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
-        lines = [line for line in text.splitlines() if line.startswith(name + " ")]
+        lines = [
+            line for line in self.ask("GET", "/metrics").text.splitlines() if line.startswith(name + " ")
+        ]
         return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
-
-
-Start = Callable[..., Running]
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2 as httpx
 import openai
 import pytest
 
 from losa_deploy.runtimes.server.sequential import QueueEngine
 
-from .conftest import Running, running, until
+from .conftest import Answer, Running, running, until
 from .fakes import CountingSession
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -20,9 +20,9 @@ TEXT = {"model": "tiny", "prompt": "Hi", "max_tokens": 4}
 ENDPOINTS = {"chat": ("/v1/chat/completions", CHAT), "text": ("/v1/completions", TEXT)}
 
 
-def post(server: Running, kind: str, **fields: object) -> httpx.Response:
+def post(server: Running, kind: str, **fields: object) -> Answer:
     path, body = ENDPOINTS[kind]
-    return httpx.post(server.url + path, json={**body, **fields}, timeout=30)
+    return server.ask("POST", path, {**body, **fields})
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_the_refused_field_is_named(
     server: Running, kind: str, fields: dict[str, object], param: str
 ) -> None:
     answer = post(server, kind, **fields)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
+    assert answer.status == 400, answer.text
+    error = answer.error
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert param in error["message"] or error["code"] == "context_length_exceeded"
@@ -97,7 +97,7 @@ def test_the_refused_field_is_named(
 )
 def test_neutral_values_are_accepted(server: Running, fields: dict[str, object]) -> None:
     answer = post(server, "chat", **fields)
-    assert answer.status_code == 200, answer.text
+    assert answer.status == 200, answer.text
 
 
 def test_an_unknown_model_is_not_found(server: Running) -> None:
@@ -110,19 +110,18 @@ def test_an_unknown_model_is_not_found(server: Running) -> None:
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"", b"\xff\xfe"])
 def test_a_body_that_is_no_object(server: Running, body: bytes) -> None:
-    headers = {"Content-Type": "application/json"}
-    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    answer = server.ask("POST", "/v1/completions", body)
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
 
 
 def test_unknown_paths_methods_and_huge_bodies(server: Running) -> None:
-    assert httpx.get(f"{server.url}/v1/embeddings").status_code == 404
-    answer = httpx.get(f"{server.url}/v1/completions")
-    assert answer.status_code == 405
-    assert "GET" in answer.json()["error"]["message"]
-    headers = {"Content-Length": str(1 << 30), "Content-Type": "application/json"}
-    assert httpx.post(f"{server.url}/v1/completions", headers=headers, content=b"{}").status_code == 413
+    assert server.ask("GET", "/v1/embeddings").status == 404
+    answer = server.ask("GET", "/v1/completions")
+    assert answer.status == 405
+    assert "GET" in answer.error["message"]
+    answer = server.ask("POST", "/v1/completions", b"{}", headers={"Content-Length": str(1 << 30)})
+    assert answer.status == 413
 
 
 def test_a_key_is_asked_for(tiny_llama: Path) -> None:
@@ -131,8 +130,8 @@ def test_a_key_is_asked_for(tiny_llama: Path) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             server.client("wrong").models.list()
         assert caught.value.code == "invalid_api_key"
-        assert httpx.get(f"{server.url}/metrics").status_code == 401
-        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+        assert server.ask("GET", "/metrics").status == 401
+        assert json.loads(server.ask("GET", "/health").text)["status"] == "ok"
         assert len(list(server.client("sesame").models.list())) == 1
 
 
@@ -152,8 +151,8 @@ def test_a_failure_is_logged_and_not_shown(fake: tuple[Running, CountingSession]
     server, session = fake
     session.fail = True
     whole = post(server, "chat")
-    assert whole.status_code == 500
-    assert whole.json()["error"]["type"] == "server_error"
+    assert whole.status == 500
+    assert whole.error["type"] == "server_error"
     streamed = post(server, "chat", stream=True)
     assert '"error"' in streamed.text
     assert "[DONE]" not in streamed.text
@@ -164,24 +163,22 @@ def test_a_failure_is_logged_and_not_shown(fake: tuple[Running, CountingSession]
     with pytest.raises(openai.APIError):
         list(server.client().completions.create(model="tiny", prompt="x", stream=True))
     session.fail = False
-    assert post(server, "chat").status_code == 200
+    assert post(server, "chat").status == 200
 
 
 def test_a_full_queue_is_503_with_a_time(fake: tuple[Running, CountingSession]) -> None:
     server, session = fake
     session.gate.clear()
     answers: list[int] = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(post(server, "text").status_code)) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: answers.append(post(server, "text").status)) for _ in range(2)]
     for thread in threads:
         thread.start()
     until(lambda: (server.engine.stats().active, server.engine.stats().waiting) == (1, 1))
     refused = post(server, "text")
-    assert refused.status_code == 503
-    assert int(refused.headers["Retry-After"]) >= 1
-    assert refused.json()["error"]["code"] == "queue_full"
-    assert httpx.get(f"{server.url}/health").json()["waiting"] == 1
+    assert refused.status == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.error["code"] == "queue_full"
+    assert json.loads(server.ask("GET", "/health").text)["waiting"] == 1
     session.gate.set()
     for thread in threads:
         thread.join(20)
@@ -193,14 +190,14 @@ def test_a_client_that_leaves_ends_its_request(fake: tuple[Running, CountingSess
     server, session = fake
     session.gate.clear()
     body = {**TEXT, "max_tokens": 4000, "stream": stream}
-    with pytest.raises(httpx.TimeoutException), httpx.Client(timeout=0.5) as client:
-        client.post(f"{server.url}/v1/completions", json=body)
+    with pytest.raises(TimeoutError):
+        server.ask("POST", "/v1/completions", body, timeout=0.5)
     name = 'losa_requests_total{endpoint="/v1/completions",outcome="cancelled"}'
     until(lambda: server.metric(name) == 1)
     session.gate.set()
     until(lambda: server.metric("losa_active_requests") == 0)
     assert server.metric("losa_generated_tokens_total") < 100
-    assert post(server, "text").status_code == 200
+    assert post(server, "text").status == 200
 
 
 def test_a_waiting_client_that_leaves_gives_its_place_back(fake: tuple[Running, CountingSession]) -> None:
@@ -209,8 +206,8 @@ def test_a_waiting_client_that_leaves_gives_its_place_back(fake: tuple[Running, 
     first = threading.Thread(target=post, args=(server, "text"))
     first.start()
     until(lambda: server.engine.stats().active == 1)
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{server.url}/v1/completions", json=TEXT, timeout=0.5)
+    with pytest.raises(TimeoutError):
+        server.ask("POST", "/v1/completions", TEXT, timeout=0.5)
     until(lambda: server.engine.stats().waiting == 0)
     session.gate.set()
     first.join(20)
