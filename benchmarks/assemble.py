@@ -10,6 +10,7 @@ from typing import cast
 from losa_deploy.card import mean_bits
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.gate import Parity
+from losa_deploy.gguf_view import dense_gguf_bytes, find_gguf
 from losa_deploy.interfaces import Exporter, Runtime
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size
@@ -70,7 +71,9 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
     exported, merged = Manifest.read(job.exported), job.model.manifest
     dense = Manifest.read(found.dense_folder)
     exported_bytes = folder_bytes(job.exported, exported)
-    dense_numbers = _numbers("dense", job.runtime.name, folder_bytes(found.dense_folder, dense), dense, found)
+    dense_numbers = _numbers(
+        "dense", job.runtime.baseline().name, folder_bytes(found.dense_folder, dense), dense, found
+    )
     merged_bytes = folder_bytes(job.model.folder, merged)
     merged_numbers = _numbers("merged", job.reference.name, merged_bytes, merged, found)
     exported_numbers = _numbers("exported", job.runtime.name, exported_bytes, exported, found)
@@ -106,8 +109,15 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
 
 
 def folder_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes of the files of the manifest: the model without reports and card."""
-    return sum((folder / name).stat().st_size for name in manifest.files)
+    """Bytes of the files of the manifest: the model without reports and card.
+
+    Of a packed and a portable GGUF only the one that is opened counts.
+    """
+    names = list(manifest.files)
+    if manifest.format == "gguf":
+        opened = find_gguf(folder).name
+        names = [name for name in names if not name.endswith(".gguf") or name == opened]
+    return sum((folder / name).stat().st_size for name in names)
 
 
 def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
@@ -115,8 +125,12 @@ def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
     group_size = manifest.recipe.export.group_size
     total = exported_bytes
     for record in manifest.linears:
-        options = PackOptions(value_type=cast("ValueType", record.value_type), group_size=group_size)
-        total += dense_size((record.shape[0], record.shape[1]), options) - record.bytes
+        shape = (record.shape[0], record.shape[1])
+        value_type = cast("ValueType", record.value_type)
+        dense = dense_size(shape, PackOptions(value_type=value_type, group_size=group_size))
+        if manifest.format == "gguf":
+            dense = dense_gguf_bytes(value_type, shape)
+        total += dense - record.bytes
     return total
 
 
@@ -176,7 +190,8 @@ def _kernels(job: Job) -> str:
     """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
     from losa_deploy import _native
 
-    return "" if job.runtime.exact() is job.runtime else _native.target_name()
+    unused = job.runtime.exact() is job.runtime or getattr(job.runtime, "fallback", "")
+    return "" if unused else _native.target_name()
 
 
 def _evidence(
@@ -190,12 +205,15 @@ def _evidence(
     dense_speed, exported_speed = found.speed["dense"], found.speed["exported"]
     return Evidence(
         value_type=job.recipe.export.value_type,
+        dense_type=Manifest.read(found.dense_folder).linears[0].value_type,
         exported_bytes=exported_numbers.size_bytes,
         dense_same_type_bytes=same_type_bytes,
         dense_f32_bytes=dense_numbers.size_bytes,
         block_bits_per_weight=exported_numbers.bits_per_weight,
         packed=any(record.layout != "dense" for record in exported.linears),
+        packed_at_load=exported.format == "gguf" and bool(_kernels(job)),
         runtime=job.runtime.name,
+        dense_runtime=job.runtime.baseline().name,
         kernels=_kernels(job),
         exported_decode=exported_speed.decode_tokens_per_second,
         dense_decode=dense_speed.decode_tokens_per_second,

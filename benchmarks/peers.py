@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from losa_deploy.artifact import require_disk
+from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
 from losa_deploy.plugins import load_runtime
 
@@ -32,8 +33,7 @@ from .tensors import Storage
 from .workloads import prompt_tokens
 
 OURS = Ours.name
-LLAMACPP, STOCK = "llamacpp", "llamacpp-stock"
-"""Runtimes with and without our backend."""
+LLAMACPP = "llamacpp"
 HEAD = Storage("dense", "i8")
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
@@ -144,7 +144,7 @@ def _ggufs(
     place = folder / f"{geometry.name}-gguf-{_slug(storage)}"
     size = ggufs.build_ours(geometry, storage, place, seed, progress)
     contenders = [Contender(OURS, place, size, runtime)]
-    stock = load_runtime(STOCK)
+    stock = runtime.baseline()
     for name in peers:
         place = folder / f"{geometry.name}-{name}"
         size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
@@ -166,7 +166,8 @@ def real_contenders(
     progress: Progress = no_progress,
 ) -> list[Contender]:
     """GGUF artifacts in our backend, and the types `peers` of the file `dense` in llama.cpp as it is."""
-    ours, stock = load_runtime(LLAMACPP), load_runtime(STOCK)
+    ours = load_runtime(LLAMACPP)
+    stock = ours.baseline()
     contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
     for done, name in enumerate(peers):
         progress(done, len(peers), f"quantizing to {name}")
@@ -183,9 +184,8 @@ def real_contenders(
 
 
 def _gguf_bytes(path: Path) -> int:
-    """Of the file itself, or of the one that is opened in a folder: the smallest."""
-    files = [path] if path.is_file() else path.glob("*.gguf")
-    return min(file.stat().st_size for file in files)
+    """Of the file itself, or of the one that is opened in a folder."""
+    return (path if path.is_file() else find_gguf(path)).stat().st_size
 
 
 def measure_contenders(

@@ -43,6 +43,12 @@ class Evidence:
     merged_perplexity: float
     exported_perplexity: float
     merged_perplexity_stderr: float
+    dense_type: str = "f32"
+    """Value type of the dense baseline."""
+    dense_runtime: str = ""
+    """Where the baseline ran, if not in the same runtime."""
+    packed_at_load: bool = False
+    """The runtime leaves the zeros of dense weights out when it loads them."""
 
 
 class Verdict(BaseModel):
@@ -71,11 +77,11 @@ def decide(evidence: Evidence) -> Verdict:
 
 
 def size_line(e: Evidence, smaller: bool) -> str:
-    """Against a dense export of the same value type, and against the dense f32 artifact."""
-    same, f32 = e.exported_bytes / e.dense_same_type_bytes, e.exported_bytes / e.dense_f32_bytes
+    """Against a dense export of the same value type, and against the dense baseline."""
+    same, baseline = e.exported_bytes / e.dense_same_type_bytes, e.exported_bytes / e.dense_f32_bytes
     numbers = (
         f"{megabytes(e.exported_bytes)}, {same:.2f}× a dense {e.value_type} export "
-        f"({megabytes(e.dense_same_type_bytes)}), {f32:.2f}× the dense f32 one "
+        f"({megabytes(e.dense_same_type_bytes)}), {baseline:.2f}× the dense {e.dense_type} one "
         f"({megabytes(e.dense_f32_bytes)})"
     )
     if smaller:
@@ -92,8 +98,8 @@ def speed_line(e: Evidence, faster: bool, margin: float) -> str:
     """Decode speed, and the reason where it is not faster."""
     ratio = e.exported_decode / e.dense_decode
     numbers = (
-        f"decode {e.exported_decode:.1f} against {e.dense_decode:.1f} tokens/s dense f32 in {e.runtime} "
-        f"({ratio:.2f}×, noise ±{margin:.0%})"
+        f"decode {e.exported_decode:.1f} against {e.dense_decode:.1f} tokens/s dense {e.dense_type} "
+        f"in {e.dense_runtime or e.runtime} ({ratio:.2f}×, noise ±{margin:.0%})"
     )
     if faster:
         return f"Faster: {numbers}."
@@ -103,13 +109,15 @@ def speed_line(e: Evidence, faster: bool, margin: float) -> str:
 
 def speed_reason(e: Evidence) -> str:
     """Why sparse weights do not decode faster in this runtime."""
-    if not e.packed:
+    if not e.packed and not e.packed_at_load:
         return "Every linear is stored dense, so decode reads its zeros like any other weight."
     if e.dense_f32_bytes <= CACHE_BYTES:
         return (
             f"The dense model has {megabytes(e.dense_f32_bytes)} and stays in the CPU's caches, so that "
             "reading fewer bytes saves no time."
         )
+    if not e.packed:
+        return "Its weights are packed when they are loaded; the kernels, not the memory, limit this CPU."
     if e.kernels:
         ours, dense = e.exported_bytes * e.exported_decode / 1e9, e.dense_f32_bytes * e.dense_decode / 1e9
         rates = (
@@ -125,7 +133,8 @@ def memory_line(e: Evidence) -> str:
     """Peak resident memory of a fresh process."""
     ratio = e.exported_rss / e.dense_rss
     word = "Less" if ratio < 1 - LEAST_NOISE else "More" if ratio > 1 + LEAST_NOISE else "As much"
-    return f"{word} memory: peak {megabytes(e.exported_rss)} against {megabytes(e.dense_rss)} dense f32."
+    against = f"{megabytes(e.dense_rss)} dense {e.dense_type}"
+    return f"{word} memory: peak {megabytes(e.exported_rss)} against {against}."
 
 
 def quality_line(e: Evidence) -> str:

@@ -155,12 +155,29 @@ def _use(manifest: Manifest) -> str:
     needs = {
         "onnx": "Any ONNX Runtime from 1.24 on opens `model.onnx`: its packed weights come with their own "
         "decoder in standard operators, and no library of ours is needed.",
+        "gguf": _gguf_needs(manifest),
         "safetensors": "It opens in transformers like any other model.",
     }.get(manifest.format, f"A runtime for {manifest.format} files.")
     return (
         "## How to run\n\n```sh\npip install losa-deploy\nlosa-deploy chat -m .\n```\n\n"
         f"## What it needs\n\n{needs}"
     )
+
+
+def _gguf_needs(manifest: Manifest) -> str:
+    """Which of the two kinds of file is there, and what opens it."""
+    export = manifest.recipe.export
+    packed = (
+        "The file with `LOSA` in its name is packed: it holds no zeros, and llama.cpp opens it through the "
+        'backend of losa-deploy (`pip install "losa-deploy[llamacpp]"`); stock tools refuse it.'
+    )
+    portable = (
+        "{} is portable: every tool for GGUF opens it. It keeps its zeros, so it is not smaller than "
+        "an unpruned model of the same type."
+    )
+    if not export.packed:
+        return portable.format("The `.gguf` file")
+    return packed + (" " + portable.format("The other one") if export.portable else "")
 
 
 def _limits(manifest: Manifest) -> str:

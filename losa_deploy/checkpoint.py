@@ -34,6 +34,8 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 """What an output folder inherits from its source besides weights."""
+GGUF_TOKENIZER_FILE = "gguf-tokenizer.json"
+"""What a GGUF source says about its tokenizer beyond tokenizer.json; kept up to the merged folder."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Checkpoint:
         return result
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and template files that exist; nothing is added to `config.json`."""
-    for name in SIDE_FILES:
+def copy_side_files(source: Path, target: Path, more: Iterable[str] = ()) -> None:
+    """Copy config, tokenizer and template files that exist, and `more`; `config.json` stays as it is."""
+    for name in (*SIDE_FILES, *more):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

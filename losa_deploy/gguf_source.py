@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from losa_deploy import __version__
 from losa_deploy.artifact import remove, require_disk, sibling
-from losa_deploy.checkpoint import Checkpoint, write_weights
+from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, write_weights
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.pretokenizers import rules
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 STAMP = "losa-source.json"
-"""Written last into a converted folder: hash of the GGUF file and version of this program."""
+"""Written last into a converted folder: hash of the GGUF file and versions of this program."""
+CONVERTER = 2
+"""Raise when converted folders change within a version of the program."""
+TOKEN_IDS = ("bos", "eos", "unknown", "padding", "eot", "eom")
+TOKENIZER_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def convert_gguf(
     header = read_header(path)
     digest = sha256_file(path)
     record = SourceRecord(id=identity, files={path.name: digest}, license=header.license)
-    stamp = json.dumps({"sha256": digest, "tool_version": __version__}) + "\n"
+    stamp = json.dumps({"sha256": digest, "tool_version": __version__, "converter": CONVERTER}) + "\n"
     if not _stamped(folder, stamp):
         require_disk(folder, 4 * header.parameters, "The converted model")
         partial = sibling(folder, ".partial")
@@ -117,6 +126,7 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
         ) from error
     progress(3, 4, f"writing {folder.name}")
     tokenizer.save_pretrained(folder)
+    _keep_tokenizer(path, folder)
     model.generation_config.save_pretrained(folder)
     config = _portable_config(model.config.to_diff_dict(), type(model).__name__)
     _write_json(folder / "config.json", config)
@@ -124,6 +134,50 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     write_weights(folder, ((name, tensor.contiguous()) for name, tensor in tensors.items()))
+
+
+def _keep_tokenizer(path: Path, folder: Path) -> None:
+    """What transformers drops: the rules that split text, token types, scores and flags.
+
+    The splitting rules that llama.cpp knows by name are put into tokenizer.json, so that a text becomes
+    the tokens the model was trained on; transformers takes those of GPT-2 for most models.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    found = {key: _value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre", "scores")}
+    types = _value(reader, "tokenizer.ggml.token_type")
+    ids = {name: _value(reader, f"tokenizer.ggml.{name}_token_id") for name in TOKEN_IDS}
+    flags = {name: _value(reader, f"tokenizer.ggml.{name}") for name in TOKENIZER_FLAGS}
+    document = {
+        **{key: value for key, value in found.items() if value is not None},
+        "token_types": _runs(types if isinstance(types, list) else []),
+        "ids": {name: value for name, value in ids.items() if value is not None},
+        "flags": {name: value for name, value in flags.items() if value is not None},
+    }
+    text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+    (folder / GGUF_TOKENIZER_FILE).write_text(text + "\n", "utf-8")
+    steps = rules(str(found["pre"]))
+    if steps is not None and found["model"] == "gpt2" and (folder / "tokenizer.json").is_file():
+        tokenizer: dict[str, object] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        tokenizer["pre_tokenizer"] = steps
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+
+
+def _value(reader: GGUFReader, key: str) -> object:
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
+
+
+def _runs(values: list[int]) -> list[list[int]]:
+    """Equal neighbours as [value, times]."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
 
 
 def _portable_config(config: dict[str, object], architecture: str) -> dict[str, object]:

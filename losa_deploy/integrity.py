@@ -146,7 +146,7 @@ def check_decoded(
 ) -> tuple[list[str], float]:
     """What the artifact's bytes say against the merged weight: findings, and the largest error.
 
-    `mask` is None for embedding and head.
+    `mask` is None for embedding and head; `group_size` is the recipe's.
     """
     name = record.name
     if decoded is None:
@@ -162,7 +162,7 @@ def check_decoded(
         if record.nnz != kept:
             findings.append(f"{name}: found nnz {record.nnz} in losa.json, expected {kept} as in the mask")
     error = np.abs(decoded - weight)
-    over = ~(error <= value_error_bound(weight, record.value_type, group_size))
+    over = ~(error <= value_error_bound(weight, record.value_type, record.group_size or group_size))
     if over.any():
         row, column = map(int, np.argwhere(over)[0])
         findings.append(

@@ -76,6 +76,10 @@ class Exporter(Protocol):
 
     name: str
 
+    def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
+        """Raise what `check` would raise about every model made from `source`, before it is compressed."""
+        ...
+
     def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
         """Raise `InputError`/`MissingError` if this model cannot be written; called before any work."""
         ...
@@ -144,6 +148,10 @@ class Runtime(Protocol):
 
     def exact(self) -> Runtime:
         """The runtime without kernels of ours, which may round activations; itself if it uses none."""
+        ...
+
+    def baseline(self) -> Runtime:
+        """The runtime that dense models are measured in: as people have it without us; or itself."""
         ...
 
 

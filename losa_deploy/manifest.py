@@ -47,6 +47,8 @@ class TensorRecord(Record):
     sha256: str
     """Over the stored bytes, components in layout order."""
     reason: str = ""
+    group_size: int = 0
+    """i4 only: positions per scale, where they are not those of the recipe."""
 
 
 class MergeProof(Record):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
+from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, copy_side_files, write_weights
 from losa_deploy.errors import GateError
 from losa_deploy.manifest import Manifest, MergeProof, TensorRecord, hash_files
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
@@ -50,7 +50,7 @@ def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: 
     write_weights(folder, _merged_tensors(source, adapted, dtype, evidence, progress))
     save_file(dict(sorted(evidence.masks.items())), folder / MASK_FILE)
     (folder / MASK_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
-    copy_side_files(source.folder, folder)
+    copy_side_files(source.folder, folder, [GGUF_TOKENIZER_FILE])
     if dtype is not None:
         _set_config_dtype(folder, dtype)
     proof = prove(source, adapted, folder, evidence)

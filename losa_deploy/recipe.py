@@ -177,7 +177,9 @@ class ExportRecipe(Part):
     head: Literal["same", "f32", "f16", "i8", "i4"] = "same"
     """Value type of embedding and head; `same` follows the blocks (i4 blocks keep an i8 head)."""
     portable: bool = False
-    """True: dense weights and standard operators only."""
+    """True: dense weights and standard operators only. GGUF: the default; with `packed`, both."""
+    packed: bool = False
+    """GGUF only. True: a file without the zeros, which our backend for llama.cpp opens."""
     bundle_runtime: bool = False
     """True: the library with the native operators is put beside the model, and its configuration names it."""
 

@@ -13,14 +13,17 @@ from losa_deploy.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from losa_deploy.gguf_tokenizer import GgufVocabulary
+
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes an incomplete UTF-8 sequence to."""
 
 
 class Tokenizer:
-    """A model folder's tokenizer, with the end tokens its configuration files name."""
+    """A model's tokenizer, with the end tokens its configuration files name."""
 
-    def __init__(self, inner: PreTrainedTokenizerBase, folder: Path) -> None:
+    def __init__(self, inner: PreTrainedTokenizerBase | GgufVocabulary, folder: Path) -> None:
+        """`folder` holds the configuration files; of a GGUF file's own tokenizer it is the file."""
         self._inner = inner
         self.folder = folder
 
@@ -79,13 +82,18 @@ class Tokenizer:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply: generation_config.json, config.json, then the tokenizer's own."""
+        """Tokens that end a reply: generation_config.json, config.json, then the tokenizer's own.
+
+        Of a GGUF file's tokenizer those that llama.cpp ends at.
+        """
         found: list[int] = []
         for name in ("generation_config.json", "config.json"):
             value = _read_object(self.folder / name).get("eos_token_id")
             found += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
         if self._inner.eos_token_id is not None:
             found.append(int(self._inner.eos_token_id))
+        if self.folder.is_file():
+            found += self._inner.end_ids()
         return tuple(dict.fromkeys(found))
 
     @property
@@ -99,10 +107,16 @@ class Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder: local files only, no code from the folder is run.
 
+    A GGUF file, and a folder that has one and no tokenizer files, bring their tokenizer with them.
     Raises `InputError` if there is none or it cannot be read.
     """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
+        files = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+        if files:
+            from losa_deploy.gguf_tokenizer import GgufVocabulary
+
+            return Tokenizer(GgufVocabulary(files[0]), files[0])
         raise InputError(
             f"{folder} has no tokenizer (none of {', '.join(names)}).",
             hint="Copy tokenizer.json and tokenizer_config.json of the original model into it.",

@@ -34,6 +34,10 @@ class ReferenceRuntime:
         """Itself: torch rounds nothing."""
         return self
 
+    def baseline(self) -> ReferenceRuntime:
+        """Itself."""
+        return self
+
     def open(self, folder: Path, *, threads: int) -> ReferenceSession:
         """Load all weights as f32; raises `InputError` if transformers cannot read the folder."""
         return self.open_with(folder, {}, threads=threads)

@@ -13,7 +13,7 @@ from onnx import helper
 
 from losa_deploy import __version__
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
-from losa_deploy.errors import InputError
+from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
@@ -36,8 +36,17 @@ class OnnxExporter:
 
     name = "onnx"
 
+    def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
+        """Raise before any work if the recipe asks for what only another format has."""
+        if recipe.packed:
+            raise UsageError(
+                "--packed is for --format gguf; an ONNX artifact is always packed where that saves bytes.",
+                hint="Leave --packed out (or add --no-packed).",
+            )
+
     def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
         """Raise before any work if a forced layout does not fit a mask, or a masked linear is unknown."""
+        self.check_source(model.checkpoint, recipe)
         unknown = sorted(model.masked - set(model.linears))
         if unknown:
             raise InputError(

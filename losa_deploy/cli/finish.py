@@ -53,12 +53,15 @@ def export_and_measure(job: Job, console: Console) -> Report:
 
     with staged_output(job.output, overwrite=job.overwrite) as folder:
         with stages.timed(job.timings, "export"), console.stage("export") as progress:
-            job.exporter.export(job.model, job.recipe.export, folder, progress)
+            exported = job.exporter.export(job.model, job.recipe.export, folder, progress)
+        for note in exported.notes:
+            console.info(note)
         stages.stamp_recipe(folder, job.recipe)
         (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
         runtime = stages.pick_runtime(folder, None)
         with stages.timed(job.timings, "verify"):
             parity = _verified(job, folder, runtime, console)
+        stages.warn_of_fallback(runtime, console)
         with console.stage("measure") as progress:
             report = measure(
                 _measurement(job, folder, runtime), parity, timings=job.timings, progress=progress

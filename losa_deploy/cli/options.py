@@ -85,6 +85,9 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     _choice("--head", "export.head", "same|f32|f16|i8|i4", "value type of embedding and head"),
     RecipeOption("--portable", "export.portable", "switch", "dense weights and standard operators only"),
     RecipeOption(
+        "--packed", "export.packed", "switch", "gguf: a small file for our backend; with --portable both"
+    ),
+    RecipeOption(
         "--bundle-runtime", "export.bundle_runtime", "switch", "put the native operators beside the model"
     ),
     _choice("--verify", "verify.level", "off|quick|full", "check of the exported model"),

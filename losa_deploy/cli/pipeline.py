@@ -30,6 +30,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     if args.dry_run:
         _dry_run(args, exporter, recipe, output, console)
         return
+    stages.require_runtime(exporter.name, recipe.export.packed)
     console.info(f"Output: {output} (work in {work})")
     threads = thread_count(args)
     timings: dict[str, float] = {}
@@ -37,6 +38,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         stages.set_threads(threads)
         with stages.timed(timings, "source"):
             source, record = stages.open_source(args, work, console)
+        exporter.check_source(source, recipe.export)
         _require(exporter, source, recipe, output, console)
         model = merged_model(source, record, recipe, work, timings, console)
         exporter.check(model, recipe.export)
@@ -88,6 +90,7 @@ def _dry_run(
 
     Writes nothing, downloads nothing.
     """
+    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import Manifest
     from losa_deploy.model import SparseModel
 
@@ -97,6 +100,9 @@ def _dry_run(
         exporter.check(model, recipe.export)
         plan.show(exporter.plan(model, recipe.export), output, console, as_json=args.json)
         return
+    path = _located(args)
+    if path.is_dir():
+        exporter.check_source(Checkpoint.open(path), recipe.export)
     linears, others = source_shapes(args)
     planned = plan.estimate(exporter.name, linears, others, recipe)
     plan.show(planned, output, console, as_json=args.json, estimated=True)
@@ -106,17 +112,23 @@ def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
     """Shapes (out, in) of the block linears, and of embedding and head, from headers only."""
     from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.gguf_source import read_header
-    from losa_deploy.interfaces import no_progress
-    from losa_deploy.source import locate
 
-    path = locate(
-        args.model, revision=args.revision, offline=True, cache_dir=args.cache_dir, progress=no_progress
-    ).path
+    path = _located(args)
     if path.is_file():
         matrices = {n: s for n, s in read_header(path).shapes.items() if len(s) == 2}
         linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith("blk.")}
         return linears, {n: (s[0], s[1]) for n, s in matrices.items() if n not in linears}
     return checkpoint_shapes(Checkpoint.open(path))
+
+
+def _located(args: argparse.Namespace) -> Path:
+    """The source on this machine."""
+    from losa_deploy.interfaces import no_progress
+    from losa_deploy.source import locate
+
+    return locate(
+        args.model, revision=args.revision, offline=True, cache_dir=args.cache_dir, progress=no_progress
+    ).path
 
 
 def checkpoint_shapes(checkpoint: Checkpoint) -> tuple[plan.Shapes, plan.Shapes]:

@@ -29,14 +29,27 @@ def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> Expo
     """
     from losa_deploy.interfaces import ExportPlan
 
-    tensors = tuple(_planned(n, shape, recipe, pruned=True) for n, shape in linears.items())
-    tensors += tuple(_planned(n, shape, recipe, pruned=False) for n, shape in others.items())
+    def planned(*, dense: bool) -> tuple[PlannedTensor, ...]:
+        found = [_planned(n, shape, recipe, pruned=True, dense=dense) for n, shape in linears.items()]
+        return (
+            *found,
+            *(_planned(n, shape, recipe, pruned=False, dense=True) for n, shape in others.items()),
+        )
+
+    export = recipe.export
+    files = {"model.onnx.data": planned(dense=export.portable)}
+    if name == "gguf":
+        files = {"packed .gguf": planned(dense=False)} if export.packed else {}
+        files |= {"portable .gguf": planned(dense=True)} if export.portable or not export.packed else {}
     parameters = sum(rows * columns for rows, columns in (*linears.values(), *others.values()))
     peak = LIBRARY_BYTES + COMPRESS_COPIES * 4 * parameters
-    return ExportPlan(name, {"model.onnx.data": sum(t.bytes for t in tensors)}, tensors, peak)
+    sizes = {file: sum(tensor.bytes for tensor in tensors) for file, tensors in files.items()}
+    return ExportPlan(name, sizes, next(iter(files.values())), peak)
 
 
-def _planned(name: str, shape: tuple[int, int], recipe: Recipe, *, pruned: bool) -> PlannedTensor:
+def _planned(
+    name: str, shape: tuple[int, int], recipe: Recipe, *, pruned: bool, dense: bool
+) -> PlannedTensor:
     import numpy as np
 
     from losa_deploy.interfaces import PlannedTensor
@@ -61,9 +74,9 @@ def _planned(name: str, shape: tuple[int, int], recipe: Recipe, *, pruned: bool)
     options = PackOptions(value_type=value_type, group_size=export.group_size)
     choice = choose(mask, options)
     layout, size, reason = choice.layout, choice.bytes, choice.reason
-    if export.portable or export.layout == "dense" or not pruned:
+    if dense or export.layout == "dense":
         layout, size = "dense", LAYOUTS["dense"].size(mask, options)
-        reason = "portable" if export.portable else "asked for" if pruned else "embedding or head"
+        reason = "embedding or head" if not pruned else "portable" if dense else "asked for"
     return PlannedTensor(name, shape, layout, value_type, int(mask.sum()), size, reason)
 
 

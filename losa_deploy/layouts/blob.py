@@ -7,10 +7,32 @@ with the fields of the header as node attributes.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
 
 import numpy as np
+from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, PackedTensor, ValueType
+from losa_deploy.layouts.base import (
+    COMPONENTS,
+    FORMAT_VERSION,
+    LAYOUTS,
+    Component,
+    PackedTensor,
+    PackOptions,
+    ValueType,
+)
+from losa_deploy.layouts.bitmask import row_bytes
+from losa_deploy.layouts.nm import (
+    find_pattern,
+    load_positions,
+    position_bits,
+    positions_row_bytes,
+    store_positions,
+)
+from losa_deploy.layouts.streams import stream_bytes
+from losa_deploy.layouts.values import code_dtype, group_count, scale_bytes
 
 MAGIC = b"LOSA"
 HEADER_BYTES = 128
@@ -19,6 +41,24 @@ LAYOUT_IDS = {"dense": 0, "bitmask": 1, "nm": 2}
 VALUE_TYPE_IDS: dict[ValueType, int] = {"f32": 0, "f16": 1, "i8": 2, "i4": 3}
 FIXED = struct.Struct("<4sHHBBBBBBHIIQ")
 """Magic, version, header bytes, layout, value and scale type, n, m, position bits, groups, shape, kept."""
+MOST = 1 << 30
+"""Rows, and columns."""
+
+
+@dataclass(frozen=True)
+class BlobHeader:
+    """The first 128 bytes of a blob, checked as far as they can be without its components."""
+
+    layout: str
+    value_type: ValueType
+    scale_type: int
+    """As in `scale_type_id`."""
+    shape: tuple[int, int]
+    """(out, in)."""
+    params: Mapping[str, int]
+    kept: int
+    places: Mapping[str, tuple[int, int]]
+    """Component → offset from the start of the blob, bytes."""
 
 
 def scale_type_id(packed: PackedTensor) -> int:
@@ -51,3 +91,140 @@ def to_blob(packed: PackedTensor) -> bytes:
         table += struct.pack("<QQ", offset, len(component))
         body += component + bytes(-len(component) % ALIGNMENT)
     return (header + table).ljust(HEADER_BYTES, b"\0") + body
+
+
+def blob_bytes(layout: str, mask: NDArray[np.bool_], options: PackOptions) -> int:
+    """Size of the blob that packing a weight with this mask gives, without packing."""
+    shape = (mask.shape[0], mask.shape[1])
+    total = LAYOUTS[layout].size(mask, options)
+    positions = 0
+    if layout == "bitmask":
+        positions = shape[0] * row_bytes(shape[1])
+    elif layout == "nm":
+        pattern = options.pattern or find_pattern(mask)
+        assert pattern is not None  # `size` would have raised
+        positions = shape[0] * positions_row_bytes(*pattern, shape[1])
+    table = 16 if options.value_type == "i4" else 0
+    scale = scale_bytes(shape, options) - table
+    parts = (positions, total - positions - scale - table, scale, table)
+    return HEADER_BYTES + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+
+
+def read_header(data: bytes, total: int) -> BlobHeader:
+    """Header of a blob of `total` bytes that starts with `data`; raises `ValueError` saying what is wrong."""
+    if len(data) < HEADER_BYTES or total < HEADER_BYTES:
+        raise ValueError(f"{total} bytes are too few for a header of {HEADER_BYTES}")
+    magic, version, header, layout, values, scale_type, n, m, bits, group, rows, columns, kept = (
+        FIXED.unpack_from(data)
+    )
+    if (magic, version, header) != (MAGIC, FORMAT_VERSION, HEADER_BYTES):
+        raise ValueError(f"no packed tensor of format {FORMAT_VERSION} starts here")
+    layouts = {number: name for name, number in LAYOUT_IDS.items()}
+    types = {number: name for name, number in VALUE_TYPE_IDS.items()}
+    if layout not in layouts or values not in types:
+        raise ValueError(f"layout {layout} with value type {values} is not in the format")
+    if not (1 <= rows <= MOST and 1 <= columns <= MOST and kept <= rows * columns):
+        raise ValueError(f"{kept} weights kept of {rows} x {columns} are not in the format")
+    _check_pattern(layouts[layout], n, m, bits)
+    allowed = {"i8": (1, 2), "i4": (2,)}.get(types[values], (0,))
+    if scale_type not in allowed or group not in ((32, 64, 128) if types[values] == "i4" else (0,)):
+        raise ValueError(f"scale type {scale_type}, groups of {group}: not of the format for {types[values]}")
+    params = {"n": n, "m": m, "position_bits": bits} if layouts[layout] == "nm" else {}
+    params |= {"group_size": group} if group else {}
+    places = _places(data, total)
+    return BlobHeader(layouts[layout], types[values], scale_type, (rows, columns), params, kept, places)
+
+
+def from_blob(data: bytes) -> PackedTensor:
+    """The packed tensor of a blob; raises `ValueError` for anything that `to_blob` does not write."""
+    header = read_header(data[:HEADER_BYTES], len(data))
+    rows, columns = header.shape
+    shapes = _shapes(header)
+    arrays: dict[str, Component] = {}
+    for name in COMPONENTS:
+        offset, size = header.places.get(name, (0, 0))
+        dtype, shape = shapes.get(name, (np.dtype(np.uint8), (0,)))
+        known = name != "values" or header.layout == "dense"
+        if size % dtype.itemsize or (known and size != prod(shape) * dtype.itemsize):
+            raise ValueError(f"the component {name} has {size} bytes, {rows} x {columns} weights need others")
+        if size:
+            found = np.frombuffer(data, dtype, size // dtype.itemsize, offset)
+            arrays[name] = found.reshape(shape) if known else found
+    if "table" in arrays and (arrays["table"][0] != 0 or (arrays["table"] == -128).any()):
+        raise ValueError("the i4 table needs level 0 at code 0 and no level -128")
+    kept = header.kept if header.layout == "dense" else _check_positions(header, arrays)
+    return PackedTensor(header.layout, header.value_type, header.shape, header.params, arrays, kept)
+
+
+def _check_pattern(layout: str, n: int, m: int, bits: int) -> None:
+    known = 1 <= n < m <= 32 and bits == position_bits(n, m) if layout == "nm" else not (n or m or bits)
+    if not known:
+        raise ValueError(f"{n}:{m} with {bits} position bits is not in the format for {layout}")
+
+
+def _places(data: bytes, total: int) -> dict[str, tuple[int, int]]:
+    """Component → offset, bytes; in order, aligned, without overlap, inside of the blob."""
+    places, end = {}, HEADER_BYTES
+    for index, name in enumerate(COMPONENTS):
+        offset, size = struct.unpack_from("<QQ", data, FIXED.size + 16 * index)
+        if size == 0:
+            continue
+        if offset % ALIGNMENT or offset < end or offset + size > total:
+            raise ValueError(
+                f"the component {name} lies at {offset}, {size} bytes long, in a blob of {total} bytes"
+            )
+        places[name], end = (offset, size), offset + size
+    return places
+
+
+def _shapes(header: BlobHeader) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+    """Component → dtype and shape; the shape of a stream of values is not known yet."""
+    rows, columns = header.shape
+    i4 = header.value_type == "i4"
+    values = np.dtype(np.uint8) if i4 else code_dtype(header.value_type)
+    shapes: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
+    if header.layout == "bitmask":
+        shapes["positions"] = np.dtype(np.uint8), (rows, row_bytes(columns))
+    elif header.layout == "nm":
+        width = positions_row_bytes(header.params["n"], header.params["m"], columns)
+        shapes["positions"] = np.dtype(np.uint8), (rows, width)
+    shapes["values"] = values, (rows, -(-columns // 2) if i4 else columns)
+    if header.value_type == "i8":
+        shapes["scale"] = np.dtype(np.float32 if header.scale_type == 1 else np.float16), (rows,)
+    elif i4:
+        groups = group_count(columns, header.params["group_size"])
+        shapes["scale"] = np.dtype(np.float16), (rows, groups)
+        shapes["table"] = np.dtype(np.int8), (16,)
+    return shapes
+
+
+def _check_positions(header: BlobHeader, arrays: Mapping[str, Component]) -> int:
+    """Kept weights; positions have to lie inside their row and group, and values to match their number."""
+    rows, columns = header.shape
+    positions = arrays["positions"]
+    if header.layout == "bitmask":
+        slots: NDArray[np.bool_] = np.unpackbits(
+            positions.astype(np.uint8), axis=1, count=columns, bitorder="little"
+        ).astype(np.bool_)
+        again: Component = np.zeros(positions.shape, np.uint8)
+        bits = np.packbits(slots, axis=1, bitorder="little")
+        again[:, : bits.shape[1]] = bits
+        counts = np.count_nonzero(slots, axis=1)
+        sound = np.array_equal(again, positions)
+    else:
+        n, m = header.params["n"], header.params["m"]
+        try:
+            slots = load_positions(positions, header.shape, n, m)
+        except IndexError:
+            raise ValueError("a position lies outside of its group") from None
+        groups = slots.reshape(rows, -1, m)
+        sound = bool((np.count_nonzero(groups, axis=2) == n).all())
+        sound = sound and np.array_equal(store_positions(slots, n, m, columns), positions)
+        counts = np.full(rows, groups.shape[1] * n)
+    if not sound:
+        raise ValueError("positions lie outside of their row, or are not as many as their group has")
+    expected = stream_bytes(counts, header.value_type)
+    found = arrays["values"].nbytes if "values" in arrays else 0
+    if found != expected:
+        raise ValueError(f"the component values has {found} bytes, the mask needs {expected}")
+    return int(np.count_nonzero(slots[:, :columns]))

@@ -81,7 +81,7 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
         options.value_type,
         (mask.shape[0], mask.shape[1]),
         params,
-        {"positions": _store_positions(slots, n, m, mask.shape[1]), "values": values, **meaning},
+        {"positions": store_positions(slots, n, m, mask.shape[1]), "values": values, **meaning},
         int(mask.sum()),
     )
 
@@ -90,7 +90,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     """Scatter the slots; those beyond the row fall away."""
     n, m = packed.params["n"], packed.params["m"]
     in_features = packed.shape[1]
-    slots = _load_positions(packed.arrays["positions"], packed.shape, n, m)
+    slots = load_positions(packed.arrays["positions"], packed.shape, n, m)
     codes = load_stream(packed.arrays["values"], slots, packed.value_type)
     mask = slots[:, :in_features].copy()
     weight = dequantize(codes[:, :in_features], packed.value_type, packed.params, packed.arrays)
@@ -135,7 +135,7 @@ def _width(m: int, in_features: int) -> int:
     return -(-in_features // m) * m
 
 
-def _store_positions(slots: NDArray[np.bool_], n: int, m: int, in_features: int) -> Component:
+def store_positions(slots: NDArray[np.bool_], n: int, m: int, in_features: int) -> Component:
     """Mask bits, or the slots' positions within their group in ascending order, lowest bits first."""
     rows, bits = slots.shape[0], position_bits(n, m)
     if bits:
@@ -149,8 +149,8 @@ def _store_positions(slots: NDArray[np.bool_], n: int, m: int, in_features: int)
     return positions
 
 
-def _load_positions(positions: Component, shape: tuple[int, int], n: int, m: int) -> NDArray[np.bool_]:
-    """Inverse of `_store_positions`: bool [out, groups * M]."""
+def load_positions(positions: Component, shape: tuple[int, int], n: int, m: int) -> NDArray[np.bool_]:
+    """Inverse of `store_positions`: bool [out, groups * M]; `IndexError` for a code beyond its group."""
     rows, bits = shape[0], position_bits(n, m)
     groups = -(-shape[1] // m)
     packed = positions.astype(np.uint8)

@@ -45,6 +45,10 @@ class GenaiRuntime:
         """onnxruntime-genai with the functions inside the model."""
         return GenaiRuntime(native=False) if self._native else self
 
+    def baseline(self) -> GenaiRuntime:
+        """Itself: dense graphs have none of our operators."""
+        return self
+
     def open(self, folder: Path, *, threads: int) -> GenaiSession:
         """Load the model; `threads` 0 means the physical cores.
 

@@ -49,6 +49,10 @@ class OrtRuntime:
         """ONNX Runtime with the functions inside the model."""
         return StockOrtRuntime(self._configure) if self._native else self
 
+    def baseline(self) -> OrtRuntime:
+        """Itself: dense graphs have none of our operators."""
+        return self
+
     def open(self, folder: Path, *, threads: int) -> OrtSession:
         """Load `model.onnx`; `threads` 0 means the physical cores.
 

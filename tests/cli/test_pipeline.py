@@ -264,6 +264,54 @@ def test_generate_chat_evaluate_and_bench(
     assert models[0]["bytes"] > models[1]["bytes"] > 0
 
 
+def test_gguf_is_planned_and_other_formats_flags_are_refused(
+    finished: tuple[Path, Result], tiny_llama: Path, tmp_path: Path
+) -> None:
+    argv = [
+        "compress-and-export",
+        "-m",
+        tiny_llama,
+        "-f",
+        "gguf",
+        "-o",
+        tmp_path / "new",
+        *QUICK,
+        "--dry-run",
+    ]
+    alone = json.loads(losa(*argv, "--json").out)
+    assert list(alone["files"]) == ["portable .gguf"]
+    both = json.loads(losa(*argv, "--json", "--packed", "--portable").out)
+    assert list(both["files"]) == ["packed .gguf", "portable .gguf"]
+    assert both["files"]["packed .gguf"] < both["files"]["portable .gguf"] == alone["total_bytes"]
+    merged = work(finished[0]) / "merged"
+    known = json.loads(losa("export", merged, "-f", "gguf", "--packed", "--dry-run", "--json").out)
+    (name,) = known["files"]
+    assert name.endswith("-LOSA-I8.gguf")
+    assert known["total_bytes"] > both["files"]["packed .gguf"]  # it knows of the tokenizer
+    refused = losa(*argv, "--bundle-runtime")
+    assert refused.code == 2 and "--format onnx" in refused.err
+    refused = losa("export", merged, "-f", "onnx", "--packed", "--dry-run")
+    assert refused.code == 2 and "--format gguf" in refused.err
+
+
+def test_a_model_that_llama_cpp_does_not_know_is_refused_before_any_work(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model, output = tmp_path / "opt", tmp_path / "out"
+    shutil.copytree(tiny_tokenizer, model)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1}
+    OPTForCausalLM(
+        OPTConfig(**sizes, num_attention_heads=2, word_embed_proj_dim=32, max_position_embeddings=64)
+    ).save_pretrained(str(model))
+    for extra in ([], ["--dry-run"]):
+        result = losa("compress-and-export", "-m", model, "-f", "gguf", "-o", output, *QUICK, *extra)
+        assert result.code == 3, result.err
+        assert "no graph for opt" in result.err and "--format onnx" in result.err
+        assert not output.exists() and not (work(output) / "adapted").exists()
+
+
 @pytest.mark.slow
 def test_stage_by_stage_and_without_the_work_folder(tiny_llama: Path, tmp_path: Path) -> None:
     options = [*QUICK[:8], "--threads", "1"]

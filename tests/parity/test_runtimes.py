@@ -1,4 +1,4 @@
-"""The three runtimes against each other on the tiny trained model, and their refusals."""
+"""The runtimes against each other on the tiny trained model, and their refusals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Session
+from losa_deploy.exporters.gguf.exporter import GgufExporter
+from losa_deploy.interfaces import Session, no_progress
+from losa_deploy.manifest import Manifest, SourceRecord
+from losa_deploy.recipe import load_recipe
 from losa_deploy.runtimes.generate import GenerateOptions, generate
+from losa_deploy.runtimes.llamacpp.runtime import StockLlamaCppRuntime
+from losa_deploy.runtimes.llamacpp.session import LlamaCppSession
 from losa_deploy.runtimes.ort.genai import GenaiRuntime, GenaiSession
 from losa_deploy.runtimes.ort.session import OrtRuntime, OrtSession
 from losa_deploy.runtimes.reference import ReferenceRuntime, ReferenceSession
@@ -57,7 +63,25 @@ def genai(tiny_dense_onnx: Path) -> Iterator[GenaiSession]:
     session.close()
 
 
-@pytest.fixture(params=["reference", "ort", "unshared", "genai"])
+@pytest.fixture(scope="module")
+def tiny_dense_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a dense F32 GGUF."""
+    artifact, folder = tmp_path_factory.mktemp("artifact"), tmp_path_factory.mktemp("tiny_dense_gguf")
+    recipe = load_recipe(overrides=[("export.value_type", "f32")])
+    source = SourceRecord(id="someone/tiny")
+    Manifest(kind="exported", source=source, recipe=recipe, sparsity_achieved=0.0, linears=()).write(artifact)
+    GgufExporter().export_dense(Checkpoint.open(tiny_llama), artifact, folder, no_progress)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llamacpp(tiny_dense_gguf: Path) -> Iterator[LlamaCppSession]:
+    session = StockLlamaCppRuntime().open(tiny_dense_gguf, threads=1)
+    yield session
+    session.close()
+
+
+@pytest.fixture(params=["reference", "ort", "unshared", "genai", "llamacpp"])
 def session(request: pytest.FixtureRequest) -> Session:
     chosen: Session = request.getfixturevalue(request.param)
     return chosen
@@ -124,12 +148,17 @@ def test_to_the_end_of_the_context(session: Session, reference: ReferenceSession
 
 
 def test_the_same_greedy_tokens_everywhere(
-    reference: ReferenceSession, ort: OrtSession, unshared: OrtSession, genai: GenaiSession, tokens: list[int]
+    reference: ReferenceSession,
+    ort: OrtSession,
+    unshared: OrtSession,
+    genai: GenaiSession,
+    llamacpp: LlamaCppSession,
+    tokens: list[int],
 ) -> None:
     options = GenerateOptions(max_tokens=60)
     expected = list(generate(reference, tokens[:12], options))
     assert len(set(expected)) > 10
-    for other in (ort, unshared, genai):
+    for other in (ort, unshared, genai, llamacpp):
         assert list(generate(other, tokens[:12], options)) == expected
     assert list(genai.greedy(tokens[:12], 60)) == expected
 
@@ -244,7 +273,13 @@ def test_a_graph_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
         OrtRuntime().open(tmp_path, threads=1)
 
 
-def test_what_each_runtime_supports(tiny_llama: Path, tiny_dense_onnx: Path, tmp_path: Path) -> None:
+def test_what_each_runtime_supports(
+    tiny_llama: Path, tiny_dense_onnx: Path, tiny_dense_gguf: Path, tmp_path: Path
+) -> None:
+    for folder in (tiny_llama, tiny_dense_onnx, tmp_path):
+        assert not StockLlamaCppRuntime().supports(folder)
+    for path in (tiny_dense_gguf, *tiny_dense_gguf.glob("*.gguf")):
+        assert StockLlamaCppRuntime().supports(path)
     assert ReferenceRuntime().supports(tiny_llama) and not ReferenceRuntime().supports(tiny_dense_onnx)
     for runtime in (OrtRuntime(), GenaiRuntime()):
         assert runtime.supports(tiny_dense_onnx) and not runtime.supports(tiny_llama)
@@ -267,11 +302,37 @@ def test_a_damaged_config_is_refused(tiny_dense_onnx: Path, tmp_path: Path) -> N
         OrtRuntime().open(folder, threads=1)
 
 
-def test_a_closed_session_says_so(tiny_dense_onnx: Path, tokens: list[int]) -> None:
-    session = OrtRuntime().open(tiny_dense_onnx, threads=1)
+@pytest.mark.parametrize("runtime", [OrtRuntime(), StockLlamaCppRuntime()], ids=lambda r: r.name)
+def test_a_closed_session_says_so(
+    runtime: OrtRuntime | StockLlamaCppRuntime,
+    tiny_dense_onnx: Path,
+    tiny_dense_gguf: Path,
+    tokens: list[int],
+) -> None:
+    session = runtime.open(tiny_dense_onnx if runtime.name == "ort" else tiny_dense_gguf, threads=1)
+    session.close()
     session.close()
     with pytest.raises(RuntimeError, match="closed"):
         session.logits(tokens)
+
+
+def test_a_context_grows_with_its_sequence(tiny_dense_gguf: Path, tokens: list[int]) -> None:
+    """Copies of the cache into larger contexts give what one large context gives."""
+    from losa_deploy.runtimes.llamacpp import session as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SMALLEST_CONTEXT", 4)
+        small = StockLlamaCppRuntime().open(tiny_dense_gguf, threads=1)
+        assert small._capacity == 4
+        full = small.logits(tokens)
+        small._make_room(4)
+        small.prefill(tokens[:3])
+        capacities = {small._capacity}
+        for position in range(3, len(tokens)):
+            assert largest(small.step(tokens[position]), full[position]) < TOLERANCE
+            capacities.add(small._capacity)
+        small.close()
+    assert capacities == {4, 8, 16, 32, 64}
 
 
 def test_steps_of_an_opt_model(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ class FolderExporter:
 
     name = "folder"
 
+    def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
+        pass
+
     def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
         pass
 

@@ -56,6 +56,20 @@ def test_the_body_has_numbers_machine_verdict_and_provenance(merged_half: Path) 
     assert "Not measured" in render_card(Manifest.read(merged_half), None)
 
 
+def test_a_gguf_card_says_what_opens_which_file(merged_half: Path) -> None:
+    manifest = Manifest.read(merged_half).model_copy(update={"format": "gguf"})
+
+    def card(**export: bool) -> str:
+        changed = manifest.recipe.export.model_copy(update=export)
+        recipe = manifest.recipe.model_copy(update={"export": changed})
+        return render_card(manifest.model_copy(update={"recipe": recipe}), NUMBERS)
+
+    assert "stock tools refuse it" not in card() and "it is not smaller than an unpruned model" in card()
+    assert "stock tools refuse it" in card(packed=True) and "is portable" not in card(packed=True)
+    both = card(packed=True, portable=True)
+    assert "stock tools refuse it" in both and "The other one is portable" in both
+
+
 def test_own_text_survives_in_place_and_from_the_replaced_output(merged_half: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(merged_half)
     old, new = tmp_path / "old", tmp_path / "new"

@@ -28,7 +28,7 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ours_are_installed() -> None:
-    assert "onnx" in plugins.exporters()
+    assert {"onnx", "gguf"} <= set(plugins.exporters())
     assert {"ort", "genai", "reference"} <= set(plugins.runtimes())
 
 

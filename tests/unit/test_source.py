@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from losa_deploy import source
-from losa_deploy.checkpoint import Checkpoint, write_weights
+from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, copy_side_files, write_weights
 from losa_deploy.errors import InputError, MissingError, OfflineError, UsageError
+from losa_deploy.exporters.gguf.tokenizer import read_vocabulary
 from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.pretokenizers import recognise
 from losa_deploy.source import load_source, model_name
+from losa_deploy.text import load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,6 +82,9 @@ def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     writer.add_vocab_size(config["vocab_size"])
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_types([3] * 5 + [1] * (config["vocab_size"] - 5))
+    writer.add_add_bos_token(True)
     writer.add_token_list(tokens + [f"<unused{i}>" for i in range(config["vocab_size"] - len(tokens))])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["merges"]])
     writer.add_bos_token_id(0)
@@ -122,6 +128,32 @@ def gguf_rows(name: str, weight: np.ndarray, config: dict[str, int]) -> np.ndarr
             halves = weight.reshape(count, 2, weight.shape[0] // count // 2, weight.shape[1])
             return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
     return weight
+
+
+def test_what_a_gguf_file_says_about_its_tokenizer_is_kept(tiny_gguf: Path, tmp_path: Path) -> None:
+    checkpoint, _ = load(tiny_gguf, tmp_path)
+    kept = json.loads((checkpoint.folder / GGUF_TOKENIZER_FILE).read_text("utf-8"))
+    assert kept == {
+        "model": "gpt2",
+        "pre": "smollm",
+        "token_types": [[3, 5], [1, checkpoint.shape("model.embed_tokens.weight")[0] - 5]],
+        "ids": {"bos": 0, "eos": 1},
+        "flags": {"add_bos_token": True},
+    }
+    tokenizer = json.loads((checkpoint.folder / "tokenizer.json").read_text("utf-8"))
+    assert recognise(tokenizer) == "smollm"
+    ids = load_tokenizer(checkpoint.folder).encode("a  12", special=False)
+    assert load_tokenizer(checkpoint.folder).decode(ids) == "a  12"
+    vocabulary = read_vocabulary(checkpoint.folder, 300, checkpoint.config)
+    assert (vocabulary.pre, vocabulary.types[:6]) == ("smollm", (3, 3, 3, 3, 3, 1))
+    assert "beyond the 300 rows" in vocabulary.notes[0]  # transformers adds one for unknown text
+    assert vocabulary.flags["add_bos_token"] is True
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    copy_side_files(checkpoint.folder, merged)
+    assert not (merged / GGUF_TOKENIZER_FILE).exists()  # artifacts do not carry it
+    copy_side_files(checkpoint.folder, merged, [GGUF_TOKENIZER_FILE])
+    assert (merged / GGUF_TOKENIZER_FILE).is_file()
 
 
 def test_a_gguf_file_becomes_the_same_model_in_f32(tiny_gguf: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_not_smaller_names_the_price_of_positions_or_the_dense_layout() -> None:
     assert "every linear is stored dense" in line(equal, 0)
 
 
+def test_the_type_of_the_dense_baseline_is_named() -> None:
+    lines = decide(replace(GOOD, dense_type="f16")).lines
+    assert "0.11× the dense f16 one" in lines[0]
+    assert "20.0 tokens/s dense f16 in ort" in lines[1] and lines[2].endswith("dense f16.")
+
+
 def test_smaller_than_its_dense_type_but_not_than_f32_is_not_smaller() -> None:
     assert not decide(replace(GOOD, exported_bytes=70_000_000, dense_f32_bytes=65_000_000)).smaller
 

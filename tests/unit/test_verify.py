@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -179,13 +180,17 @@ def test_the_last_partial_group_may_keep_at_most_n() -> None:
     assert "first in row 0 at column 4: 2" in check_pattern("x", mask & (np.arange(6) != 0), (1, 4))[0]
 
 
+@pytest.mark.parametrize("scale_type", ["f32", "f16"])
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-def test_the_error_bound_holds_for_the_layouts_and_is_not_slack(value_type: ValueType) -> None:
+def test_the_error_bound_holds_for_the_layouts_and_is_not_slack(
+    value_type: ValueType, scale_type: Literal["f32", "f16"]
+) -> None:
     rng = np.random.default_rng(0)
-    weight = (rng.normal(size=(40, 172)) * rng.choice([1e-6, 1e-2, 1.0], size=(40, 1))).astype(np.float32)
+    magnitudes = rng.choice([1e-8, 1e-6, 1e-4, 1e-2, 1.0, 100.0], size=(60, 1))
+    weight = (rng.normal(size=(60, 172)) * magnitudes).astype(np.float32)
     mask = rng.random(weight.shape) < 0.5
     weight *= mask
-    options = PackOptions(value_type=value_type, group_size=32)
+    options = PackOptions(value_type=value_type, group_size=32, scale_type=scale_type)
     layout = LAYOUTS["bitmask"]
     decoded = layout.unpack(layout.pack(weight, mask, options)).weight
     findings, error = check_decoded(record("x", mask, value_type), decoded, weight, mask, 32)

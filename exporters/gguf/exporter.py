@@ -1,0 +1,150 @@
+"""The GGUF exporter: a merged sparse model → files that llama.cpp opens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.checkpoint import Checkpoint, copy_side_files
+from losa_deploy.errors import InputError, UsageError
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.manifest import Manifest, TensorRecord, hash_files
+from losa_deploy.model import SparseModel
+from losa_deploy.recipe import ExportRecipe
+
+from . import reader
+from .architecture import architecture, sliding_note
+from .plan import Job, Kind, packing, plan
+from .tokenizer import Vocabulary, check_tokenizer, read_vocabulary
+from .writer import Provenance, write_file
+
+PORTABLE_NOTE = (
+    "{file} is portable: dense with exact zeros, so it is not smaller than an unpruned model of the same "
+    "type. --packed writes a file without the zeros."
+)
+
+
+class GgufExporter:
+    """`--format gguf`."""
+
+    name = "gguf"
+
+    def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
+        """Raise before any work if llama.cpp cannot run this model, or GGUF cannot hold what is asked for."""
+        architecture(source)
+        check_tokenizer(source.folder)
+        if recipe.bundle_runtime:
+            raise UsageError(
+                "--bundle-runtime is for --format onnx; llama.cpp finds our backend by its path.",
+                hint="Leave --bundle-runtime out (or add --no-bundle-runtime).",
+            )
+        if recipe.layout not in ("auto", "dense") and not recipe.packed:
+            raise UsageError(
+                f"--layout {recipe.layout} needs --packed: a portable GGUF holds dense tensors.",
+                hint="Add --packed, or use --layout auto.",
+            )
+
+    def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
+        """Raise also if a forced layout does not fit a mask, or a masked linear is unknown."""
+        self.check_source(model.checkpoint, recipe)
+        unknown = sorted(model.masked - set(model.linears))
+        if unknown:
+            raise InputError(
+                f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
+                hint="Merge the model again.",
+            )
+        if recipe.layout == "nm":
+            for linear in model.linears:
+                packing(recipe, linear, model.mask(linear))
+
+    def plan(self, model: SparseModel, recipe: ExportRecipe) -> ExportPlan:
+        """What `export` would write, from headers and masks only."""
+        return plan(_jobs(model, recipe))
+
+    def export(
+        self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        """Write one or two GGUF files, the side files and `losa.json` into `folder`."""
+        self.check(model, recipe)
+        vocabulary = _vocabulary(model.checkpoint)
+        manifest = model.manifest
+        provenance = _provenance(manifest, recipe.value_type, manifest.sparsity_achieved)
+        jobs = _jobs(model, recipe)
+        records = [write_file(job, vocabulary, provenance, folder, progress) for job in jobs]
+        copy_side_files(model.folder, folder)
+        linears, others = _split(model.checkpoint, records[0])
+        changes = {
+            "kind": "exported",
+            "format": self.name,
+            "recipe": manifest.recipe.model_copy(update={"export": recipe}),
+            "linears": linears,
+            "other_tensors": others,
+            "files": hash_files(folder),
+        }
+        manifest.model_copy(update=changes).write(folder)
+        notes = [*vocabulary.notes, sliding_note(model.config)]
+        notes += [PORTABLE_NOTE.format(file=job.file) for job in jobs if job.kind == "portable"]
+        return _exported(folder, records[0], tuple(note for note in notes if note))
+
+    def export_dense(
+        self, source: Checkpoint, exported: Path, folder: Path, progress: Progress
+    ) -> ExportedModel:
+        """The unpruned model as F16, or as F32 if the weights of the artifact `exported` are f32."""
+        manifest = Manifest.read(exported)
+        value_type = "f32" if manifest.recipe.export.value_type == "f32" else "f16"
+        recipe = ExportRecipe.model_validate({"layout": "dense", "value_type": value_type})
+        job = Job(source, recipe, lambda linear: _ones(source, linear), "portable", manifest.source.id)
+        provenance = _provenance(manifest, value_type, 0.0)
+        records = write_file(job, _vocabulary(source), provenance, folder, progress)
+        copy_side_files(source.folder, folder)
+        return _exported(folder, records, ())
+
+    def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        """Linear, embedding, head → weight [out, in], from the packed file if there is one."""
+        manifest = Manifest.read(folder)
+        return reader.decode(folder, (*manifest.linears, *manifest.other_tensors))
+
+
+def _jobs(model: SparseModel, recipe: ExportRecipe) -> tuple[Job, ...]:
+    """The files to write, the primary one first."""
+    kinds: list[Kind] = ["packed"] if recipe.packed else []
+    kinds += ["portable"] if recipe.portable or not recipe.packed else []
+    source = model.manifest.source.id
+    return tuple(Job(model.checkpoint, recipe, model.mask, kind, source) for kind in kinds)
+
+
+def _ones(source: Checkpoint, linear: str) -> NDArray[np.bool_]:
+    return np.ones(source.linears[linear], np.bool_)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    rows = checkpoint.shape(f"{checkpoint.family.embedding}.weight")[0]
+    return read_vocabulary(checkpoint.folder, rows, checkpoint.config)
+
+
+def _provenance(manifest: Manifest, value_type: str, sparsity: float) -> Provenance:
+    source = manifest.source
+    return {
+        "license": source.license,
+        "source": source.id,
+        "revision": source.revision,
+        "sparsity": sparsity,
+        "value_type": value_type,
+    }
+
+
+def _split(
+    checkpoint: Checkpoint, records: tuple[TensorRecord, ...]
+) -> tuple[tuple[TensorRecord, ...], tuple[TensorRecord, ...]]:
+    """Records of linears, and of embedding and head."""
+    count = len(checkpoint.linears)
+    return records[:count], records[count:]
+
+
+def _exported(folder: Path, records: tuple[TensorRecord, ...], notes: tuple[str, ...]) -> ExportedModel:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    tensors = tuple(record.model_dump(mode="json") for record in records)
+    return ExportedModel(folder, "gguf", files, tensors, notes)

@@ -1,0 +1,189 @@
+"""What each tensor of a GGUF becomes, from headers and masks only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.errors import UsageError
+from losa_deploy.gguf_file import F32, TYPE_NAMES, dense_bytes
+from losa_deploy.gguf_view import declared_type, dense_type
+from losa_deploy.interfaces import ExportPlan, PlannedTensor
+from losa_deploy.layouts import LAYOUTS, Choice, choose, nm
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.blob import blob_bytes
+from losa_deploy.recipe import ExportRecipe
+
+from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
+from .naming import file_name
+from .values import VALUE_TYPES, pack_options
+
+Kind = Literal["portable", "packed"]
+ROPE = "rope_freqs.weight"
+HEAD_FOLLOWS: Mapping[ValueType, ValueType] = {"f32": "f32", "f16": "f16", "i8": "i8", "i4": "i8"}
+"""Blocks → embedding and head."""
+LIBRARY_BYTES = 700_000_000
+"""Resident size of numpy, torch and transformers beside the tensor at hand."""
+DENSE_REASON = "portable: dense with its zeros, no smaller than an unpruned one"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file."""
+
+    source: str
+    """Tensor of the checkpoint; empty for one that is computed."""
+    name: str
+    """In the file; a packed one has the prefix `losa.`."""
+    shape: tuple[int, ...]
+    bytes: int
+    dense: int
+    """Type of a dense tensor."""
+    choice: Choice | None
+    """How it is packed; None for a dense tensor."""
+    kept: int
+    reason: str
+
+    @property
+    def module(self) -> str:
+        return self.source.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file: a checkpoint, its masks, and how."""
+
+    checkpoint: Checkpoint
+    recipe: ExportRecipe
+    mask: Callable[[str], NDArray[np.bool_]]
+    """Linear → mask [out, in], True = kept."""
+    kind: Kind
+    model: str
+    """Identity of the source, for the name of the file."""
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture(self.checkpoint)
+
+    @property
+    def head_value_type(self) -> ValueType:
+        """Of embedding and head."""
+        return HEAD_FOLLOWS[self.recipe.value_type] if self.recipe.head == "same" else self.recipe.head
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(
+            prod(self.checkpoint.shape(name)) for name in tensor_names(self.checkpoint, self.architecture)
+        )
+
+    @cached_property
+    def file(self) -> str:
+        """Name of the file."""
+        value_type = self.recipe.value_type
+        label = {"i8": "Q8_0", "i4": "Q4_0"}.get(value_type, value_type.upper())
+        label = f"LOSA-{value_type.upper()}" if self.kind == "packed" else label
+        return file_name(self.model, self.parameters, label)
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """All tensors in the order of the file."""
+        names = tensor_names(self.checkpoint, self.architecture)
+        found = [self._entry(source, name) for source, name in names.items()]
+        if Rope.of(self.checkpoint.config).kind == "llama3":
+            width = head_dim(self.checkpoint.config) // 2
+            found.append(Entry("", ROPE, (width,), 4 * width, F32, None, width, ""))
+        return tuple(found)
+
+    def _entry(self, source: str, name: str) -> Entry:
+        shape = self.checkpoint.shape(source)
+        module = source.rpartition(".")[0]
+        if len(shape) == 1:
+            return Entry(source, name, shape, 4 * shape[0], F32, None, shape[0], "")
+        matrix = (shape[0], shape[1])
+        if module not in self.checkpoint.linears:
+            kind = dense_type(self.head_value_type, shape[1])
+            tied = self.checkpoint.tied
+            reason = "embedding, shared with the head" if tied else "embedding and head stay dense"
+            return self._dense(source, name, matrix, kind, prod(shape), reason)
+        mask = self.mask(module)
+        kept = int(mask.sum())
+        kind = dense_type(self.recipe.value_type, shape[1])
+        if self.kind == "portable":
+            return self._dense(source, name, matrix, kind, kept, DENSE_REASON)
+        order = row_order(self.checkpoint.config, self.architecture, module, shape[0])
+        mask = mask if order is None else mask[order]  # pairs of rows share a stream
+        picked = packing(self.recipe, module, mask)
+        size = blob_bytes(picked.layout, mask, picked.options)
+        if picked.layout == "dense" and self.recipe.layout != "dense":
+            return self._dense(source, name, matrix, kind, kept, picked.reason)
+        if declared_type(picked.options.value_type, matrix, size) is None:
+            return self._dense(source, name, matrix, kind, kept, "no room for a packed tensor in a dense one")
+        return Entry(source, f"losa.{name}", shape, size, F32, picked, kept, picked.reason)
+
+    def _dense(
+        self, source: str, name: str, shape: tuple[int, int], kind: int, kept: int, reason: str
+    ) -> Entry:
+        size = dense_bytes(kind, (shape[1], shape[0]))
+        assert size is not None  # `dense_type` looked at the columns
+        return Entry(source, name, shape, size, kind, None, kept, reason)
+
+    def order(self, entry: Entry) -> NDArray[np.intp] | None:
+        """How the rows of a tensor are reordered, None if they stay."""
+        return row_order(self.checkpoint.config, self.architecture, entry.module, entry.shape[0])
+
+
+def packing(recipe: ExportRecipe, linear: str, mask: NDArray[np.bool_]) -> Choice:
+    """Layout of a packed linear; raises `UsageError` naming it if a forced one cannot represent it."""
+    options = pack_options(recipe.value_type, recipe.group_size)
+    if recipe.layout == "auto":
+        return choose(mask, options)
+    layout = recipe.layout
+    if layout == "nm":
+        if mask.all():
+            return Choice("dense", options, LAYOUTS["dense"].size(mask, options), "nothing is pruned")
+        pattern = nm.find_pattern(mask)
+        if pattern is None:
+            raise UsageError(
+                f"--layout nm cannot store {linear}: its mask keeps no fixed N of every M positions.",
+                hint="Use --layout auto or bitmask, or compress with --pattern 2:4.",
+                details={"tensor": linear},
+            )
+        options = replace(options, pattern=pattern)
+    return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
+
+
+def planned(job: Job) -> Iterator[PlannedTensor]:
+    """Every linear in block order, then embedding and head."""
+    entries = {entry.module: entry for entry in job.entries if len(entry.shape) == 2}
+    for module in (*job.checkpoint.linears, *(n for n in entries if n not in job.checkpoint.linears)):
+        entry = entries[module]
+        if entry.choice is not None:
+            layout, value_type, size = (
+                entry.choice.layout,
+                entry.choice.options.value_type,
+                entry.choice.bytes,
+            )
+        else:
+            layout, value_type, size = "dense", VALUE_TYPES[entry.dense], entry.bytes
+        reason = entry.reason if entry.choice else f"{TYPE_NAMES[entry.dense]}; {entry.reason}"
+        yield PlannedTensor(module, entry.shape, layout, value_type, entry.kept, size, reason)
+
+
+def plan(jobs: tuple[Job, ...]) -> ExportPlan:
+    """Files and bytes of one or two files; the tensors are those of the first."""
+    checkpoint = jobs[0].checkpoint
+    header = 100_000 + 2 * sum(
+        path.stat().st_size
+        for path in (checkpoint.folder / n for n in ("tokenizer.json", "tokenizer.model"))
+        if path.is_file()
+    )
+    files = {job.file: header + sum(entry.bytes + 64 for entry in job.entries) for job in jobs}
+    largest = max(prod(entry.shape) for entry in jobs[0].entries)
+    return ExportPlan("gguf", files, tuple(planned(jobs[0])), LIBRARY_BYTES + 16 * largest)

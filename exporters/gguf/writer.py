@@ -1,0 +1,156 @@
+"""Writes one GGUF file, tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy import __version__
+from losa_deploy.errors import InputError
+from losa_deploy.gguf_file import I8, Q4_0, TYPE_NAMES
+from losa_deploy.gguf_view import ARCHITECTURE, FORMAT, PACKED
+from losa_deploy.interfaces import Progress
+from losa_deploy.layouts import LAYOUTS
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.blob import ALIGNMENT, to_blob
+from losa_deploy.manifest import SCHEMA, TensorRecord
+
+from .architecture import Rope, head_dim, write_shape
+from .naming import model_name
+from .plan import ROPE, Entry, Job
+from .tokenizer import Vocabulary
+from .values import BLOCK, VALUE_TYPES, encode
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Provenance = Mapping[str, str | float]
+"""Keys below `losa.`, and `license`."""
+FILE_TYPES: Mapping[ValueType, int] = {"f32": 0, "f16": 1, "i4": 2, "i8": 7}
+"""`general.file_type`: all F32, mostly F16, mostly Q4_0, mostly Q8_0."""
+
+
+def write_file(
+    job: Job, vocabulary: Vocabulary, provenance: Provenance, folder: Path, progress: Progress
+) -> tuple[TensorRecord, ...]:
+    """Write `folder/<job.file>`; returns the records of its linears, then of embedding and head."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(folder / job.file, job.architecture.name)
+    _write_keys(writer, job, vocabulary, provenance)
+    for entry in job.entries:
+        packed = entry.choice is not None
+        shape = (entry.bytes,) if packed else entry.shape
+        kind = GGMLQuantizationType(I8 if packed else entry.dense)
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.int8), entry.bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    records: dict[str, TensorRecord] = {}
+    for done, entry in enumerate(job.entries):
+        progress(done, len(job.entries), f"writing {job.file}")
+        data, record = _tensor(job, entry)
+        writer.write_tensor_data(data)
+        if record is not None:
+            records[record.name] = record
+    writer.close()
+    progress(len(job.entries), len(job.entries), f"writing {job.file}")
+    linears = [records[name] for name in job.checkpoint.linears]
+    return (*linears, *(r for name, r in records.items() if name not in job.checkpoint.linears))
+
+
+def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord | None]:
+    """The bytes of a tensor, and the record of a matrix."""
+    if entry.name == ROPE:
+        factors = Rope.of(job.checkpoint.config).factors(head_dim(job.checkpoint.config))
+        assert factors is not None
+        return factors, None
+    weight = job.checkpoint.array(entry.source)
+    order = job.order(entry)
+    if len(entry.shape) == 1:
+        return np.ascontiguousarray(weight if order is None else weight[order], np.float32), None
+    linear = entry.module in job.checkpoint.linears
+    mask = job.mask(entry.module) if linear else np.ones(weight.shape, np.bool_)
+    if order is not None:
+        weight, mask = weight[order], mask[order]
+    try:
+        return _matrix(entry, weight, mask)
+    except ValueError as error:
+        raise InputError(
+            f"{entry.module} cannot be stored: {error}.", hint="Use another --value-type, e.g. f32."
+        ) from None
+
+
+def _matrix(
+    entry: Entry, weight: NDArray[np.float32], mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.generic], TensorRecord]:
+    if entry.choice is None:
+        data = encode(np.where(mask, weight, np.float32(0)), entry.dense)
+        digest = hashlib.sha256(data.data).hexdigest()
+        record = _record(entry, "dense", VALUE_TYPES[entry.dense], data.nbytes, digest)
+        return data, record
+    packed = LAYOUTS[entry.choice.layout].pack(weight, mask, entry.choice.options)
+    blob = np.frombuffer(to_blob(packed), np.int8)
+    return blob, _record(entry, packed.layout, packed.value_type, packed.nbytes, packed.sha256)
+
+
+def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) -> TensorRecord:
+    shape = (entry.shape[0], entry.shape[1])
+    reason = entry.reason if entry.choice else f"{TYPE_NAMES[entry.dense]}; {entry.reason}"
+    return TensorRecord(
+        name=entry.module,
+        shape=shape,
+        layout=layout,
+        value_type=value_type,
+        nnz=entry.kept,
+        bytes=size,
+        bits_per_weight=round(8.0 * size / (shape[0] * shape[1]), 6),
+        sha256=digest,
+        reason=reason,
+        group_size=BLOCK if entry.choice is None and entry.dense == Q4_0 else 0,
+    )
+
+
+def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance: Provenance) -> None:
+    from gguf import GGUFValueType
+    from gguf.constants import GGML_QUANT_VERSION
+
+    name = model_name(job.model, job.parameters)
+    writer.add_type("model")
+    writer.add_name(name.full)
+    writer.add_basename(name.base)
+    writer.add_finetune(name.fine)
+    writer.add_version(name.version)
+    writer.add_size_label(name.size)
+    writer.add_organization(name.organization)
+    writer.add_quantized_by(f"losa-deploy {__version__}")
+    writer.add_license(str(provenance.get("license", "")))
+    if name.repository:
+        url = f"https://huggingface.co/{name.repository}"
+        writer.add_source_url(url)
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name.full)
+        writer.add_base_model_organization(0, name.organization)
+        writer.add_base_model_repo_url(0, url)
+    write_shape(writer, job.checkpoint)
+    writer.add_file_type(FILE_TYPES[job.recipe.value_type])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    vocabulary.write(writer)
+    for key, value in provenance.items():
+        if isinstance(value, float):
+            writer.add_float32(f"losa.{key}", value)
+        elif key != "license":
+            writer.add_string(f"losa.{key}", value)
+    writer.add_string("losa.schema", SCHEMA)
+    writer.add_string("losa.tool_version", __version__)
+    if job.kind == "packed":
+        writer.kv_data[0][ARCHITECTURE].value = PACKED
+        writer.add_string("losa.architecture", job.architecture.name)
+        writer.add_key_value("losa.required", True, GGUFValueType.BOOL)
+        writer.add_uint32("losa.format", FORMAT)
+        writer.add_custom_alignment(ALIGNMENT)

@@ -1,0 +1,90 @@
+"""Blobs: exact round trips, and every kind of damage refused."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
+from losa_deploy.layouts.base import PackedTensor, ValueType
+from losa_deploy.layouts.blob import FIXED, from_blob, to_blob
+
+VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+
+
+def packed(layout: str, value_type: ValueType, rows: int = 5, columns: int = 100) -> PackedTensor:
+    rng = np.random.default_rng(rows * columns)
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    mask = rng.random((rows, columns)) < 0.5
+    options = PackOptions(value_type, 32, "f16" if columns % 2 else "f32")
+    if layout == "nm":
+        mask = np.tile(np.arange(columns) % 4 == 2, (rows, 1))
+        options = replace(options, pattern=(1, 4))
+    return LAYOUTS[layout].pack(weight, mask, options)
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm"])
+@pytest.mark.parametrize("shape", [(5, 100), (1, 1), (2, 63), (4, 256)])
+def test_round_trip_is_exact(layout: str, value_type: ValueType, shape: tuple[int, int]) -> None:
+    if layout == "nm" and shape == (1, 1):
+        pytest.skip("one column has no 1:4 pattern")
+    before = packed(layout, value_type, *shape)
+    after = from_blob(to_blob(before))
+    assert (after.layout, after.value_type, after.shape) == (layout, value_type, shape)
+    assert dict(after.params) == dict(before.params) and after.sha256 == before.sha256
+    assert list(after.arrays) == list(before.arrays)
+    assert all(after.arrays[name].dtype == array.dtype for name, array in before.arrays.items())
+    assert after.nnz == before.nnz and to_blob(after) == to_blob(before)
+    assert unpack(after).weight.tobytes() == unpack(before).weight.tobytes()
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm"])
+def test_a_shortened_blob_is_refused(layout: str) -> None:
+    blob = to_blob(packed(layout, "i4"))
+    for length in (0, 4, 31, 127, 128, 200, len(blob) - 64):
+        with pytest.raises(ValueError):
+            from_blob(blob[:length])
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "message"),
+    [
+        (0, b"LASO", "no packed tensor"),
+        (4, b"\x02", "no packed tensor"),
+        (8, b"\x03", "layout 3"),
+        (9, b"\x04", "value type 4"),
+        (10, b"\x00", "scale type 0"),
+        (11, b"\x01", "1:0"),
+        (14, b"\x07", "groups of 7"),
+        (16, struct.pack("<I", 6), "bytes"),
+        (20, struct.pack("<I", 200), "bytes"),
+        (24, struct.pack("<Q", 501), "501 weights kept"),
+        (FIXED.size, struct.pack("<Q", 129), "lies at 129"),
+        (FIXED.size + 16, struct.pack("<Q", 128), "lies at 128"),
+        (FIXED.size + 8, struct.pack("<Q", (1 << 64) - 64), "lies at"),
+        (128, b"\xff" * 12, "the mask needs"),
+        (128 + 15, b"\x80", "outside of their row"),
+    ],
+)
+def test_a_lie_is_refused(at: int, new: bytes, message: str) -> None:
+    blob = bytearray(to_blob(packed("bitmask", "i4")))
+    blob[at : at + len(new)] = new
+    with pytest.raises(ValueError, match=message):
+        from_blob(bytes(blob))
+
+
+def test_positions_of_n_of_m_are_checked() -> None:
+    blob = bytearray(to_blob(packed("nm", "i8")))  # 1:4 as codes of 2 bits
+    blob[128 + 30] ^= 0x40  # beyond the 25 groups of a row
+    with pytest.raises(ValueError, match="outside of their row"):
+        from_blob(bytes(blob))
+    mask = np.tile(np.arange(96) % 12 < 5, (3, 1))
+    five = LAYOUTS["nm"].pack(np.ones((3, 96), np.float32), mask, PackOptions("i8", pattern=(5, 12)))
+    lying = bytearray(to_blob(five))
+    lying[128] ^= 1
+    with pytest.raises(ValueError, match="as many as their group"):
+        from_blob(bytes(lying))
