@@ -88,15 +88,24 @@ def _check(args: argparse.Namespace) -> None:
 
 def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Engine:
     """Parallel slots where the runtime has them, else one session and a queue."""
-    threads = thread_count(args)
+    from losa_deploy.cli.stages import warn_of_fallback
     from losa_deploy.runtimes.server.sequential import QueueEngine
+    from losa_deploy.runtimes.server.slots import ParallelRuntime, SlotEngine
 
+    threads = thread_count(args)
+    if isinstance(runtime, ParallelRuntime):
+        slots = runtime.open_slots(
+            args.model, threads=threads, slots=args.parallel or PARALLEL, context=args.context
+        )
+        warn_of_fallback(runtime, console)
+        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn)
     if args.parallel is not None and args.parallel > 1:
         raise UsageError(
             f"--parallel is {args.parallel}, but the runtime {runtime.name} answers one request at a time.",
             hint="Leave --parallel out (others wait, see --queue), or serve a GGUF file.",
         )
     session = runtime.open(args.model, threads=threads)
+    warn_of_fallback(runtime, console)
     return QueueEngine(runtime.name, session, queue=args.queue, context=args.context, log=console.warn)
 
 

@@ -133,6 +133,8 @@ class Course:
         self.ticket = ticket
         self._count = count
         self.prompt = ticket.request.prompt
+        self.end: FinishReason | EngineFailure | None = None
+        """Why it is over; None while it is not, and for a cancelled one."""
         self._random = np.random.default_rng(options.seed)
         self._left = options.max_tokens
         if context_length:
@@ -154,7 +156,7 @@ class Course:
         return token if self._left else self._ended("length")
 
     def _ended(self, reason: FinishReason) -> int | None:
-        self.ticket.put(reason)
+        self.end = reason
         return None
 
 
@@ -251,13 +253,15 @@ class ThreadedEngine(ABC):
             self._counters.started[ticket] = time.monotonic()
             return ticket
 
-    def _done(self, ticket: Ticket) -> None:
-        """An active request has ended, in whatever way."""
+    def _done(self, ticket: Ticket, end: FinishReason | EngineFailure | None) -> None:
+        """An active request has ended: its place is free before its client learns of it."""
         with self._condition:
             counters = self._counters
             counters.active -= 1
             seconds = time.monotonic() - counters.started.pop(ticket)
             counters.mean_seconds += 0.2 * (seconds - counters.mean_seconds)
+        if end is not None:
+            ticket.put(end)
 
     def _count_token(self) -> None:
         with self._condition:

@@ -6,7 +6,7 @@ import traceback
 
 from losa_deploy.interfaces import Session
 
-from .engine import Course, EngineFailure, Log, ThreadedEngine, Ticket
+from .engine import Course, EngineFailure, Log, ThreadedEngine
 
 
 class QueueEngine(ThreadedEngine):
@@ -23,23 +23,23 @@ class QueueEngine(ThreadedEngine):
 
     def _work(self) -> None:
         while (ticket := self._next(wait=True)) is not None:
+            course = Course(ticket, self.context_length, self._count_token)
             try:
-                self._serve(ticket)
+                self._serve(course)
             except Exception:
                 self._log(traceback.format_exc())
-                ticket.put(EngineFailure("the runtime failed"))
+                course.end = EngineFailure("the runtime failed")
             finally:
-                self._done(ticket)
+                self._done(ticket, course.end)
 
-    def _serve(self, ticket: Ticket) -> None:
-        course = Course(ticket, self.context_length, self._count_token)
-        if ticket.cancelled:
+    def _serve(self, course: Course) -> None:
+        if course.ticket.cancelled:
             return
         logits = self._session.prefill(course.prompt)
         self._count_prompt(len(course.prompt))
         while (token := course.take(logits)) is not None:
             if self._closed:
-                ticket.put(EngineFailure("the server is shutting down"))
+                course.end = EngineFailure("the server is shutting down")
                 return
             logits = self._session.step(token)
 

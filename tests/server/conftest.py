@@ -15,6 +15,9 @@ import openai
 import pytest
 import uvicorn
 
+from losa_deploy.exporters.gguf.exporter import GgufExporter
+from losa_deploy.interfaces import no_progress
+from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.runtimes.server.app import create_app
 from losa_deploy.runtimes.server.engine import Engine
@@ -22,6 +25,8 @@ from losa_deploy.runtimes.server.prepare import Model
 from losa_deploy.runtimes.server.run import bind, url
 from losa_deploy.runtimes.server.sequential import QueueEngine
 from losa_deploy.text import load_tokenizer
+
+from ..parity.conftest import prune  # noqa: TID252
 
 
 @dataclass(frozen=True)
@@ -118,3 +123,14 @@ def server(tiny_llama: Path) -> Iterator[Running]:
 @pytest.fixture
 def client(server: Running) -> openai.OpenAI:
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def gguf_models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The tiny model, half of it pruned, as f32 GGUF files: packed (True) and portable."""
+    merged = prune(tiny_llama, tmp_path_factory.mktemp("merged"))
+    folder = tmp_path_factory.mktemp("gguf")
+    recipe = ExportRecipe(value_type="f32", packed=True, portable=True)
+    GgufExporter().export(merged, recipe, folder, no_progress)
+    packed = next(folder.glob("*LOSA*.gguf"))
+    return {True: packed, False: next(p for p in folder.glob("*.gguf") if p != packed)}
