@@ -31,6 +31,7 @@ MODULES = (
     "generate",
     "chat",
     "ggml_backend",
+    "serve",
     "formats",
     "doctor",
 )

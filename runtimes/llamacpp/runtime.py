@@ -11,7 +11,8 @@ from ..facts import thread_count
 from .backend import attach
 from .files import choose_file, has_float_weights, holds_gguf
 from .load import load_file, load_packed
-from .session import LlamaCppSession
+from .parallel import LlamaCppSlots
+from .session import LlamaCppSession, Model
 
 
 class StockLlamaCppRuntime:
@@ -36,11 +37,17 @@ class StockLlamaCppRuntime:
 
         Raises `InputError` with llama.cpp's reason if it cannot open the file.
         """
+        return LlamaCppSession(self._load(folder), thread_count(threads))
+
+    def open_slots(self, folder: Path, *, threads: int, slots: int, context: int) -> LlamaCppSlots:
+        """Load the same file for several sequences at once."""
+        return LlamaCppSlots(self._load(folder), threads=thread_count(threads), slots=slots, context=context)
+
+    def _load(self, folder: Path) -> Model:
         path = choose_file(folder, packed=False)
         # Even here, because the plug-in can be put in before the first model only.
         with attach().accepting(False):
-            model = load_file(path, float_cache=has_float_weights(path))
-        return LlamaCppSession(model, thread_count(threads))
+            return load_file(path, float_cache=has_float_weights(path))
 
 
 class ExpandedLlamaCppRuntime:
@@ -101,14 +108,19 @@ class LlamaCppRuntime:
         Where our backend cannot be used, a portable file runs in llama.cpp's own kernels and
         `fallback` says why; a packed one is a `MissingError` with that reason.
         """
+        return LlamaCppSession(self._load(folder), thread_count(threads))
+
+    def open_slots(self, folder: Path, *, threads: int, slots: int, context: int) -> LlamaCppSlots:
+        """Load the same file for several sequences at once."""
+        return LlamaCppSlots(self._load(folder), threads=thread_count(threads), slots=slots, context=context)
+
+    def _load(self, folder: Path) -> Model:
         path = choose_file(folder, packed=True)
         backend = attach()
         self.fallback = backend.reason
         float_cache = has_float_weights(path)
         if is_packed(path):
-            model = load_packed(path, backend, float_cache=float_cache)
-        else:
-            with backend.accepting(True):
-                # Not mapped: the pages of weights that were packed would count as this process's memory.
-                model = load_file(path, float_cache=float_cache, mapped=bool(backend.reason))
-        return LlamaCppSession(model, thread_count(threads))
+            return load_packed(path, backend, float_cache=float_cache)
+        with backend.accepting(True):
+            # Not mapped: the pages of weights that were packed would count as this process's memory.
+            return load_file(path, float_cache=float_cache, mapped=bool(backend.reason))

@@ -39,10 +39,11 @@ class Model:
         self.vocab_size = int(self.library.llama_vocab_n_tokens(vocabulary))
         self.context_length = max(0, int(self.library.llama_model_n_ctx_train(self.handle)))
 
-    def new_context(self, length: int, threads: int) -> int:
-        """A context for `length` tokens; `ResourceError` if there is no memory for it."""
+    def new_context(self, length: int, threads: int, *, sequences: int = 1) -> int:
+        """A context for `length` tokens, divided among `sequences`; `ResourceError` if memory is short."""
         parameters = self.library.llama_context_default_params()
         parameters.n_ctx = length
+        parameters.n_seq_max = sequences
         parameters.n_batch = parameters.n_ubatch = BATCH
         parameters.n_threads = parameters.n_threads_batch = threads
         if self.float_cache:
