@@ -71,7 +71,9 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
     exported, merged = Manifest.read(job.exported), job.model.manifest
     dense = Manifest.read(found.dense_folder)
     exported_bytes = folder_bytes(job.exported, exported)
-    dense_numbers = _numbers("dense", job.runtime.name, folder_bytes(found.dense_folder, dense), dense, found)
+    dense_numbers = _numbers(
+        "dense", job.runtime.baseline().name, folder_bytes(found.dense_folder, dense), dense, found
+    )
     merged_bytes = folder_bytes(job.model.folder, merged)
     merged_numbers = _numbers("merged", job.reference.name, merged_bytes, merged, found)
     exported_numbers = _numbers("exported", job.runtime.name, exported_bytes, exported, found)
@@ -188,7 +190,8 @@ def _kernels(job: Job) -> str:
     """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
     from losa_deploy import _native
 
-    return "" if job.runtime.exact() is job.runtime else _native.target_name()
+    unused = job.runtime.exact() is job.runtime or getattr(job.runtime, "fallback", "")
+    return "" if unused else _native.target_name()
 
 
 def _evidence(
@@ -209,7 +212,9 @@ def _evidence(
         dense_f32_bytes=dense_numbers.size_bytes,
         block_bits_per_weight=exported_numbers.bits_per_weight,
         packed=any(record.layout != "dense" for record in exported.linears),
+        packed_at_load=exported.format == "gguf" and bool(_kernels(job)),
         runtime=job.runtime.name,
+        dense_runtime=job.runtime.baseline().name,
         kernels=_kernels(job),
         exported_decode=exported_speed.decode_tokens_per_second,
         dense_decode=dense_speed.decode_tokens_per_second,

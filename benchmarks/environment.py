@@ -27,7 +27,7 @@ X86_FLAGS = (
 ARM_FLAGS = ("asimd", "asimddp", "i8mm", "sve")
 FLAGS = frozenset((*X86_FLAGS, *ARM_FLAGS))
 """CPU features that decide which kernels a runtime takes."""
-PACKAGES = ("numpy", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+PACKAGES = ("numpy", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
 
 
 class Environment(BaseModel):

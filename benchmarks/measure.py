@@ -40,10 +40,11 @@ def measure(
     with _timed(stage_times, "memory"):
         for done, (name, path) in enumerate((("dense", folder), ("exported", job.exported)), start=4):
             progress(done, STEPS, f"memory of {name}")
-            found.footprint[name] = measure_footprint(job.runtime.name, path, threads=job.threads)
+            runtime = job.runtime if name == "exported" else job.runtime.baseline()
+            found.footprint[name] = measure_footprint(runtime.name, path, threads=job.threads)
     progress(6, STEPS, "speed")
     with _timed(stage_times, "speed"):
-        openers = {"dense": _opener(job, folder), "exported": _opener(job, job.exported)}
+        openers = {"dense": _dense_opener(job, folder), "exported": _opener(job, job.exported)}
         workload = job.workload.fits(_context(job.model))
         found.speed = measure_latency(openers, workload, seed=job.recipe.seed)
     progress(STEPS, STEPS, "done")
@@ -68,7 +69,7 @@ def _measure_quality(job: Job, found: Found, progress: Progress) -> None:
         "exported": _opener(job, job.exported),
     }
     if job.source is not None:
-        models = {"dense": _opener(job, found.dense_folder), **models}
+        models = {"dense": _dense_opener(job, found.dense_folder), **models}
     for done, (name, open_model) in enumerate(models.items(), start=1):
         progress(done, STEPS, f"perplexity of {name}")
         session = open_model()
@@ -81,6 +82,13 @@ def _measure_quality(job: Job, found: Found, progress: Progress) -> None:
 def _opener(job: Job, folder: Path) -> Open:
     def open_model() -> Session:
         return job.runtime.open(folder, threads=job.threads)
+
+    return open_model
+
+
+def _dense_opener(job: Job, folder: Path) -> Open:
+    def open_model() -> Session:
+        return job.runtime.baseline().open(folder, threads=job.threads)
 
     return open_model
 

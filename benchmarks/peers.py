@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from losa_deploy.artifact import require_disk
+from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
 from losa_deploy.plugins import load_runtime
 
@@ -183,9 +184,8 @@ def real_contenders(
 
 
 def _gguf_bytes(path: Path) -> int:
-    """Of the file itself, or of the one that is opened in a folder: the smallest."""
-    files = [path] if path.is_file() else path.glob("*.gguf")
-    return min(file.stat().st_size for file in files)
+    """Of the file itself, or of the one that is opened in a folder."""
+    return (path if path.is_file() else find_gguf(path)).stat().st_size
 
 
 def measure_contenders(

@@ -45,6 +45,10 @@ class Evidence:
     merged_perplexity_stderr: float
     dense_type: str = "f32"
     """Value type of the dense baseline."""
+    dense_runtime: str = ""
+    """Where the baseline ran, if not in the same runtime."""
+    packed_at_load: bool = False
+    """The runtime leaves the zeros of dense weights out when it loads them."""
 
 
 class Verdict(BaseModel):
@@ -95,7 +99,7 @@ def speed_line(e: Evidence, faster: bool, margin: float) -> str:
     ratio = e.exported_decode / e.dense_decode
     numbers = (
         f"decode {e.exported_decode:.1f} against {e.dense_decode:.1f} tokens/s dense {e.dense_type} "
-        f"in {e.runtime} ({ratio:.2f}×, noise ±{margin:.0%})"
+        f"in {e.dense_runtime or e.runtime} ({ratio:.2f}×, noise ±{margin:.0%})"
     )
     if faster:
         return f"Faster: {numbers}."
@@ -105,13 +109,15 @@ def speed_line(e: Evidence, faster: bool, margin: float) -> str:
 
 def speed_reason(e: Evidence) -> str:
     """Why sparse weights do not decode faster in this runtime."""
-    if not e.packed:
+    if not e.packed and not e.packed_at_load:
         return "Every linear is stored dense, so decode reads its zeros like any other weight."
     if e.dense_f32_bytes <= CACHE_BYTES:
         return (
             f"The dense model has {megabytes(e.dense_f32_bytes)} and stays in the CPU's caches, so that "
             "reading fewer bytes saves no time."
         )
+    if not e.packed:
+        return "Its weights are packed when they are loaded; the kernels, not the memory, limit this CPU."
     if e.kernels:
         ours, dense = e.exported_bytes * e.exported_decode / 1e9, e.dense_f32_bytes * e.dense_decode / 1e9
         rates = (

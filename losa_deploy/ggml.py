@@ -1,4 +1,4 @@
-"""The sparse backend for ggml: where the plug-in is, and what it does inside a process that runs llama.cpp."""
+"""The sparse backend for ggml: where the plug-in is, and what it does in a process that runs llama.cpp."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ROUTES = ("a", "b", "off")
 
 
 class _Counts(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012: the form that ctypes asks for
+    _fields_ = [  # noqa: RUF012
         (name, ctypes.c_uint64)
         for name in ("tensors", "packed", "dense", "dense_bytes", "packed_bytes", "pack_nanoseconds")
     ]
 
 
 class _Piece(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("at", "offset", "bytes")]  # noqa: RUF012: as above
+    _fields_ = [(name, ctypes.c_uint64) for name in ("at", "offset", "bytes")]  # noqa: RUF012
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,13 @@ class Plugin:
         """Whether weights loaded from now on come to the plug-in, or stay with stock llama.cpp."""
         self._library.losa_ggml_accept(int(on))
 
+    def damage(self) -> str:
+        """What was wrong with the first damaged packed weight since the last call; empty if nothing was.
+
+        A model with such a weight loads, because ggml lets no backend refuse one, and computes NaN.
+        """
+        return _text(self._library.losa_ggml_damage())
+
     def statistics(self) -> Statistics:
         """Counts since the plug-in was loaded."""
         counts = _Counts()
@@ -167,6 +174,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "losa_ggml_start": (ctypes.c_int, []),
         "losa_ggml_status": (text, []),
         "losa_ggml_route": (text, []),
+        "losa_ggml_damage": (text, []),
         "losa_ggml_accept": (None, [ctypes.c_int]),
         "losa_ggml_statistics": (None, [pointer]),
         "losa_ggml_virtual_open": (pointer, [text, text, size, pointer, size, size]),

@@ -40,9 +40,9 @@ MODES: Mapping[str, tuple[str, ...]] = {
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="model folders, or the word `kernels`")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="model folders or GGUF files, or the word `kernels`")
     parser.add_argument(
-        "--baseline", type=Path, metavar="DIR", help="dense model (default: <PATH>.work/dense-onnx if there)"
+        "--baseline", type=Path, metavar="DIR", help="dense model (default: in <PATH>.work if there)"
     )
     parser.add_argument("--runtime", metavar="NAME", help="one runtime for all (default: by folder, or ort)")
     parser.add_argument(
@@ -147,7 +147,8 @@ def models_to_measure(paths: list[Path], baseline: Path | None) -> dict[str, Pat
     """Label → folder, the dense baseline first; `UsageError` for a folder given twice."""
     from losa_deploy.cli.stages import work_folder
 
-    dense = baseline or work_folder(paths[0]) / "dense-onnx"
+    kind = "onnx" if (paths[0] / "model.onnx").is_file() else "gguf"
+    dense = baseline or work_folder(paths[0] if paths[0].is_dir() else paths[0].parent) / f"dense-{kind}"
     chosen = ([dense] if baseline or dense.is_dir() else []) + paths
     labels = [str(path) for path in chosen]
     if len(set(labels)) < len(labels):
@@ -169,6 +170,8 @@ def _run_folders(args: argparse.Namespace, console: Console) -> None:
     if len(models) == len(paths):
         console.warn("No dense baseline beside it; give one with --baseline to see what sparsity brings.")
     runtimes = {label: pick_runtime(path, args.runtime) for label, path in models.items()}
+    if args.runtime is None:
+        runtimes |= {label: r.baseline() for label, r in runtimes.items() if label.startswith("dense ")}
     load = Workload("bench", args.prompt_tokens or 128, args.decode_tokens or 32, args.repetitions or 5)
     footprints: dict[str, Footprint] = {}
     with console.stage("memory") as progress:
@@ -211,10 +214,12 @@ def _document(
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the model's files, by its manifest if it has one."""
+    """Bytes of the model's files, by its manifest if it has one; of a file its own."""
     from losa_deploy.benchmarks.assemble import folder_bytes
     from losa_deploy.manifest import Manifest
 
+    if folder.is_file():
+        return folder.stat().st_size
     try:
         return folder_bytes(folder, Manifest.read(folder))
     except InputError:

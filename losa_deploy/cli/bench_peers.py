@@ -78,7 +78,7 @@ def _measure_quality(
     from losa_deploy.text import load_tokenizer
 
     verify = VerifyRecipe()
-    tokenizer = load_tokenizer(artifact if artifact.is_dir() else artifact.parent)
+    tokenizer = load_tokenizer(artifact)
     for done, contender in enumerate(contenders):
         progress(done, len(contenders), f"perplexity of {contender.name}")
         session = contender.runtime.open(contender.folder, threads=threads)

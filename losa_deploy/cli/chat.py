@@ -26,13 +26,14 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
-    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
     from losa_deploy.runtimes.chat import ChatSession
     from losa_deploy.text import load_tokenizer
 
     runtime = pick_runtime(args.model, args.runtime)
     tokenizer = load_tokenizer(args.model)
     session = runtime.open(args.model, threads=thread_count(args))
+    warn_of_fallback(runtime, console)
     try:
         chat = ChatSession(
             session,

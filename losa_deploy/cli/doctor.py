@@ -38,6 +38,7 @@ def collect() -> dict[str, object]:
         "logical_cores": machine.logical_cores,
         "native_library": _native(),
         **_kernels(),
+        **_ggml(),
         "memory_bytes": machine.ram_bytes,
         "memory_available_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": free_bytes(Path.cwd()),
@@ -87,6 +88,20 @@ def _kernels() -> dict[str, object]:
         "kernel_targets": _native.targets(),
         "onnxruntime_operators": operators,
     }
+
+
+def _ggml() -> dict[str, object]:
+    """Version of llama-cpp-python, and how our backend runs in it or why it cannot."""
+    from losa_deploy.errors import MissingError
+    from losa_deploy.llamacpp import version
+    from losa_deploy.runtimes.llamacpp.backend import attach
+
+    try:
+        backend = attach()
+        state = backend.plugin.status if backend.plugin else f"not usable: {backend.reason}"
+    except MissingError as error:
+        state = f"not usable: {error}"
+    return {"llama_cpp_python": version() or "not installed", "ggml_backend": state}
 
 
 def _default_model() -> str:

@@ -11,7 +11,9 @@ from losa_deploy.console import Console, table
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="exported, merged or dense model folder")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="exported, merged or dense model folder, or GGUF file"
+    )
     parser.add_argument(
         "--text", default="builtin", metavar="FILE", help="UTF-8 text (default: the shipped one)"
     )
@@ -23,7 +25,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.benchmarks.accuracy import perplexity, text_windows
-    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
     from losa_deploy.gate import evaluation_text
     from losa_deploy.text import load_tokenizer
 
@@ -31,6 +33,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     runtime = pick_runtime(args.path, args.runtime)
     tokenizer = load_tokenizer(args.path)
     session = runtime.open(args.path, threads=thread_count(args))
+    warn_of_fallback(runtime, console)
     window = min(args.window, session.context_length or args.window)
     windows = text_windows(tokenizer, text, window, args.text_tokens)
     try:

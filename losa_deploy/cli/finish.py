@@ -61,6 +61,7 @@ def export_and_measure(job: Job, console: Console) -> Report:
         runtime = stages.pick_runtime(folder, None)
         with stages.timed(job.timings, "verify"):
             parity = _verified(job, folder, runtime, console)
+        stages.warn_of_fallback(runtime, console)
         with console.stage("measure") as progress:
             report = measure(
                 _measurement(job, folder, runtime), parity, timings=job.timings, progress=progress

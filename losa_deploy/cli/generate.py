@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def add_model_folder(parser: argparse.ArgumentParser) -> None:
     """The model to talk to."""
     parser.add_argument(
-        "-m", "--model", type=Path, required=True, metavar="MODEL", help="exported or merged folder"
+        "-m",
+        "--model",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="exported or merged folder, or GGUF file",
     )
 
 
@@ -65,7 +70,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.system and not args.chat:
         raise UsageError("--system needs a conversation.", hint="Add --chat.")
     sampling(args)
-    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
     from losa_deploy.runtimes.generate import stream_text
     from losa_deploy.text import load_tokenizer
 
@@ -79,6 +84,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         prompt = tokenizer.encode(text)
     options = sampling(args, tokenizer.eos_ids)
     session = runtime.open(args.model, threads=thread_count(args))
+    warn_of_fallback(runtime, console)
     start = time.perf_counter()
     pieces: list[str] = []
     try:

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, metavar="PATH", help="folder written by merge or export")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="folder written by merge or export, or GGUF file"
+    )
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.manifest import Manifest
 
+    if args.path.is_file():
+        _file(args, console)
+        return
     manifest = Manifest.read(args.path)
     if args.json:
         console.result_json(document(manifest, args.path))
@@ -29,6 +34,20 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     console.result("")
     header = ("tensor", "shape", "layout", "values", "sparsity", "bytes", "bits/weight", "reason")
     console.result(table(header, [_row(t) for t in (*manifest.linears, *manifest.other_tensors)]))
+
+
+def _file(args: argparse.Namespace, console: Console) -> None:
+    """What a GGUF file says of itself."""
+    from losa_deploy.cli import inspect_gguf
+
+    found = inspect_gguf.document(args.path)
+    if args.json:
+        console.result_json(found)
+        return
+    console.result(table((), inspect_gguf.rows(found, args.path)))
+    console.result("")
+    header = ("tensor", "shape", "layout", "values", "sparsity", "bytes", "bits/weight")
+    console.result(table(header, inspect_gguf.tensor_rows(found)))
 
 
 def document(manifest: Manifest, folder: Path) -> dict[str, object]:

@@ -30,6 +30,7 @@ MODULES = (
     "evaluate",
     "generate",
     "chat",
+    "ggml_backend",
     "formats",
     "doctor",
 )

@@ -30,6 +30,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     if args.dry_run:
         _dry_run(args, exporter, recipe, output, console)
         return
+    stages.require_runtime(exporter.name, recipe.export.packed)
     console.info(f"Output: {output} (work in {work})")
     threads = thread_count(args)
     timings: dict[str, float] = {}

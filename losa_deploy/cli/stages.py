@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from losa_deploy.verify import Parity
 
 WORK = ".work"
-PREFERRED_RUNTIMES = ("ort", "genai", "reference")
+PREFERRED_RUNTIMES = ("ort", "genai", "llamacpp", "reference")
 """Which runtime opens a folder when several can and `--runtime` says nothing."""
 
 
@@ -172,7 +172,7 @@ def stamp_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def pick_runtime(folder: Path, name: str | None) -> Runtime:
-    """The runtime called `name`, or the first preferred one that can open `folder`."""
+    """The runtime called `name`, or the first preferred one that can open `folder` (or a GGUF file)."""
     from losa_deploy import plugins
 
     if name is not None:
@@ -180,9 +180,10 @@ def pick_runtime(folder: Path, name: str | None) -> Runtime:
         if not runtime.supports(folder):
             raise InputError(f"The runtime {name} cannot open {folder}.", hint="Leave --runtime out.")
         return runtime
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(
-            f"There is no folder {folder}.", hint="Give the output folder of an export or merge."
+            f"There is no folder {folder}.",
+            hint="Give the output folder of an export or merge, or a GGUF file.",
         )
     installed = plugins.runtimes()
     ordered = [n for n in PREFERRED_RUNTIMES if n in installed]
@@ -193,8 +194,32 @@ def pick_runtime(folder: Path, name: str | None) -> Runtime:
             return runtime
     raise InputError(
         f"No installed runtime ({', '.join(ordered)}) can open {folder}.",
-        hint="Give a folder with model.onnx or with safetensors weights.",
+        hint="Give a folder with model.onnx, a GGUF file or safetensors weights.",
     )
+
+
+def warn_of_fallback(runtime: Runtime, console: Console) -> None:
+    """Say if the model that `runtime` opened last runs without our kernels."""
+    reason = getattr(runtime, "fallback", "")
+    if reason:
+        console.warn(f"{runtime.name} runs without our kernels: {reason}")
+
+
+def require_runtime(exporter: str, packed: bool) -> None:
+    """Raise `MissingError` if this machine cannot open what is to be exported; called before any work."""
+    if exporter != "gguf":
+        return
+    from losa_deploy.errors import MissingError
+    from losa_deploy.llamacpp import load
+    from losa_deploy.runtimes.llamacpp.backend import attach
+
+    load()
+    backend = attach()
+    if packed and backend.reason:
+        raise MissingError(
+            f"A packed GGUF cannot be checked here, because our backend cannot be used: {backend.reason}",
+            hint="Leave --packed out, or see `losa-deploy doctor`.",
+        )
 
 
 def run_verify(

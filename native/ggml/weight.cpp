@@ -1,0 +1,369 @@
+#include "weight.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "abi.h"
+#include "rows.h"
+
+namespace losa::ggml {
+namespace {
+
+constexpr size_t kDenseBlock = 128;        // positions of a block of dense i4
+constexpr size_t kWorthAThread = 1 << 18;  // weights
+
+std::mutex guard;
+Counts total = {};
+std::string damage;
+
+size_t aligned(size_t bytes) { return (bytes + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT; }
+
+// Run work(first, last) on ranges of pairs of rows, in as many threads as are worth it.
+template <typename Work>
+void split(uint32_t rows, uint32_t columns, Work work) {
+  const size_t pairs = (size_t{rows} + 1) / 2, cores = std::thread::hardware_concurrency();
+  const size_t most = size_t{rows} * columns / kWorthAThread + 1;
+  const size_t threads = cores < 1 ? 1 : cores < most ? cores : most;
+  const auto part = [&](size_t i) {
+    const size_t first = 2 * (pairs * i / threads), last = 2 * (pairs * (i + 1) / threads);
+    work(first, last < rows ? last : size_t{rows});
+  };
+  std::vector<std::thread> others;
+  for (size_t i = 1; i < threads; ++i) {
+    others.emplace_back(part, i);
+  }
+  part(0);
+  for (auto &thread : others) {
+    thread.join();
+  }
+}
+
+// What the first pass over a weight finds.
+struct Found {
+  std::vector<uint64_t> words;   // mask
+  std::vector<uint32_t> counts;  // kept per row
+  std::vector<uint16_t> scales;
+  std::atomic<bool> sound{true};  // our types hold every row
+};
+
+void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out) {
+  for (size_t at = 0; at < columns; at += kDenseBlock) {
+    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j) {
+      const int high = half + j < n ? codes[at + half + j] << 4 : 0;
+      *out++ = static_cast<uint8_t>(codes[at + j] | high);
+    }
+  }
+}
+
+void load_dense_i4(const uint8_t *in, size_t columns, uint8_t *codes) {
+  for (size_t at = 0; at < columns; at += kDenseBlock) {
+    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j, ++in) {
+      codes[at + j] = *in & 15;
+      if (half + j < n) {
+        codes[at + half + j] = *in >> 4;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+size_t row_bytes(int type, uint64_t columns) {
+  switch (type) {
+    case kF32:
+      return columns * 4;
+    case kF16:
+      return columns * 2;
+    case kQ8_0:
+      return columns % kBlock ? 0 : columns / kBlock * 34;
+    case kQ4_0:
+      return columns % kBlock ? 0 : columns / kBlock * 18;
+    default:
+      return 0;
+  }
+}
+
+Counts counts() {
+  const std::lock_guard<std::mutex> lock(guard);
+  return total;
+}
+
+std::string take_damage() {
+  const std::lock_guard<std::mutex> lock(guard);
+  std::string text;
+  text.swap(damage);
+  return text;
+}
+
+Weight::Weight(const Tensor &tensor, uint8_t *place)
+    : type_(tensor.type),
+      rows_(static_cast<uint32_t>(tensor.ne[1])),
+      columns_(static_cast<uint32_t>(tensor.ne[0])),
+      bytes_(row_bytes(tensor.type, static_cast<uint64_t>(tensor.ne[0])) * static_cast<size_t>(tensor.ne[1])),
+      place_(place),
+      name_(tensor.name) {}
+
+// Pages of the place that are not used any more go back to the system, and read as zero.
+void Weight::release(size_t used) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(place_) + used + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(place_) + bytes_) / page * page;
+  if (first < last) {
+    madvise(reinterpret_cast<void *>(first), last - first, MADV_DONTNEED);
+  }
+}
+
+uint8_t *Weight::memory(size_t bytes) {
+  own_.reset();
+  if (bytes <= bytes_) {
+    release(bytes);
+    return place_;
+  }
+  own_ = std::make_unique<uint8_t[]>(bytes);
+  return own_.get();
+}
+
+void Weight::keep_stock(const uint8_t *data) {
+  own_.reset();
+  form_ = Form::kStock;
+  std::memmove(place_, data, bytes_);
+}
+
+void Weight::to_stock() {
+  if (form_ == Form::kPacked) {
+    auto copy = std::make_unique<uint8_t[]>(bytes_);
+    get(copy.get(), 0, bytes_);
+    keep_stock(copy.get());
+  }
+  form_ = Form::kStock;  // a blob's bytes are at the place as they came
+}
+
+void Weight::set(const void *data, size_t offset, size_t bytes) {
+  const auto *from = static_cast<const uint8_t *>(data);
+  if (offset == 0 && bytes == bytes_) {
+    received_ = bytes_;
+    take(from);
+    return;
+  }
+  to_stock();
+  std::memcpy(place_ + offset, from, bytes);
+  received_ = offset == 0 ? bytes : offset == received_ ? offset + bytes : 0;
+  if (received_ == bytes_) {
+    const std::vector<uint8_t> copy(place_, place_ + bytes_);
+    take(copy.data());
+  }
+}
+
+void Weight::fill(uint8_t value, size_t offset, size_t bytes) {
+  to_stock();
+  received_ = 0;
+  std::memset(place_ + offset, value, bytes);
+}
+
+void Weight::take(const uint8_t *data) {
+  const auto begin = std::chrono::steady_clock::now();
+  bool done = take_blob(data);
+  try {
+    done = done || pack(data);
+  } catch (const std::exception &) {
+    done = false;  // no memory or no threads: the stock form needs neither
+  }
+  if (!done) {
+    keep_stock(data);
+  }
+  const bool sparse = form_ == Form::kBlob || (form_ == Form::kPacked && tensor_.parts.layout != LOSA_DENSE);
+  uint64_t held = bytes_;
+  if (done && form_ != Form::kDamaged) {
+    const losa_parts &p = tensor_.parts;
+    held = p.positions.bytes + p.values.bytes + p.scale.bytes + p.table.bytes + starts_.size() * 8;
+  }
+  const auto spent = std::chrono::steady_clock::now() - begin;
+  const std::lock_guard<std::mutex> lock(guard);
+  total.tensors += 1;
+  (sparse ? total.packed : total.dense) += 1;
+  total.dense_bytes += bytes_;
+  total.packed_bytes += held;
+  total.pack_nanoseconds +=
+      static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
+}
+
+void Weight::open(const losa_parts &parts, size_t bytes, Form form) {
+  starts_.resize(losa_starts_count(&parts));
+  const int status = losa_tensor_open(&parts, starts_.data(), &tensor_);
+  form_ = status == LOSA_OK ? form : Form::kDamaged;
+  if (status != LOSA_OK) {
+    starts_.clear();
+    const std::lock_guard<std::mutex> lock(guard);
+    if (damage.empty()) {
+      damage = name_ + " is damaged: " + losa_status_text(status);
+    }
+  }
+  release(bytes);
+}
+
+// A blob is told by its first eight bytes and its shape, which no weight of ours has by chance: from there
+// on, anything wrong is damage, not a dense weight.
+bool Weight::take_blob(const uint8_t *data) {
+  static const uint8_t kHead[8] = {'L', 'O', 'S', 'A', LOSA_FORMAT_VERSION, 0, LOSA_HEADER_BYTES, 0};
+  if (bytes_ < LOSA_HEADER_BYTES || std::memcmp(data, kHead, sizeof kHead) != 0) {
+    return false;
+  }
+  losa_parts parts = {};
+  int status = losa_blob_parts(data, bytes_, &parts);
+  if (status == LOSA_OK && (parts.rows != rows_ || parts.columns != columns_)) {
+    status = LOSA_BAD_PARAMETER;
+  }
+  losa_bytes *components[] = {&parts.positions, &parts.values, &parts.scale, &parts.table};
+  size_t used = LOSA_HEADER_BYTES;
+  for (const losa_bytes *part : components) {
+    if (part->bytes != 0) {
+      used = static_cast<size_t>(static_cast<const uint8_t *>(part->data) - data) + part->bytes;
+    }
+  }
+  own_.reset();
+  std::memcpy(place_, data, used);
+  for (losa_bytes *part : components) {
+    if (part->bytes != 0) {
+      part->data = place_ + (static_cast<const uint8_t *>(part->data) - data);
+    }
+  }
+  if (status != LOSA_OK) {
+    parts = {};  // opening it fails with the reason below
+  }
+  open(parts, used, Form::kBlob);
+  return true;
+}
+
+// Bitmask if that is the smaller form, else dense; false if our types cannot hold the values.
+bool Weight::pack(const uint8_t *data) {
+  const size_t row = row_bytes(type_, columns_), per_row = (columns_ + size_t{63}) / 64;
+  const size_t scales = scales_per_row(type_, columns_), width = code_bytes(type_);
+  const bool pairs = type_ == kQ4_0;
+  Found found;
+  found.words.resize(rows_ * per_row);
+  found.counts.resize(rows_);
+  found.scales.resize(rows_ * scales + 1);
+  split(rows_, columns_, [&](size_t first, size_t last) {
+    std::vector<uint8_t> room(columns_);
+    const uint8_t *codes = nullptr;
+    for (size_t r = first; r < last && found.sound.load(std::memory_order_relaxed); ++r) {
+      if (!read_codes(type_, data + r * row, columns_, room.data(), &codes, &found.scales[r * scales])) {
+        found.sound = false;
+      }
+      found.counts[r] = static_cast<uint32_t>(find_kept(type_, codes, columns_, &found.words[r * per_row]));
+    }
+  });
+  if (!found.sound) {
+    return false;
+  }
+
+  std::vector<uint64_t> starts(pairs ? (rows_ + size_t{1}) / 2 : rows_);
+  uint64_t values = 0;
+  for (size_t r = 0, s = 0; r < rows_; r += pairs ? 2 : 1, ++s) {
+    const uint32_t partner = pairs && r + 1 < rows_ ? found.counts[r + 1] : 0;
+    starts[s] = values;
+    values += found.counts[r] > partner ? found.counts[r] : partner;
+  }
+  const size_t dense_values = pairs ? (columns_ / size_t{2}) * rows_ : width * columns_ * rows_;
+  const size_t sparse_values = aligned(values * width) + LOSA_STREAM_SLACK;
+  const size_t positions = rows_ * per_row * 8, scale_bytes = 2 * rows_ * scales;
+  const bool sparse = positions + sparse_values + starts.size() * 8 < dense_values;
+
+  losa_parts parts = {};
+  parts.rows = rows_;
+  parts.columns = columns_;
+  parts.layout = sparse ? LOSA_BITMASK : LOSA_DENSE;
+  parts.value_type = static_cast<uint8_t>(value_type(type_));
+  parts.scale_type = scales ? LOSA_SCALE_F16 : LOSA_SCALE_NONE;
+  parts.group_size = pairs ? kBlock : 0;
+  const size_t value_bytes = sparse ? sparse_values : dense_values;
+  const size_t at_values = sparse ? aligned(positions) : 0, at_scale = at_values + aligned(value_bytes);
+  const size_t at_table = at_scale + aligned(scale_bytes), bytes = at_table + (pairs ? 16 : 0);
+  uint8_t *memory = this->memory(bytes);
+  if (sparse) {
+    std::memcpy(memory, found.words.data(), positions);
+    parts.positions = {memory, positions};
+    std::memset(memory + at_values, 0, sparse_values);
+  }
+  parts.values = {memory + at_values, value_bytes};
+  if (scales) {
+    std::memcpy(memory + at_scale, found.scales.data(), scale_bytes);
+    parts.scale = {memory + at_scale, scale_bytes};
+  }
+  if (pairs) {
+    for (int code = 0; code < 16; ++code) {
+      memory[at_table + static_cast<size_t>(code)] = static_cast<uint8_t>(code < 8 ? code : code - 16);
+    }
+    parts.table = {memory + at_table, 16};
+  }
+  split(rows_, columns_, [&](size_t first, size_t last) {
+    std::vector<uint8_t> room(columns_);
+    std::vector<uint16_t> unused(scales + 1);
+    const uint8_t *codes = nullptr;
+    uint8_t *out = memory + at_values;
+    for (size_t r = first; r < last; ++r) {
+      read_codes(type_, data + r * row, columns_, room.data(), &codes, unused.data());
+      if (sparse) {
+        store_kept(type_, codes, &found.words[r * per_row], per_row, out + starts[pairs ? r / 2 : r] * width,
+                   r % 2 ? 4 : 0);
+      } else if (pairs) {
+        store_dense_i4(codes, columns_, out + r * (columns_ / 2));
+      } else {
+        std::memcpy(out + r * columns_ * width, codes, columns_ * width);
+      }
+    }
+  });
+  open(parts, own_ ? 0 : bytes, Form::kPacked);
+  return true;
+}
+
+// Stock bytes of a row that was packed here.
+void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes) const {
+  const losa_parts &p = tensor_.parts;
+  const bool pairs = type_ == kQ4_0;
+  const size_t width = code_bytes(type_), per_row = (columns_ + size_t{63}) / 64;
+  const auto *values = static_cast<const uint8_t *>(p.values.data);
+  codes.assign(columns_ * width, 0);
+  if (p.layout == LOSA_BITMASK) {
+    std::vector<uint64_t> words(per_row);
+    std::memcpy(words.data(), static_cast<const uint8_t *>(p.positions.data) + row * per_row * 8,
+                per_row * 8);
+    load_kept(type_, values + starts_[pairs ? row / 2 : row] * width, words.data(), per_row, row % 2 ? 4 : 0,
+              codes.data());
+  } else if (pairs) {
+    load_dense_i4(values + row * (columns_ / size_t{2}), columns_, codes.data());
+  } else {
+    std::memcpy(codes.data(), values + size_t{row} * columns_ * width, columns_ * width);
+  }
+  const size_t scales = scales_per_row(type_, columns_);
+  write_codes(type_, codes.data(), columns_, static_cast<const uint16_t *>(p.scale.data) + row * scales,
+              stock);
+}
+
+void Weight::get(void *data, size_t offset, size_t bytes) const {
+  auto *out = static_cast<uint8_t *>(data);
+  if (form_ != Form::kPacked) {
+    std::memcpy(out, place_ + offset, bytes);
+    return;
+  }
+  const size_t row = row_bytes(type_, columns_);
+  std::vector<uint8_t> stock(row), codes;
+  while (bytes > 0) {
+    const size_t within = offset % row, here = bytes < row - within ? bytes : row - within;
+    read_row(static_cast<uint32_t>(offset / row), stock.data(), codes);
+    std::memcpy(out, stock.data() + within, here);
+    out += here;
+    offset += here;
+    bytes -= here;
+  }
+}
+
+}  // namespace losa::ggml

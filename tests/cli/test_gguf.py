@@ -1,0 +1,163 @@
+"""GGUF artifacts, as folders and as bare files, through the commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .test_pipeline import QUICK, Result, losa, work
+
+THREADS = ("--threads", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A portable and a packed file of one run of the whole path, and its streams."""
+    output = tmp_path_factory.mktemp("gguf") / "demo"
+    argv = ["compress-and-export", "-m", tiny_llama, "-f", "gguf", "--packed", "--portable", "-o", output]
+    return output, losa(*argv, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def packed(finished: tuple[Path, Result]) -> Path:
+    return next(finished[0].glob("*-LOSA-I8.gguf"))
+
+
+@pytest.fixture(scope="module")
+def portable(finished: tuple[Path, Result]) -> Path:
+    return next(finished[0].glob("*-Q8_0.gguf"))
+
+
+def alone(path: Path, folder: Path) -> Path:
+    """A copy of one file in a folder of its own, without tokenizer files."""
+    target = folder / path.name
+    shutil.copyfile(path, target)
+    return target
+
+
+def test_the_whole_path(finished: tuple[Path, Result], packed: Path, portable: Path) -> None:
+    output, result = finished
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == str(output)
+    assert packed.stat().st_size < portable.stat().st_size
+    assert "not smaller" in result.err  # what is said of the portable file
+    report = json.loads((output / "report.json").read_text())
+    assert report["parity"]["ok"] is True
+    assert report["format"] == "gguf"
+    assert (report["dense"]["runtime"], report["exported"]["runtime"]) == ("llamacpp-stock", "llamacpp")
+    assert "dense f16" in (output / "report.md").read_text()
+    assert (work(output) / "dense-gguf").is_dir()
+
+
+def test_the_same_text_from_folder_files_and_merged_model(
+    finished: tuple[Path, Result], packed: Path, portable: Path, tmp_path: Path
+) -> None:
+    output, _ = finished
+    models = [work(output) / "merged", output, packed, portable, alone(portable, tmp_path)]
+    models.append(alone(packed, tmp_path))
+    texts = []
+    for model in models:
+        result = losa("generate", "-m", model, "Anna has", "--max-tokens", "8", *THREADS, "--json")
+        assert result.code == 0, result.err
+        document = json.loads(result.out)
+        texts.append((document["text"], document["prompt_tokens"]))
+    assert len(set(texts)) == 1 and texts[0][0] != ""
+
+
+def test_chat_and_evaluate(
+    finished: tuple[Path, Result], portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies, perplexities = [], []
+    for model in (finished[0], alone(portable, tmp_path)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nAnna?\n"))
+        chat = losa("chat", "-m", model, "--max-tokens", "6", *THREADS, "--json")
+        assert chat.code == 0, chat.err
+        replies.append(json.loads(chat.out)["messages"])
+        argv = ["evaluate", model, "--window", "100", "--text-tokens", "200", *THREADS, "--json"]
+        perplexities.append(json.loads(losa(*argv).out)["perplexity"])
+    assert [message["role"] for message in replies[0]] == ["user", "assistant"] * 2
+    assert replies[0] == replies[1]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=0.05)
+
+
+def test_inspect_shows_what_a_file_holds(packed: Path, portable: Path) -> None:
+    found = {path: json.loads(losa("inspect", path, "--json").out) for path in (packed, portable)}
+    for path, document in found.items():
+        assert document["size_bytes"] == path.stat().st_size
+        assert document["sparsity_achieved"] == pytest.approx(0.5, abs=0.01)
+        assert document["architecture"] == "llama"
+    assert found[packed]["packed"] and not found[portable]["packed"]
+    assert found[packed]["bits_per_weight"] < found[portable]["bits_per_weight"] == 8.5
+    tensor = next(t for t in found[packed]["tensors"] if t["name"] == "blk.0.ffn_down.weight")
+    assert (tensor["layout"], tensor["shape"]) == ("bitmask", [64, 192])
+    assert tensor["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert "blk.2.attn_q.weight" in losa("inspect", packed).out
+
+
+def test_verify_passes_and_finds_a_flipped_bit(
+    finished: tuple[Path, Result], tmp_path: Path, packed: Path, portable: Path
+) -> None:
+    output = tmp_path / "demo"
+    shutil.copytree(finished[0], output)
+    merged = work(finished[0]) / "merged"
+    good = losa("verify", output, "--against", merged, "--json", *THREADS)
+    assert good.code == 0, good.err
+    assert json.loads(good.out)["ok"] is True
+    for name in (packed.name, portable.name):
+        path = output / name
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+        bad = losa("verify", output, "--against", merged, *THREADS)
+        assert bad.code == 6
+        assert name in bad.err
+        shutil.copyfile(finished[0] / name, path)
+
+
+def test_bench_beside_the_dense_model_and_its_quantizations(finished: tuple[Path, Result]) -> None:
+    output, _ = finished
+    load = ["--decode-tokens", "4", "--repetitions", "2", *THREADS, "--json"]
+    result = losa("bench", output, "--prompt-tokens", "16", *load)
+    assert result.code == 0, result.err
+    models = json.loads(result.out)["results"]
+    assert [m["runtime"] for m in models] == ["llamacpp-stock", "llamacpp"]
+    result = losa("bench", output, "--peers", "q4_0,f16", "--prefill-tokens", "32", *load)
+    assert result.code == 0, result.err
+    models = json.loads(result.out)["results"]
+    assert [m["name"] for m in models] == [str(output), "q4_0", "f16"]
+    assert all(m["perplexity"] > 1 and m["peak_rss_bytes"] > 0 for m in models)
+    assert models[1]["bytes"] < models[2]["bytes"]
+
+
+def test_bench_of_a_synthetic_model(tmp_path: Path) -> None:
+    argv = ["bench", "--geometry", "tiny", "--runtime", "llamacpp", "--value-type", "i4", "--sparsity", "0.6"]
+    argv += ["--peers", "q4_0,q8_0,f16", "--prefill-tokens", "32", "--decode-tokens", "4"]
+    result = losa(*argv, "--repetitions", "2", *THREADS, "--keep", tmp_path, "--json")
+    assert result.code == 0, result.err
+    models = {m["name"]: m for m in json.loads(result.out)["results"]}
+    assert list(models) == ["ours", "q4_0", "q8_0", "f16"]
+    assert models["ours"]["bytes"] < models["q4_0"]["bytes"] < models["q8_0"]["bytes"] < models["f16"]["bytes"]
+    assert all(len(m["samples"]) == 2 for m in models.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"", "empty"), (b"GGUF", "header"), (b"no model here", "GGUF")]
+)
+def test_damaged_files_end_with_a_message(tmp_path: Path, content: bytes, word: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    for argv in (["inspect", path], ["generate", "-m", path, "Anna", *THREADS]):
+        result = losa(*argv)
+        assert (result.code, result.out) == (3, "")
+        assert "Traceback" not in result.err and str(path) in result.err
