@@ -38,7 +38,8 @@ demo: env
 
 # Stages of `make demo` are reused if they are of the same source and recipe, which the program checks.
 demo-gguf: env
-	test -e build/demo-gguf.work || test ! -d build/demo.work || ln -s demo.work build/demo-gguf.work
+	test -d build/demo-gguf.work || rm -f build/demo-gguf.work
+	test -d build/demo-gguf.work || test ! -d build/demo.work || ln -s demo.work build/demo-gguf.work
 	$(BIN)/losa-deploy compress-and-export --format gguf --packed --portable --output build/demo-gguf --overwrite
 	@echo
 	@cat build/demo-gguf/report.md
