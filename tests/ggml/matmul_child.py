@@ -16,6 +16,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from losa_deploy.ggml import load_plugin
@@ -67,6 +68,11 @@ def functions() -> dict[str, ctypes._NamedFuncPointer]:
     return found
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
 class Machine:
     """The backend that computes our weights, and the buffer type that holds them."""
 
@@ -79,6 +85,7 @@ class Machine:
         proc = self.f["backend_reg_get_proc_address"]
         set_threads = proc(registry, b"ggml_backend_set_n_threads")
         self.set_threads = ctypes.CFUNCTYPE(None, c_void_p, c_int)(set_threads)
+        self.resident = 0  # bytes that the last weight took when it was loaded
         self.buffers = self.f["backend_dev_buffer_type"](device)
         if route == "a":
             extra = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(
@@ -98,10 +105,11 @@ class Machine:
         f["set_name"](w, b"blk.0.ffn_up.weight")
         held = f["backend_alloc_ctx_tensors_from_buft"](weights, self.buffers)
         assert f["nbytes"](w) == weight.nbytes
-        step = -(-weight.nbytes // chunks)
+        step, before = -(-weight.nbytes // chunks), resident()
         for at in range(0, weight.nbytes, step):
-            part = weight[at : at + step].copy()
+            part = weight[at : at + step]
             f["backend_tensor_set"](w, part.ctypes.data, at, part.nbytes)
+        self.resident = resident() - before
         others = f["init"](Parameters(1 << 20, None, True))
         wide = columns + 5 if lie == 1 else columns
         shape = (columns, tokens) if lie != 2 else (tokens, columns)
@@ -142,7 +150,8 @@ def main() -> None:
         for i in range(len(cases.files) // 3):
             spec = [int(n) for n in cases[f"spec_{i}"]]
             results[f"y_{i}"], results[f"w_{i}"] = machine.run(cases[f"w_{i}"], cases[f"x_{i}"], spec)
-            notes.append({"damage": plugin.damage(), "statistics": asdict(plugin.statistics())})
+            note = {"damage": plugin.damage(), "statistics": asdict(plugin.statistics())}
+            notes.append({**note, "resident": machine.resident})
     np.savez(sys.argv[2], **results)
     sys.stdout.write(json.dumps({"route": plugin.route, "notes": notes}) + "\n")
 

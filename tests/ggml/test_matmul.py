@@ -232,3 +232,12 @@ def test_damaged_blobs_compute_nan_and_say_so(tmp_path: Path) -> None:
         assert damaged == bool(np.isnan(y).any())
     assert sum(bool(note["damage"]) for note in notes) >= 6
     assert notes[0]["damage"].startswith("blk.0.ffn_up.weight is damaged: ")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_memory_is_that_of_the_packed_weight(kind: str, tmp_path: Path) -> None:
+    cases = [case(kind, 40, 64, 1), case(kind, 6000, 2048, 1)]
+    _, (small, large) = run(cases, tmp_path, "a")
+    packed = large["statistics"]["packed_bytes"] - small["statistics"]["packed_bytes"]
+    assert packed < 0.75 * cases[1].stock.nbytes
+    assert 0.9 * packed < large["resident"] < 1.1 * packed + (1 << 20)
