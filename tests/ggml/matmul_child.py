@@ -8,20 +8,35 @@ and how x lies in memory (0 contiguous, 1 with gaps between rows, 2 transposed).
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import os
 import sys
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import asdict
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
 from losa_deploy.ggml import load_plugin
 
-LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
+LOADABLE = os.environ.get("LOSA_TEST_LIBRARIES")
+"""Folder of libraries with loadable backends; without it, those of llama-cpp-python."""
+
+
+def libraries() -> list[ctypes.CDLL]:
+    """libggml-base and libggml with the CPU backend; loadable ones read GGML_BACKEND_PATH here."""
+    if LOADABLE is None:
+        import llama_cpp
+
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        return [ctypes.CDLL(str(folder / f"lib{name}.so.0")) for name in ("ggml-base", "ggml")]
+    ggml = next(Path(LOADABLE).glob("libggml.*so"))
+    found = [ctypes.CDLL(str(path)) for path in (Path(LOADABLE) / "libggml-base.so", ggml)]
+    found[1].ggml_backend_load_all_from_path(LOADABLE.encode())
+    return found
 
 
 class Parameters(ctypes.Structure):
@@ -57,10 +72,9 @@ def functions() -> dict[str, ctypes._NamedFuncPointer]:
         "backend_free": (None, [c_void_p]),
         "backend_cpu_buffer_type": (c_void_p, []),
     }
-    libraries = [ctypes.CDLL(str(LIBRARIES / f"lib{name}.so.0")) for name in ("ggml-base", "ggml")]
-    found = {}
+    found, loaded = {}, libraries()
     for name, (result, arguments) in signatures.items():
-        for library in libraries:
+        for library in loaded:
             if hasattr(library, f"ggml_{name}"):
                 found[name] = getattr(library, f"ggml_{name}")
                 found[name].restype, found[name].argtypes = result, arguments
@@ -142,8 +156,10 @@ class Machine:
 
 def main() -> None:
     plugin = load_plugin()
-    plugin.start()
-    machine = Machine(plugin.route)
+    if LOADABLE is None:
+        importlib.import_module("llama_cpp")  # brings ggml into the process
+        plugin.start()
+    machine = Machine(os.environ["LOSA_GGML"])
     results: dict[str, NDArray[np.generic]] = {}
     notes = []
     with np.load(sys.argv[1]) as cases:

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
-
-if folder := os.environ.get("LOSA_TEST_LIBRARIES"):
-    # llama.cpp looks for its loadable backends in the working folder.
-    os.environ["LLAMA_CPP_LIB_PATH"] = folder
-    os.chdir(folder)
 
 import llama_cpp
 import numpy as np
@@ -24,10 +18,7 @@ def main() -> None:
         from losa_deploy.ggml import load_plugin
 
         plugin = load_plugin()
-        if mode == "start":
-            plugin.start()
-        else:  # the environment loads it
-            llama_cpp.llama_backend_init()
+        plugin.start()
         facts |= {"route": plugin.route, "status": plugin.status}
     model = llama_cpp.Llama(
         path,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.ggml import load_plugin, plugin_path
+from losa_deploy.ggml import load_plugin
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the plug-in is not built for Windows")
@@ -125,29 +125,6 @@ def test_reasons_of_refusal() -> None:
     assert "LOSA_GGML is c; it takes a, b or off" in refusal(ggml, LOSA_GGML="c")
     assert "there are no such kernels here" in refusal(ggml, LOSA_KERNELS="none-such")
     assert refusal(ggml, LOSA_GGML="a") == ""
-
-
-@pytest.mark.parametrize("route", ["a", "b", "off"])
-def test_loadable_backends(route: str, write_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Prebuilt libraries with loadable backends, which read GGML_BACKEND_PATH themselves.
-
-    LOSA_TEST_GGML_DL: the folder with the libraries of the npm package @node-llama-cpp/linux-x64.
-    """
-    folder = Path(os.environ.get("LOSA_TEST_GGML_DL", ""))
-    if not (folder / "libggml-base.so").is_file():
-        pytest.skip("LOSA_TEST_GGML_DL names no folder with libggml-base.so")
-    for library in folder.glob("lib*.so"):
-        (tmp_path / library.name).symlink_to(library)
-        if ".v" in library.name:
-            (tmp_path / f"{library.name.split('.')[0]}.so").symlink_to(library)
-    model = write_model("Q8_0")
-    environment = {"LOSA_TEST_LIBRARIES": str(tmp_path), "GGML_BACKEND_PATH": str(plugin_path())}
-    stock = run(model, "stock", tmp_path)
-    ours = run(model, "environment", tmp_path, LOSA_GGML=route, **environment)
-    assert ours.facts["route"] == route
-    assert ours.facts["statistics"]["packed"] == (0 if route == "off" else WEIGHTS)
-    error = float(np.abs(ours.logits[:600] - stock.logits[:600]).max())
-    assert error <= ROUNDING["Q8_0"] * 6 * float(stock.logits.std())
 
 
 def test_virtual_file(tmp_path: Path) -> None:
