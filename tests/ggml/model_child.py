@@ -1,4 +1,4 @@
-"""Runs a model in a process of its own, because a route is chosen once: MODEL THREADS [start|stock] → JSON."""
+"""Runs a model in a process of its own, because a route is chosen once: MODEL THREADS MODE LOGITS → JSON."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main() -> None:
     np.save(sys.argv[4], np.concatenate(rows))
     if plugin is not None:
         facts |= {"statistics": asdict(plugin.statistics()), "damage": plugin.damage()}
-    print(json.dumps({**facts, "tokens": tokens}))
+    sys.stdout.write(json.dumps({**facts, "tokens": tokens}) + "\n")
 
 
 main()
