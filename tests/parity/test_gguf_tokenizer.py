@@ -269,3 +269,20 @@ def test_damaged_or_foreign_tokenizers_are_refused(llama_folder: Path, tmp_path:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(InputError, match="'Unigram'"):
         read_vocabulary(tmp_path, 520, {})
+
+
+@pytest.mark.slow
+def test_tokens_of_the_embedded_model(tmp_path: Path) -> None:
+    """From its own GGUF through transformers and back: the rules that split text survive."""
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.gguf_source import convert_gguf
+    from losa_deploy.interfaces import no_progress
+    from losa_deploy.source import DEFAULT_ID, default_model
+
+    source: Checkpoint = convert_gguf(default_model(), DEFAULT_ID, tmp_path / "source", no_progress)[0]
+    vocabulary = read_vocabulary(source.folder, 49152, source.config)
+    assert (vocabulary.model, vocabulary.pre, vocabulary.notes) == ("gpt2", "smollm", ())
+    assert vocabulary.ids == {"bos": 1, "eos": 2, "unknown": 0, "padding": 2}
+    assert vocabulary.types[:18] == (3,) * 17 + (1,)
+    assert vocabulary.template.startswith("{% for message in messages %}")
+    check_tokens(source.folder, vocabulary, tmp_path / "vocabulary.gguf")
