@@ -112,7 +112,7 @@ class GgufVocabulary:
             bos_token=self._text(self.bos_token_id),
             eos_token=self._text(self.eos_token_id),
         )
-        return self.encode(list(rendered[0])[0], add_special_tokens=False)
+        return self.encode(next(iter(rendered[0])), add_special_tokens=False)
 
     def _id(self, function: object) -> int | None:
         assert callable(function)

@@ -40,7 +40,9 @@ MODES: Mapping[str, tuple[str, ...]] = {
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="model folders or GGUF files, or the word `kernels`")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="model folders or GGUF files, or the word `kernels`"
+    )
     parser.add_argument(
         "--baseline", type=Path, metavar="DIR", help="dense model (default: in <PATH>.work if there)"
     )
