@@ -80,6 +80,31 @@ def test_dense_models_are_right_too(write_model: Callable[..., Path], tmp_path: 
     assert float(np.abs(ours.logits[:600] - stock.logits[:600]).max()) <= 0.012 * float(stock.logits.std())
 
 
+ACCEPT = """
+import sys, llama_cpp
+from losa_deploy.ggml import load_plugin
+plugin = load_plugin()
+plugin.start()
+plugin.start()
+plugin.accept(False)
+stock = llama_cpp.Llama(sys.argv[1], verbose=False)
+before = plugin.statistics().tensors
+plugin.accept(True)
+ours = llama_cpp.Llama(sys.argv[1], verbose=False)
+for model in (ours, stock):
+    model.eval([1, 2, 3])
+sys.stdout.write(f"{before} {plugin.statistics().tensors}")
+"""
+
+
+def test_weights_stay_with_stock_while_none_are_accepted(write_model: Callable[..., Path]) -> None:
+    command = [sys.executable, "-c", ACCEPT, str(write_model("Q8_0"))]
+    environment = {**os.environ, "LOSA_GGML_VERBOSE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"0 {WEIGHTS}"
+    assert f"losa: {WEIGHTS} weights, {WEIGHTS} of them sparse" in done.stderr
+
+
 CHECK = """
 import ctypes, sys
 from losa_deploy.ggml import load_plugin
