@@ -31,6 +31,9 @@ HEAD_FOLLOWS: Mapping[ValueType, ValueType] = {"f32": "f32", "f16": "f16", "i8":
 """Blocks → embedding and head."""
 LIBRARY_BYTES = 700_000_000
 """Resident size of numpy, torch and transformers beside the tensor at hand."""
+HEADER_BYTES = 50_000
+TOKENIZER_SHARE = {"tokenizer.json": 0.5, "tokenizer.model": 1.0}
+"""Rough size of the keys: of a tokenizer file so much is found in the header."""
 DENSE_REASON = "portable: dense with its zeros, no smaller than an unpruned one"
 
 
@@ -179,11 +182,10 @@ def planned(job: Job) -> Iterator[PlannedTensor]:
 def plan(jobs: tuple[Job, ...]) -> ExportPlan:
     """Files and bytes of one or two files; the tensors are those of the first."""
     checkpoint = jobs[0].checkpoint
-    header = 100_000 + 2 * sum(
-        path.stat().st_size
-        for path in (checkpoint.folder / n for n in ("tokenizer.json", "tokenizer.model"))
-        if path.is_file()
-    )
+    header = HEADER_BYTES
+    for name, share in TOKENIZER_SHARE.items():
+        path = checkpoint.folder / name
+        header += int(share * path.stat().st_size) if path.is_file() else 0
     files = {job.file: header + sum(entry.bytes + 64 for entry in job.entries) for job in jobs}
     largest = max(prod(entry.shape) for entry in jobs[0].entries)
     return ExportPlan("gguf", files, tuple(planned(jobs[0])), LIBRARY_BYTES + 12 * largest)
