@@ -190,7 +190,7 @@ def _kernels(job: Job) -> str:
     """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
     from losa_deploy import _native
 
-    unused = job.runtime.exact() is job.runtime or getattr(job.runtime, "fallback", "")
+    unused = job.runtime.exact() is job.runtime or bool(getattr(job.runtime, "fallback", ""))
     return "" if unused else _native.target_name()
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from losa_deploy.errors import InputError, MissingError
@@ -118,7 +118,7 @@ class Plugin:
         """Counts since the plug-in was loaded."""
         counts = _Counts()
         self._library.losa_ggml_statistics(ctypes.byref(counts))
-        return Statistics(**{name: int(getattr(counts, name)) for name, _ in _Counts._fields_})
+        return Statistics(**{field.name: int(getattr(counts, field.name)) for field in fields(Statistics)})
 
     def virtual_open(
         self, path: Path, header: bytes, pieces: Sequence[tuple[int, int, int]], total_bytes: int

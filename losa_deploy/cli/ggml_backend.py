@@ -33,7 +33,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             ("Python", "losa_deploy.ggml.load_plugin().start(), before the first model"),
             ("programs", f"GGML_BACKEND_PATH={path} llama-server -m MODEL.gguf"),
             ("LOSA_GGML", "a (in the CPU backend), b (a device of its own) or off; unset: a, else b"),
-            ("LOSA_GGML_VERBOSE", "1: programs say on stderr which route they take"),
+            ("LOSA_GGML_VERBOSE", "1: programs say on stderr which route they take and what they packed"),
         ]
         console.result(table((), rows))
 

@@ -118,6 +118,9 @@ void multiply(const Symbols &ggml, const Weight &weight, const Tensor &op, const
     std::fprintf(stderr, "losa: ggml gave too little working memory\n");
     std::abort();
   }
+  if (team.thread == 0) {
+    report_load();
+  }
   const Sizes s = sizes_of(ggml, weight, op);
   auto *work = reinterpret_cast<uint8_t *>(aligned(reinterpret_cast<uintptr_t>(team.work)));
   auto *taken = reinterpret_cast<std::atomic<size_t> *>(work);

@@ -5,6 +5,8 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <thread>
@@ -21,6 +23,7 @@ constexpr size_t kWorthAThread = 1 << 18;  // weights
 std::mutex guard;
 Counts total = {};
 std::string damage;
+std::atomic<bool> unreported{false};  // weights were taken since the last report
 
 size_t aligned(size_t bytes) { return (bytes + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT; }
 
@@ -36,7 +39,11 @@ void split(uint32_t rows, uint32_t columns, Work work) {
   };
   std::vector<std::thread> others;
   for (size_t i = 1; i < threads; ++i) {
-    others.emplace_back(part, i);
+    try {
+      others.emplace_back(part, i);
+    } catch (const std::exception &) {
+      part(i);  // no more threads to be had
+    }
   }
   part(0);
   for (auto &thread : others) {
@@ -94,6 +101,19 @@ size_t row_bytes(int type, uint64_t columns) {
 Counts counts() {
   const std::lock_guard<std::mutex> lock(guard);
   return total;
+}
+
+void report_load() {
+  static const bool verbose = std::getenv("LOSA_GGML_VERBOSE") != nullptr;
+  if (!verbose || !unreported.load(std::memory_order_relaxed) || !unreported.exchange(false)) {
+    return;
+  }
+  const Counts c = counts();
+  constexpr double mega = 1e6;
+  std::fprintf(stderr, "losa: %llu weights, %llu of them sparse: %.1f MB as %.1f MB, packed in %.2f s\n",
+               static_cast<unsigned long long>(c.tensors), static_cast<unsigned long long>(c.packed),
+               static_cast<double>(c.dense_bytes) / mega, static_cast<double>(c.packed_bytes) / mega,
+               static_cast<double>(c.pack_nanoseconds) / 1e9);
 }
 
 std::string take_damage() {
@@ -186,6 +206,7 @@ void Weight::take(const uint8_t *data) {
     held = p.positions.bytes + p.values.bytes + p.scale.bytes + p.table.bytes + starts_.size() * 8;
   }
   const auto spent = std::chrono::steady_clock::now() - begin;
+  unreported = true;
   const std::lock_guard<std::mutex> lock(guard);
   total.tensors += 1;
   (sparse ? total.packed : total.dense) += 1;

@@ -70,6 +70,9 @@ struct Counts {
   uint64_t tensors, packed, dense, dense_bytes, packed_bytes, pack_nanoseconds;
 };
 Counts counts();
+// With LOSA_GGML_VERBOSE: the counts on stderr, once after weights were taken. Nobody says when a model is
+// complete, so the first product asks.
+void report_load();
 // What was wrong with the first damaged weight since the last call; empty if nothing was.
 std::string take_damage();
 

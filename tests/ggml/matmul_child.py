@@ -8,19 +8,35 @@ and how x lies in memory (0 contiguous, 1 with gaps between rows, 2 transposed).
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import os
 import sys
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import asdict
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from losa_deploy.ggml import load_plugin
 
-LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
+LOADABLE = os.environ.get("LOSA_TEST_LIBRARIES")
+"""Folder of libraries with loadable backends; without it, those of llama-cpp-python."""
+
+
+def libraries() -> list[ctypes.CDLL]:
+    """libggml-base and libggml with the CPU backend; loadable ones read GGML_BACKEND_PATH here."""
+    if LOADABLE is None:
+        import llama_cpp
+
+        folder = Path(llama_cpp.__file__).parent / "lib"
+        return [ctypes.CDLL(str(folder / f"lib{name}.so.0")) for name in ("ggml-base", "ggml")]
+    ggml = next(Path(LOADABLE).glob("libggml.*so"))
+    found = [ctypes.CDLL(str(path)) for path in (Path(LOADABLE) / "libggml-base.so", ggml)]
+    found[1].ggml_backend_load_all_from_path(LOADABLE.encode())
+    return found
 
 
 class Parameters(ctypes.Structure):
@@ -56,15 +72,19 @@ def functions() -> dict[str, ctypes._NamedFuncPointer]:
         "backend_free": (None, [c_void_p]),
         "backend_cpu_buffer_type": (c_void_p, []),
     }
-    libraries = [ctypes.CDLL(str(LIBRARIES / f"lib{name}.so.0")) for name in ("ggml-base", "ggml")]
-    found = {}
+    found, loaded = {}, libraries()
     for name, (result, arguments) in signatures.items():
-        for library in libraries:
+        for library in loaded:
             if hasattr(library, f"ggml_{name}"):
                 found[name] = getattr(library, f"ggml_{name}")
                 found[name].restype, found[name].argtypes = result, arguments
                 break
     return found
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class Machine:
@@ -79,6 +99,7 @@ class Machine:
         proc = self.f["backend_reg_get_proc_address"]
         set_threads = proc(registry, b"ggml_backend_set_n_threads")
         self.set_threads = ctypes.CFUNCTYPE(None, c_void_p, c_int)(set_threads)
+        self.resident = 0  # bytes that the last weight took when it was loaded
         self.buffers = self.f["backend_dev_buffer_type"](device)
         if route == "a":
             extra = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(
@@ -98,10 +119,11 @@ class Machine:
         f["set_name"](w, b"blk.0.ffn_up.weight")
         held = f["backend_alloc_ctx_tensors_from_buft"](weights, self.buffers)
         assert f["nbytes"](w) == weight.nbytes
-        step = -(-weight.nbytes // chunks)
+        step, before = -(-weight.nbytes // chunks), resident()
         for at in range(0, weight.nbytes, step):
-            part = weight[at : at + step].copy()
+            part = weight[at : at + step]
             f["backend_tensor_set"](w, part.ctypes.data, at, part.nbytes)
+        self.resident = resident() - before
         others = f["init"](Parameters(1 << 20, None, True))
         wide = columns + 5 if lie == 1 else columns
         shape = (columns, tokens) if lie != 2 else (tokens, columns)
@@ -134,15 +156,18 @@ class Machine:
 
 def main() -> None:
     plugin = load_plugin()
-    plugin.start()
-    machine = Machine(plugin.route)
+    if LOADABLE is None:
+        importlib.import_module("llama_cpp")  # brings ggml into the process
+        plugin.start()
+    machine = Machine(os.environ["LOSA_GGML"])
     results: dict[str, NDArray[np.generic]] = {}
     notes = []
     with np.load(sys.argv[1]) as cases:
         for i in range(len(cases.files) // 3):
             spec = [int(n) for n in cases[f"spec_{i}"]]
             results[f"y_{i}"], results[f"w_{i}"] = machine.run(cases[f"w_{i}"], cases[f"x_{i}"], spec)
-            notes.append({"damage": plugin.damage(), "statistics": asdict(plugin.statistics())})
+            note = {"damage": plugin.damage(), "statistics": asdict(plugin.statistics())}
+            notes.append({**note, "resident": machine.resident})
     np.savez(sys.argv[2], **results)
     sys.stdout.write(json.dumps({"route": plugin.route, "notes": notes}) + "\n")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from losa_deploy.ggml import plugin_path
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.blob import to_blob
 
@@ -102,7 +103,7 @@ def case(
 
 
 def run(
-    cases: list[Case], folder: Path, route: str
+    cases: list[Case], folder: Path, route: str, **environment: str
 ) -> tuple[list[tuple[Floats, Bytes]], list[dict[str, Any]]]:
     """y and weight of each case, and the child's notes."""
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -112,7 +113,7 @@ def run(
     np.savez(folder / "cases.npz", **arrays)
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder / "cases.npz"), str(folder / "results.npz")],
-        env={**os.environ, "LOSA_GGML": route},
+        env={**os.environ, "LOSA_GGML": route, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -232,3 +233,28 @@ def test_damaged_blobs_compute_nan_and_say_so(tmp_path: Path) -> None:
         assert damaged == bool(np.isnan(y).any())
     assert sum(bool(note["damage"]) for note in notes) >= 6
     assert notes[0]["damage"].startswith("blk.0.ffn_up.weight is damaged: ")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_memory_is_that_of_the_packed_weight(kind: str, tmp_path: Path) -> None:
+    cases = [case(kind, 40, 64, 1), case(kind, 6000, 2048, 1)]
+    _, (small, large) = run(cases, tmp_path, "a")
+    packed = large["statistics"]["packed_bytes"] - small["statistics"]["packed_bytes"]
+    assert packed < 0.75 * cases[1].stock.nbytes
+    assert 0.9 * packed < large["resident"] < 1.1 * packed + (1 << 20)
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_loadable_backends(route: str, tmp_path: Path) -> None:
+    """Prebuilt libraries with loadable backends, which read GGML_BACKEND_PATH themselves.
+
+    LOSA_TEST_GGML_DL: the folder with the libraries of the npm package @node-llama-cpp/linux-x64.
+    """
+    folder = Path(os.environ.get("LOSA_TEST_GGML_DL", ""))
+    if not (folder / "libggml-base.so").is_file():
+        pytest.skip("LOSA_TEST_GGML_DL names no folder with libggml-base.so")
+    environment = {"LOSA_TEST_LIBRARIES": str(folder), "GGML_BACKEND_PATH": str(plugin_path())}
+    cases = [case(kind, 41, 96, tokens) for kind in TYPES for tokens in (1, 9)]
+    results, notes = run(cases, tmp_path, route, **environment)
+    check(cases, results)
+    assert notes[-1]["statistics"]["packed"] == len(cases)

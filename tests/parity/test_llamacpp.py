@@ -27,7 +27,7 @@ from losa_deploy.runtimes.llamacpp.runtime import (
     StockLlamaCppRuntime,
 )
 from losa_deploy.runtimes.reference import ReferenceRuntime, ReferenceSession
-from losa_deploy.text import load_tokenizer
+from losa_deploy.text import StreamDecoder, load_tokenizer
 from losa_deploy.verify import _overrides
 
 from .conftest import prune
@@ -305,3 +305,23 @@ def test_damaged_files_are_refused_with_the_reason(
     with pytest.raises(InputError, match=message) as error:
         StockLlamaCppRuntime().open(path, threads=1)
     assert hint in error.value.hint
+
+
+TEXTS = ("Anna has 2 red apples.", "é 日本語 👩‍👩‍👧 naïve  spaces\n\tend ✓", "<|user|>Hello<|end|>", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokenizer_of_a_file_is_that_of_its_folder(exported: dict[ValueType, Path], kind: str) -> None:
+    folder = exported["i8"]
+    expected, found = load_tokenizer(folder), load_tokenizer(one_file(folder, kind))
+    for text in TEXTS:
+        ids = expected.encode(text)
+        assert found.encode(text) == ids
+        for special in (False, True):
+            assert found.decode(ids, special=special) == expected.decode(ids, special=special)
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Anna?"}]
+    assert found.chat(conversation) == expected.chat(conversation)
+    assert found.bos_id == expected.bos_id
+    assert set(expected.eos_ids) <= set(found.eos_ids)
+    assert found.size == expected.size
+    assert StreamDecoder(found).decode_all(found.encode(TEXTS[1])) == TEXTS[1]
