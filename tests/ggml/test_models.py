@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.ggml import load_plugin
+from losa_deploy.ggml import load_plugin, plugin_path
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the plug-in is not built for Windows")
@@ -82,7 +82,7 @@ def test_dense_models_are_right_too(write_model: Callable[..., Path], tmp_path: 
 
 ACCEPT = """
 import sys, llama_cpp
-from losa_deploy.ggml import load_plugin
+from losa_deploy.ggml import load_plugin, plugin_path
 plugin = load_plugin()
 plugin.start()
 plugin.start()
@@ -107,7 +107,7 @@ def test_weights_stay_with_stock_while_none_are_accepted(write_model: Callable[.
 
 CHECK = """
 import ctypes, sys
-from losa_deploy.ggml import load_plugin
+from losa_deploy.ggml import load_plugin, plugin_path
 from losa_deploy.errors import MissingError
 library = ctypes.CDLL(sys.argv[1]) if len(sys.argv) > 1 else None
 try:
@@ -195,3 +195,42 @@ def test_virtual_files_with_wrong_pieces_are_refused(
         load_plugin().virtual_open(real, b"header!", pieces, 9000)
     with pytest.raises(InputError, match="cannot be read"):
         load_plugin().virtual_open(tmp_path / "missing", b"header!", [], 9000)
+
+
+def run_loadable(
+    folder: Path, model: Path, logits: Path, **environment: str
+) -> tuple[NDArray[np.float32], str]:
+    """The last token's logits, and what the plug-in said."""
+    command = [sys.executable, str(Path(__file__).with_name("loadable_child.py")), str(folder), str(model)]
+    done = subprocess.run(
+        [*command, str(logits)],
+        env={**os.environ, "LOSA_GGML_VERBOSE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("losa:")]
+    return np.load(logits), "\n".join(said)
+
+
+@pytest.mark.parametrize("route", ["a", "b", "off"])
+def test_prebuilt_libraries_load_the_plugin_themselves(
+    route: str, write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """LOSA_TEST_GGML_DL: the folder with the libraries of the npm package @node-llama-cpp/linux-x64."""
+    folder = Path(os.environ.get("LOSA_TEST_GGML_DL", ""))
+    if not (folder / "libggml-base.so").is_file():
+        pytest.skip("LOSA_TEST_GGML_DL names no folder with libggml-base.so")
+    model = write_model("Q8_0")
+    stock, nothing = run_loadable(folder, model, tmp_path / "stock.npy")
+    environment = {"LOSA_GGML": route, "GGML_BACKEND_PATH": str(plugin_path())}
+    ours, said = run_loadable(folder, model, tmp_path / "ours.npy", **environment)
+    assert nothing == ""
+    if route == "off":
+        assert np.array_equal(ours, stock)
+        assert "losa: off" in said
+        return
+    assert f"losa: route {route} " in said
+    assert f"losa: {WEIGHTS} weights, {WEIGHTS} of them sparse" in said
+    assert float(np.abs(ours - stock).max()) <= ROUNDING["Q8_0"] * 6 * float(stock.std())
