@@ -11,10 +11,11 @@ NATIVE := $(shell find native -name '*.h' -o -name '*.cpp')
 MAPPED := exporters runtimes benchmarks
 SOURCES := losa_deploy $(MAPPED) tests
 
-.PHONY: help env demo test check lint format-check typecheck layers native-check docs clean
+.PHONY: help env demo demo-gguf test check lint format-check typecheck layers native-check docs clean
 
 help:
 	@echo "make demo    compress the embedded model, export it to ONNX, verify, measure -> build/demo"
+	@echo "make demo-gguf  the same for llama.cpp, a packed and a portable file -> build/demo-gguf"
 	@echo "make test    quick tests, then the slow ones"
 	@echo "make check   lint, formatting, types, layers, C++ formatting, tests"
 	@echo "make docs    write docs/cli.md from the program"
@@ -34,6 +35,14 @@ demo: env
 	$(BIN)/losa-deploy compress-and-export --format onnx --output build/demo --overwrite
 	@echo
 	@cat build/demo/report.md
+
+# Stages of `make demo` are reused if they are of the same source and recipe, which the program checks.
+demo-gguf: env
+	test -d build/demo-gguf.work || rm -f build/demo-gguf.work
+	test -d build/demo-gguf.work || test ! -d build/demo.work || ln -s demo.work build/demo-gguf.work
+	$(BIN)/losa-deploy compress-and-export --format gguf --packed --portable --output build/demo-gguf --overwrite
+	@echo
+	@cat build/demo-gguf/report.md
 
 test: env
 	$(BIN)/python -m pytest -m "not slow"

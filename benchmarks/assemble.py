@@ -104,7 +104,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         blocks=BlocksPart(sparsity=merged.block_sparsity, rank=merged.block_rank, error=merged.block_error),
         environment=collect(),
         timings=found.timings,
-        verdict=decide(_evidence(job, found, exported, dense_numbers, exported_numbers, same_type)),
+        verdict=decide(_evidence(job, found, exported, dense, dense_numbers, exported_numbers, same_type)),
     )
 
 
@@ -190,7 +190,7 @@ def _kernels(job: Job) -> str:
     """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
     from losa_deploy import _native
 
-    unused = job.runtime.exact() is job.runtime or getattr(job.runtime, "fallback", "")
+    unused = job.runtime.exact() is job.runtime or bool(getattr(job.runtime, "fallback", ""))
     return "" if unused else _native.target_name()
 
 
@@ -198,6 +198,7 @@ def _evidence(
     job: Job,
     found: Found,
     exported: Manifest,
+    dense: Manifest,
     dense_numbers: ModelNumbers,
     exported_numbers: ModelNumbers,
     same_type_bytes: int,
@@ -205,7 +206,7 @@ def _evidence(
     dense_speed, exported_speed = found.speed["dense"], found.speed["exported"]
     return Evidence(
         value_type=job.recipe.export.value_type,
-        dense_type=Manifest.read(found.dense_folder).linears[0].value_type,
+        dense_type=next((record.value_type for record in dense.linears), "f32"),
         exported_bytes=exported_numbers.size_bytes,
         dense_same_type_bytes=same_type_bytes,
         dense_f32_bytes=dense_numbers.size_bytes,

@@ -20,14 +20,14 @@ ROUTES = ("a", "b", "off")
 
 
 class _Counts(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_uint64)
         for name in ("tensors", "packed", "dense", "dense_bytes", "packed_bytes", "pack_nanoseconds")
     ]
 
 
 class _Piece(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ("at", "offset", "bytes")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint64) for name in ("at", "offset", "bytes")]
 
 
 @dataclass(frozen=True)

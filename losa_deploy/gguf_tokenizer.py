@@ -105,14 +105,14 @@ class GgufVocabulary:
         """Ids of a conversation, rendered by the template as transformers renders one."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, _ = render_jinja_template(
+        rendered = render_jinja_template(
             conversations=[[dict(message) for message in conversation]],
             chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             bos_token=self._text(self.bos_token_id),
             eos_token=self._text(self.eos_token_id),
         )
-        return self.encode(rendered[0], add_special_tokens=False)
+        return self.encode(list(rendered[0])[0], add_special_tokens=False)
 
     def _id(self, function: object) -> int | None:
         assert callable(function)

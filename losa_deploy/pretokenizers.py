@@ -32,10 +32,13 @@ RULES: Mapping[str, Sequence[Mapping[str, object]]] = {
     "gpt-2": [_bytes(regex=True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(regex=True)],
     "llama-bpe": [_split(LLAMA3), _bytes(regex=False)],
+    "smaug-bpe": [_split(LLAMA3), _bytes(regex=False)],
     "qwen2": [_split(QWEN2), _bytes(regex=False)],
     "tekken": [_split(TEKKEN), _bytes(regex=False)],
 }
 """Name → the steps, in order."""
+WHOLE_WORDS = {"llama-bpe": True, "smaug-bpe": False}
+"""Names with equal rules, told apart by `ignore_merges`: a word that is a token stays whole."""
 IGNORES = ("trim_offsets", "prepend_scheme")
 """Fields that do not change how text is split."""
 
@@ -59,8 +62,10 @@ def recognise(tokenizer: Mapping[str, object]) -> str | None:
     if normal not in ([], ["NFC"]):
         return None
     found = [_canonical(step) for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")]
+    model = tokenizer.get("model")
+    whole = isinstance(model, Mapping) and bool(model.get("ignore_merges"))
     for name, steps in RULES.items():
-        if found == [_canonical(step) for step in steps]:
+        if found == [_canonical(step) for step in steps] and WHOLE_WORDS.get(name, whole) == whole:
             return name
     return None
 

@@ -60,6 +60,8 @@ PARTS = {
 }
 """Module of a block → its name in a GGUF."""
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+"""What llama.cpp computes YaRN with, whatever the file says."""
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of tensors that old checkpoints carry and nobody reads."""
 
@@ -204,6 +206,13 @@ class Rope:
                 "llama3.",
                 hint=ONNX_HINT,
             )
+        own = [key for key, usual in YARN.items() if values.get(key) not in (None, usual)]
+        if kind == "yarn" and own:
+            raise InputError(
+                f"config.json sets {own[0]} of YaRN to {values[own[0]]}; llama.cpp takes no value from the "
+                "file.",
+                hint=ONNX_HINT,
+            )
         base = values.get("rope_theta") or config.get("rope_theta") or 10000.0
         return cls(float(str(base)), kind, values)
 
@@ -215,13 +224,8 @@ class Rope:
             return
         writer.add_rope_scaling_type(RopeScalingType(self.kind))
         writer.add_rope_scaling_factor(_number(self.values, "factor", 1.0))
-        if self.kind == "yarn":
-            if self.values.get("original_max_position_embeddings"):
-                writer.add_rope_scaling_orig_ctx_len(_whole(self.values, "original_max_position_embeddings"))
-            if self.values.get("beta_fast"):
-                writer.add_rope_scaling_yarn_beta_fast(_number(self.values, "beta_fast", 32.0))
-            if self.values.get("beta_slow"):
-                writer.add_rope_scaling_yarn_beta_slow(_number(self.values, "beta_slow", 1.0))
+        if self.kind == "yarn" and self.values.get("original_max_position_embeddings"):
+            writer.add_rope_scaling_orig_ctx_len(_whole(self.values, "original_max_position_embeddings"))
 
     def factors(self, width: int) -> NDArray[np.float32] | None:
         """llama3: by what each of the `width` / 2 frequencies is divided; None for other kinds.

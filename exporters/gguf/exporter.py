@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from losa_deploy.recipe import ExportRecipe
 from . import reader
 from .architecture import architecture, sliding_note
 from .plan import Job, Kind, packing, plan
-from .tokenizer import Vocabulary, check_tokenizer, read_vocabulary
+from .tokenizer import check_tokenizer, read_vocabulary
+from .vocabulary import Vocabulary
 from .writer import Provenance, write_file
 
 PORTABLE_NOTE = (
@@ -73,7 +75,12 @@ class GgufExporter:
         manifest = model.manifest
         provenance = _provenance(manifest, recipe.value_type, manifest.sparsity_achieved)
         jobs = _jobs(model, recipe)
-        records = [write_file(job, vocabulary, provenance, folder, progress) for job in jobs]
+        total = sum(len(job.entries) for job in jobs)
+        records = []
+        for index, job in enumerate(jobs):
+            start = sum(len(earlier.entries) for earlier in jobs[:index])
+            step = partial(_shifted, progress, start, total)
+            records.append(write_file(job, vocabulary, provenance, folder, step))
         copy_side_files(model.folder, folder)
         linears, others = _split(model.checkpoint, records[0])
         changes = {
@@ -106,6 +113,11 @@ class GgufExporter:
         """Linear, embedding, head → weight [out, in], from the packed file if there is one."""
         manifest = Manifest.read(folder)
         return reader.decode(folder, (*manifest.linears, *manifest.other_tensors))
+
+
+def _shifted(progress: Progress, start: int, total: int, done: int, _: int, label: str) -> None:
+    """The progress of one file as a part of that of all files."""
+    progress(start + done, total, label)
 
 
 def _jobs(model: SparseModel, recipe: ExportRecipe) -> tuple[Job, ...]:

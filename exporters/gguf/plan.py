@@ -186,4 +186,4 @@ def plan(jobs: tuple[Job, ...]) -> ExportPlan:
     )
     files = {job.file: header + sum(entry.bytes + 64 for entry in job.entries) for job in jobs}
     largest = max(prod(entry.shape) for entry in jobs[0].entries)
-    return ExportPlan("gguf", files, tuple(planned(jobs[0])), LIBRARY_BYTES + 16 * largest)
+    return ExportPlan("gguf", files, tuple(planned(jobs[0])), LIBRARY_BYTES + 12 * largest)

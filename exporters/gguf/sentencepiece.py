@@ -34,12 +34,14 @@ class SentencePiece:
     """A space is put before the text."""
     collapse: bool
     """Several spaces become one."""
+    rules: str
+    """Name of the normalization of characters; llama.cpp has none but `identity`."""
 
 
 def read_sentencepiece(path: Path) -> SentencePiece:
     """Parse the file; `InputError` if it is damaged."""
     pieces: list[Piece] = []
-    bpe, prefix, collapse = False, True, True
+    bpe, prefix, collapse, rules = False, True, True, "identity"
     try:
         for number, value in _fields(path.read_bytes()):
             if number == 1 and isinstance(value, bytes):
@@ -49,13 +51,15 @@ def read_sentencepiece(path: Path) -> SentencePiece:
             elif number == 3 and isinstance(value, bytes):
                 flags = dict(_fields(value))
                 prefix, collapse = bool(flags.get(3, 1)), bool(flags.get(4, 1))
+                name = flags.get(1, b"")
+                rules = name.decode("utf-8") if isinstance(name, bytes) and name else rules
     except (ValueError, struct.error) as error:
         raise InputError(
             f"{path} cannot be read as a SentencePiece model: {error}.", hint="Download the file again."
         ) from None
     if not pieces:
         raise InputError(f"{path} has no pieces.", hint="Download the file again.")
-    return SentencePiece(tuple(pieces), bpe, prefix, collapse)
+    return SentencePiece(tuple(pieces), bpe, prefix, collapse, rules)
 
 
 def _piece(data: bytes) -> Piece:

@@ -15,7 +15,7 @@ from losa_deploy.errors import InputError
 from losa_deploy.gguf_file import I8, Q4_0, TYPE_NAMES
 from losa_deploy.gguf_view import ARCHITECTURE, FORMAT, PACKED
 from losa_deploy.interfaces import Progress
-from losa_deploy.layouts import LAYOUTS
+from losa_deploy.layouts import LAYOUTS, Choice
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import ALIGNMENT, to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
@@ -23,14 +23,16 @@ from losa_deploy.manifest import SCHEMA, TensorRecord
 from .architecture import Rope, head_dim, write_shape
 from .naming import model_name
 from .plan import ROPE, Entry, Job
-from .tokenizer import Vocabulary
 from .values import BLOCK, VALUE_TYPES, encode
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Provenance = Mapping[str, str | float]
 """Keys below `losa.`, and `license`."""
+CHUNK = 1 << 22
+"""Weights that are rounded at once."""
 FILE_TYPES: Mapping[ValueType, int] = {"f32": 0, "f16": 1, "i4": 2, "i8": 7}
 """`general.file_type`: all F32, mostly F16, mostly Q4_0, mostly Q8_0."""
 
@@ -74,29 +76,40 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     order = job.order(entry)
     if len(entry.shape) == 1:
         return np.ascontiguousarray(weight if order is None else weight[order], np.float32), None
-    linear = entry.module in job.checkpoint.linears
-    mask = job.mask(entry.module) if linear else np.ones(weight.shape, np.bool_)
+    mask = job.mask(entry.module) if entry.module in job.checkpoint.linears else None
     if order is not None:
-        weight, mask = weight[order], mask[order]
+        weight, mask = weight[order], None if mask is None else mask[order]
     try:
-        return _matrix(entry, weight, mask)
+        if entry.choice is not None and mask is not None:
+            return _packed(entry, entry.choice, weight, mask)
+        return _dense(entry, weight, mask)
     except ValueError as error:
         raise InputError(
             f"{entry.module} cannot be stored: {error}.", hint="Use another --value-type, e.g. f32."
         ) from None
 
 
-def _matrix(
-    entry: Entry, weight: NDArray[np.float32], mask: NDArray[np.bool_]
+def _packed(
+    entry: Entry, choice: Choice, weight: NDArray[np.float32], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.generic], TensorRecord]:
-    if entry.choice is None:
-        data = encode(np.where(mask, weight, np.float32(0)), entry.dense)
-        digest = hashlib.sha256(data.data).hexdigest()
-        record = _record(entry, "dense", VALUE_TYPES[entry.dense], data.nbytes, digest)
-        return data, record
-    packed = LAYOUTS[entry.choice.layout].pack(weight, mask, entry.choice.options)
+    packed = LAYOUTS[choice.layout].pack(weight, mask, choice.options)
     blob = np.frombuffer(to_blob(packed), np.int8)
     return blob, _record(entry, packed.layout, packed.value_type, packed.nbytes, packed.sha256)
+
+
+def _dense(
+    entry: Entry, weight: NDArray[np.float32], mask: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.generic], TensorRecord]:
+    """Row after row, because rounding takes several copies and a table can have a billion weights."""
+    rows, columns = weight.shape
+    data = np.empty((rows, entry.bytes // rows), np.uint8)
+    step = max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        kept = weight[part] if mask is None else np.where(mask[part], weight[part], np.float32(0))
+        data[part] = encode(kept, entry.dense)
+    digest = hashlib.sha256(data.data).hexdigest()
+    return data, _record(entry, "dense", VALUE_TYPES[entry.dense], data.nbytes, digest)
 
 
 def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) -> TensorRecord:

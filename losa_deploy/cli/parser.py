@@ -31,6 +31,7 @@ MODULES = (
     "generate",
     "chat",
     "serve",
+    "ggml_backend",
     "formats",
     "doctor",
 )

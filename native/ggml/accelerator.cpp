@@ -98,7 +98,8 @@ void device_properties(Device *device, DeviceProperties *properties) {
 BufferType *buffers_of_weights(Device *) { return weight_buffers(&weights_device, nullptr); }
 BufferType *buffers_of_results(Device *) { return ggml.cpu_buffer_type(); }
 
-bool supports_op(Device *, const Tensor *op) { return can_compute(op); }
+// A tensor that is not computed (operation 0 in every version) is a weight in our buffers.
+bool supports_op(Device *, const Tensor *op) { return op->op == 0 || can_compute(op); }
 bool supports_buffer(Device *, BufferType *type) { return is_ours(type) || ggml.is_host(type); }
 
 const char *registry_name(Registry *) { return "LOSA"; }

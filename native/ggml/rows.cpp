@@ -77,7 +77,10 @@ void scatter(const uint8_t *in, const uint64_t *words, size_t count, uint8_t *co
 
 // Levels of Q8_0 rows whose blocks share one finite scale: our i8. Blocks of zeros may have any scale.
 bool read_q8(const uint8_t *stock, size_t blocks, uint8_t *levels, uint16_t *scale) {
-  uint16_t common = 0;
+  auto common = load<uint16_t>(stock);
+  if ((common & 0x7c00) == 0x7c00) {
+    common = 0;
+  }
   bool found = false, sound = true;
   for (size_t b = 0; b < blocks; ++b, stock += kQ8Bytes, levels += kBlock) {
     std::memcpy(levels, stock + 2, kBlock);

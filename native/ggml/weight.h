@@ -31,7 +31,8 @@ class Weight {
 
   // Store bytes as ggml hands them over. Once the whole tensor is there it is packed.
   void set(const void *data, size_t offset, size_t bytes);
-  // The bytes that were handed over (a negative zero comes back as zero).
+  // The bytes that were handed over; where values are zero, their sign or the scale of their block may
+  // differ.
   void get(void *data, size_t offset, size_t bytes) const;
   void fill(uint8_t value, size_t offset, size_t bytes);
 

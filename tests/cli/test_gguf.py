@@ -147,7 +147,9 @@ def test_bench_of_a_synthetic_model(tmp_path: Path) -> None:
     assert result.code == 0, result.err
     models = {m["name"]: m for m in json.loads(result.out)["results"]}
     assert list(models) == ["ours", "q4_0", "q8_0", "f16"]
-    assert models["ours"]["bytes"] < models["q4_0"]["bytes"] < models["q8_0"]["bytes"] < models["f16"]["bytes"]
+    assert (
+        models["ours"]["bytes"] < models["q4_0"]["bytes"] < models["q8_0"]["bytes"] < models["f16"]["bytes"]
+    )
     assert all(len(m["samples"]) == 2 for m in models.values())
 
 

@@ -35,7 +35,14 @@ def llama_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False
+        str(path),
+        n_ctx=64,
+        n_threads=1,
+        logits_all=True,
+        verbose=False,
+        type_k=0,
+        type_v=0,
+        flash_attn=False,
     )
     model.eval(tokens)
     found: NDArray[np.float32] = model.scores[: len(tokens)].copy()
@@ -102,6 +109,7 @@ def merged_yarn(make_merged: Make) -> SparseModel:
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
         "rope_theta": 10000.0,
     }
     return make_merged(LlamaConfig(**GATED, tie_word_embeddings=True, rope_parameters=scaling))
@@ -359,6 +367,8 @@ def test_flags_of_other_formats_are_refused(merged_llama: SparseModel) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "mscale": 0.7}}, "mscale of YaRN"),
+        ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 16.0}}, "beta_fast of YaRN"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ({"model_type": "qwen2"}, "llama.cpp's qwen2 does not read"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from losa_deploy.errors import InputError
-from losa_deploy.exporters.gguf.tokenizer import Vocabulary, read_vocabulary
+from losa_deploy.exporters.gguf.tokenizer import read_vocabulary
+from losa_deploy.exporters.gguf.vocabulary import Vocabulary
 from losa_deploy.text import load_tokenizer
 
 TEXTS = (
@@ -103,11 +104,12 @@ def with_rules(source: Path, folder: Path, name: str) -> Path:
     path = folder / "tokenizer.json"
     document = json.loads(path.read_text("utf-8"))
     document["pre_tokenizer"] = rules(name)
+    document["model"]["ignore_merges"] = name in ("llama-bpe", "tekken")
     path.write_text(json.dumps(document), "utf-8")
     return folder
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken"])
 def test_rules_are_recognised_and_split_alike(name: str, bpe_folder: Path, tmp_path: Path) -> None:
     folder = with_rules(bpe_folder, tmp_path / "rules", name)
     vocabulary = read_vocabulary(folder, 640, {})
@@ -195,14 +197,16 @@ def record(number: int, data: bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(data)) + data
 
 
-def sentencepiece_model(vocabulary: Vocabulary, *, model_type: int = 2, prefix: bool = True) -> bytes:
+def sentencepiece_model(
+    vocabulary: Vocabulary, *, model_type: int = 2, prefix: bool = True, rules: str = "identity"
+) -> bytes:
     """A `tokenizer.model` of these tokens."""
     pieces = b""
     for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True):
         inner = record(1, token.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
         pieces += record(1, inner + (varint(3 << 3) + varint(kind) if kind != 1 else b""))
     trainer = record(2, varint(3 << 3) + varint(model_type))
-    normalizer = record(3, record(1, b"identity") + bytes([3 << 3, prefix, 4 << 3, 0]))
+    normalizer = record(3, record(1, rules.encode()) + bytes([3 << 3, prefix, 4 << 3, 0]))
     return pieces + trainer + normalizer
 
 
@@ -221,6 +225,31 @@ def test_a_tokenizer_model_gives_its_own_scores(llama_folder: Path, tmp_path: Pa
     assert alone.flags["add_bos_token"] and not alone.flags["add_eos_token"]
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(expected, prefix=False))
     assert read_vocabulary(folder, 530, {}).flags["add_space_prefix"] is False
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(expected, rules="nmt_nfkc"))
+    assert "'nmt_nfkc'" in read_vocabulary(folder, 530, {}).notes[0]
+
+
+def test_a_prefix_that_is_not_always_put_is_noted(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    shutil.copytree(llama_folder, folder)
+    document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    document["normalizer"] = None
+    document["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    vocabulary = read_vocabulary(folder, 520, {})
+    assert vocabulary.flags["add_space_prefix"] is True and "after a special token" in vocabulary.notes[0]
+    plain = tuple(text for text in TEXTS[:8] if not text.startswith(" "))
+    check_tokens(folder, vocabulary, tmp_path / "vocabulary.gguf", plain)
+    document["pre_tokenizer"]["prepend_scheme"] = "never"
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    vocabulary = read_vocabulary(folder, 520, {})
+    assert vocabulary.flags["add_space_prefix"] is False and vocabulary.notes == ()
+    check_tokens(folder, vocabulary, tmp_path / "vocabulary.gguf", TEXTS[:8])
 
 
 def test_damaged_or_foreign_tokenizers_are_refused(llama_folder: Path, tmp_path: Path) -> None:
@@ -240,3 +269,20 @@ def test_damaged_or_foreign_tokenizers_are_refused(llama_folder: Path, tmp_path:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(InputError, match="'Unigram'"):
         read_vocabulary(tmp_path, 520, {})
+
+
+@pytest.mark.slow
+def test_tokens_of_the_embedded_model(tmp_path: Path) -> None:
+    """From its own GGUF through transformers and back: the rules that split text survive."""
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.gguf_source import convert_gguf
+    from losa_deploy.interfaces import no_progress
+    from losa_deploy.source import DEFAULT_ID, default_model
+
+    source: Checkpoint = convert_gguf(default_model(), DEFAULT_ID, tmp_path / "source", no_progress)[0]
+    vocabulary = read_vocabulary(source.folder, 49152, source.config)
+    assert (vocabulary.model, vocabulary.pre, vocabulary.notes) == ("gpt2", "smollm", ())
+    assert vocabulary.ids == {"bos": 1, "eos": 2, "unknown": 0, "padding": 2}
+    assert vocabulary.types[:18] == (3,) * 17 + (1,)
+    assert vocabulary.template.startswith("{% for message in messages %}")
+    check_tokens(source.folder, vocabulary, tmp_path / "vocabulary.gguf")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +20,12 @@ from losa_deploy.layouts.base import ValueType
 from losa_deploy.model import SparseModel
 from losa_deploy.parity import greedy, kl_divergence
 from losa_deploy.recipe import ExportRecipe
-from losa_deploy.runtimes.llamacpp.runtime import ExpandedLlamaCppRuntime, StockLlamaCppRuntime
+from losa_deploy.runtimes.llamacpp.backend import attach
+from losa_deploy.runtimes.llamacpp.runtime import (
+    ExpandedLlamaCppRuntime,
+    LlamaCppRuntime,
+    StockLlamaCppRuntime,
+)
 from losa_deploy.runtimes.reference import ReferenceRuntime, ReferenceSession
 from losa_deploy.text import load_tokenizer
 from losa_deploy.verify import _overrides
@@ -64,6 +73,176 @@ def divergence(reference: Session, session: Session, tokens: list[int]) -> float
 def packed_and_portable(folder: Path) -> tuple[Path, Path]:
     packed = next(folder.glob("*LOSA*.gguf"))
     return packed, next(path for path in folder.glob("*.gguf") if path != packed)
+
+
+KINDS = ("packed", "portable")
+LIMITS: dict[ValueType, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.01, "i4": 0.5}
+"""Mean divergence from the merged model, in nats."""
+
+
+def one_file(folder: Path, kind: str) -> Path:
+    return dict(zip(KINDS, packed_and_portable(folder), strict=True))[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value_type", ["f32", "f16"])
+def test_our_backend_gives_the_tokens_of_torch(
+    exported: dict[ValueType, Path],
+    value_type: ValueType,
+    kind: str,
+    reference: ReferenceSession,
+    tokens: list[int],
+) -> None:
+    runtime = LlamaCppRuntime()
+    before = taken()
+    session = runtime.open(one_file(exported[value_type], kind), threads=1)
+    assert runtime.fallback == ""
+    assert taken() - before == 21
+    expected = greedy(reference, tokens[:12], STEPS)
+    assert greedy(session, tokens[:12], STEPS).tokens == expected.tokens
+    assert divergence(reference, session, tokens) < LIMITS[value_type]
+    session.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_integers_stay_close_and_do_what_their_bytes_mean(
+    exported: dict[ValueType, Path],
+    value_type: ValueType,
+    kind: str,
+    reference: ReferenceSession,
+    tokens: list[int],
+) -> None:
+    path = one_file(exported[value_type], kind)
+    session, exact = (
+        runtime.open(path, threads=1) for runtime in (LlamaCppRuntime(), ExpandedLlamaCppRuntime())
+    )
+    assert divergence(reference, session, tokens) < LIMITS[value_type]
+    assert 0 < divergence(exact, session, tokens) < 0.01
+    session.close()
+    exact.close()
+
+
+def taken() -> int:
+    """Weights that our backend took so far in this process."""
+    plugin = attach().plugin
+    assert plugin is not None, attach().reason
+    return plugin.statistics().tensors
+
+
+def test_stock_and_ours_side_by_side(exported: dict[ValueType, Path], tokens: list[int]) -> None:
+    """A stock model opened while ours is open keeps llama.cpp's own kernels, and the other way round."""
+    path = one_file(exported["i8"], "portable")
+    start = taken()
+    stock = StockLlamaCppRuntime().open(path, threads=1)
+    assert taken() == start
+    ours = LlamaCppRuntime().open(path, threads=1)
+    assert taken() == start + 21
+    again = StockLlamaCppRuntime().open(path, threads=1)
+    assert taken() == start + 21
+    first = stock.logits(tokens)
+    assert np.array_equal(again.logits(tokens), first)
+    assert 0 < np.abs(ours.logits(tokens) - first).max() < 0.1 * np.abs(first).max()
+    for session in (stock, ours, again):
+        session.close()
+
+
+GREEDY = """
+import json, sys
+from pathlib import Path
+from losa_deploy.parity import greedy
+from losa_deploy.runtimes.llamacpp.backend import attach
+from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
+runtime = LlamaCppRuntime()
+session = runtime.open(Path(sys.argv[1]), threads=2)
+trace = greedy(session, json.loads(sys.argv[2]), int(sys.argv[3]))
+plugin = attach().plugin
+print(json.dumps({
+    "route": plugin.route if plugin else "off",
+    "taken": plugin.statistics().tensors if plugin else 0,
+    "fallback": runtime.fallback,
+    "tokens": [int(token) for token in trace.tokens],
+}))
+"""
+
+
+def in_a_process(
+    route: str, path: Path, tokens: list[int], code: str = GREEDY
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path), json.dumps(tokens), str(STEPS)],
+        env={**os.environ, "LOSA_GGML": route},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_both_routes_give_the_tokens_of_torch(
+    exported: dict[ValueType, Path], route: str, kind: str, reference: ReferenceSession, tokens: list[int]
+) -> None:
+    done = in_a_process(route, one_file(exported["f32"], kind), tokens[:12])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["route"], found["taken"], found["fallback"]) == (route, 21, "")
+    assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
+
+
+def test_switched_off_runs_portable_files_and_refuses_packed_ones(
+    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+) -> None:
+    packed, portable = packed_and_portable(exported["f32"])
+    done = in_a_process("off", portable, tokens[:12])
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert "LOSA_GGML=off" in found["fallback"]
+    assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
+    done = in_a_process("off", packed, tokens[:12])
+    assert done.returncode != 0
+    assert "is packed, and our backend cannot be used: LOSA_GGML=off" in done.stderr
+
+
+ENABLE = """
+import json, sys
+from losa_deploy.runtimes.llamacpp import enable
+line = enable()
+import llama_cpp
+from losa_deploy.ggml import load_plugin
+model = llama_cpp.Llama(sys.argv[1], n_ctx=128, n_threads=1, verbose=False)
+found = model.generate(json.loads(sys.argv[2]), temp=0.0)
+tokens = [next(found) for _ in range(int(sys.argv[3]))]
+print(json.dumps({"line": line, "taken": load_plugin().statistics().tensors, "tokens": tokens}))
+"""
+
+
+def test_enable_is_all_that_plain_llama_cpp_python_needs(
+    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+) -> None:
+    done = in_a_process("", one_file(exported["f16"], "portable"), tokens[:12], ENABLE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert "route a" in found["line"] and found["taken"] == 21
+    assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
+
+
+def test_threads_change_nothing(exported: dict[ValueType, Path], tokens: list[int]) -> None:
+    path = one_file(exported["i4"], "packed")
+    one, two = (LlamaCppRuntime().open(path, threads=n) for n in (1, 2))
+    assert np.abs(one.logits(tokens) - two.logits(tokens)).max() < 1e-3
+    one.close()
+    two.close()
+
+
+def test_a_damaged_packed_file_is_refused(exported: dict[ValueType, Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    content = packed_and_portable(exported["i8"])[0].read_bytes()
+    at = content.index(b"LOSA\x01")
+    for damaged in (content[: len(content) // 2], content[:at] + b"LOSE" + content[at + 4 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"model\.gguf"):
+            LlamaCppRuntime().open(path, threads=1)
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16"])

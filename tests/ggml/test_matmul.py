@@ -1,0 +1,260 @@
+"""MUL_MAT of the plug-in inside ggml, against float64 with a tolerance from the rounding of each type."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from losa_deploy.ggml import plugin_path
+from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
+from losa_deploy.layouts.blob import to_blob
+
+pytest.importorskip("llama_cpp")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the plug-in is not built for Windows")
+
+CHILD = Path(__file__).with_name("matmul_child.py")
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
+GROUP = {"Q4_0": 32, "Q8_0": 64}
+"""Activations that share a scale when they are rounded to int8."""
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Case:
+    """A weight as stock bytes, what it means in float64, and the activations."""
+
+    kind: str
+    stock: Bytes
+    weight: Floats
+    x: NDArray[np.float32]
+    threads: int = 2
+    lie: int = 0
+    chunks: int = 1
+    group: int = 0
+    extra: float = 0.0
+    """Of the sum of magnitudes: for scales that are rounded to f16."""
+
+    @property
+    def tolerance(self) -> Floats:
+        """Half a step of the rounded activations per kept weight, and f32 sums."""
+        size = np.abs(self.x.astype(np.float64)) @ np.abs(self.weight).T
+        bound = size * (self.extra + self.x.shape[2] * 2.0**-23)
+        group = self.group or GROUP.get(self.kind, 0)
+        if group:
+            columns = self.x.shape[2]
+            parts = range(0, columns, group)
+            for at in parts:
+                step = np.abs(self.x[:, :, at : at + group]).max(axis=2, keepdims=True) / 127
+                bound += step * 0.501 * np.abs(self.weight[:, at : at + group]).sum(axis=1)
+        return bound + 1e-30
+
+
+def values_of(kind: str, stock: Bytes, rows: int, columns: int) -> Floats:
+    """What stock bytes mean, by ggml's own definition of the types."""
+    if kind in ("F32", "F16"):
+        return (
+            stock.view(np.float32 if kind == "F32" else np.float16).reshape(rows, columns).astype(np.float64)
+        )
+    blocks = stock.reshape(rows, columns // 32, -1)
+    scale = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).astype(np.float64)
+    body = blocks[:, :, 2:]
+    if kind == "Q8_0":
+        levels = np.ascontiguousarray(body).view(np.int8).astype(np.float64)
+    else:
+        levels = np.concatenate([body & 15, body >> 4], axis=2).astype(np.float64) - 8
+    return (levels * scale).reshape(rows, columns)
+
+
+def random_stock(rng: np.random.Generator, kind: str, rows: int, columns: int, kept: float) -> Bytes:
+    """Stock bytes with about this share of values that are not zero; Q8_0 with one scale per row."""
+    mask = rng.random((rows, columns)) < kept
+    if kind in ("F32", "F16"):
+        weight = np.where(mask, rng.standard_normal((rows, columns)), 0)
+        return weight.astype(np.float32 if kind == "F32" else np.float16).reshape(-1).view(np.uint8)
+    groups = columns // 32
+    scale = rng.uniform(0.001, 0.02, (rows, 1 if kind == "Q8_0" else groups, 1)).astype(np.float16)
+    scale = np.ascontiguousarray(np.broadcast_to(scale, (rows, groups, 1)))
+    if kind == "Q8_0":
+        levels = np.where(mask, rng.integers(-127, 128, (rows, columns)), 0).astype(np.int8)
+        body = levels.reshape(rows, groups, 32).view(np.uint8)
+    else:
+        codes = np.where(mask, rng.integers(-8, 8, (rows, columns)), 0).reshape(rows, groups, 32) + 8
+        body = (codes[:, :, :16] | codes[:, :, 16:] << 4).astype(np.uint8)
+    return np.concatenate([scale.view(np.uint8).reshape(rows, groups, 2), body], axis=2).reshape(-1)
+
+
+def case(
+    kind: str, rows: int, columns: int, tokens: int, kept: float = 0.4, batch: int = 1, **rest: int
+) -> Case:
+    rng = np.random.default_rng([rows, columns, tokens])
+    stock = random_stock(rng, kind, rows, columns, kept)
+    x = rng.standard_normal((batch, tokens, columns)).astype(np.float32)
+    return Case(kind, stock, values_of(kind, stock, rows, columns), x, **rest)
+
+
+def run(
+    cases: list[Case], folder: Path, route: str, **environment: str
+) -> tuple[list[tuple[Floats, Bytes]], list[dict[str, Any]]]:
+    """y and weight of each case, and the child's notes."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for i, c in enumerate(cases):
+        arrays[f"w_{i}"], arrays[f"x_{i}"] = c.stock, c.x
+        arrays[f"spec_{i}"] = np.array([TYPES[c.kind], len(c.weight), c.threads, c.lie, c.chunks])
+    np.savez(folder / "cases.npz", **arrays)
+    done = subprocess.run(
+        [sys.executable, str(CHILD), str(folder / "cases.npz"), str(folder / "results.npz")],
+        env={**os.environ, "LOSA_GGML": route, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["route"] == route
+    with np.load(folder / "results.npz") as results:
+        return [(results[f"y_{i}"].astype(np.float64), results[f"w_{i}"]) for i in range(len(cases))], facts[
+            "notes"
+        ]
+
+
+def check(cases: list[Case], results: list[tuple[Floats, Bytes]]) -> None:
+    for c, (y, back) in zip(cases, results, strict=True):
+        wanted = c.x.astype(np.float64) @ c.weight.T
+        worst = float((np.abs(y - wanted) / c.tolerance).max())
+        label = f"{c.kind} {c.weight.shape} x {c.x.shape}, {c.threads} threads, lie {c.lie}"
+        assert worst <= 1, f"{label}: {worst:.2f} of the tolerance"
+        assert np.array_equal(back, c.stock), f"{label}: other bytes come back"
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_products_and_bytes(kind: str, route: str, tmp_path: Path) -> None:
+    cases = [case(kind, 37, 96, tokens, threads=threads) for tokens in (1, 2, 7, 33) for threads in (1, 2)]
+    cases += [
+        case(kind, 200, 352, 515),
+        case(kind, 1, 32, 3),
+        case(kind, 40, 64, 5, batch=3),
+        case(kind, 40, 64, 5, batch=3, lie=1),
+        case(kind, 40, 64, 5, batch=2, lie=2),
+        case(kind, 40, 64, 1, lie=2),
+        case(kind, 40, 64, 4, kept=1.0),
+        case(kind, 41, 160, 4, kept=1.0),
+        case(kind, 40, 64, 4, kept=0.0),
+        case(kind, 41, 96, 4, chunks=3),
+    ]
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    counts = [n["statistics"] for n in notes]
+    assert counts[-1] == {**counts[-1], "tensors": len(cases), "dense": counts[-1]["dense"]}
+    assert counts[-1]["dense"] >= 2, "weights without zeros are kept dense"
+    assert counts[-1]["packed"] >= len(cases) - 5
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_stock_bytes_where_our_types_do_not_hold_them(route: str, tmp_path: Path) -> None:
+    """Q8_0 with several scales in a row, or with the level -128, stays as it is and is computed by ggml."""
+    cases = []
+    for tokens in (1, 9):
+        plain = case("Q8_0", 24, 96, tokens)
+        blocks = plain.stock.reshape(24, 3, 34).copy()
+        blocks[5, 1, :2] = np.array([0.5], np.float16).view(np.uint8)
+        blocks[5, 1, 2:5] = 9
+        lowest = plain.stock.reshape(24, 3, 34).copy()
+        lowest[3, 0, 2] = 0x80
+        for changed in (blocks, lowest):
+            stock = changed.reshape(-1)
+            weight = values_of("Q8_0", stock, 24, 96)
+            cases.append(Case("Q8_0", stock, weight, plain.x, group=32, extra=2.0**-10))
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert notes[-1]["statistics"]["dense"] == len(cases)
+
+
+def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] | None, tokens: int) -> Case:
+    rng = np.random.default_rng(tokens)
+    rows, columns = 40, 128
+    mask = rng.random((rows, columns)) < 0.4
+    if pattern:
+        mask = np.zeros((rows, columns // pattern[1], pattern[1]), bool)
+        mask[:, :, : pattern[0]] = True
+        mask = rng.permuted(mask, axis=2).reshape(rows, columns)
+    weight = np.where(mask, rng.standard_normal((rows, columns)), 0).astype(np.float32)
+    options = PackOptions(value_type=value_type, group_size=32, pattern=pattern)  # type: ignore[arg-type]
+    packed = LAYOUTS[layout].pack(weight, mask, options)
+    size = {"F32": 4 * columns, "F16": 2 * columns, "Q8_0": columns // 32 * 34, "Q4_0": columns // 32 * 18}[
+        kind
+    ]
+    blob = np.frombuffer(to_blob(packed).ljust(size * rows, b"\0"), np.uint8)
+    assert len(blob) == size * rows
+    x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
+    return Case(kind, blob, unpack(packed).weight.astype(np.float64), x)
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_blobs(route: str, tmp_path: Path) -> None:
+    """Packed bytes under the declared type of the standard view."""
+    cases = [
+        blob_case(value_type, kind, layout, pattern, tokens)
+        for value_type, kind in (("i8", "Q8_0"), ("i4", "Q8_0"), ("f16", "F16"), ("f32", "F32"))
+        for layout, pattern in (("bitmask", None), ("nm", (1, 4)))
+        for tokens in (1, 6)
+    ]
+    for c in cases:
+        c.group = {"Q8_0": 64}.get(c.kind, 0)
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert notes[-1]["statistics"]["packed"] == len(cases)
+
+
+def test_damaged_blobs_compute_nan_and_say_so(tmp_path: Path) -> None:
+    good = blob_case("i8", "Q8_0", "bitmask", None, 2)
+    cases = []
+    for at, value in ((16, 0xFF), (8, 9), (32, 0xC1), (40, 0xFF), (128, 0xFF), (57, 0x7F), (200, 0x55)):
+        stock = good.stock.copy()
+        stock[at] = value if stock[at] != value else value ^ 1
+        cases.append(Case("Q8_0", stock, good.weight, good.x))
+    truncated = good.stock.copy()
+    truncated[600:] = 0
+    cases.append(Case("Q8_0", truncated, good.weight, good.x))
+    results, notes = run(cases, tmp_path, "a")
+    for (y, _), note in zip(results, notes, strict=True):
+        damaged = bool(note["damage"])
+        assert damaged == bool(np.isnan(y).all())
+        assert damaged == bool(np.isnan(y).any())
+    assert sum(bool(note["damage"]) for note in notes) >= 6
+    assert notes[0]["damage"].startswith("blk.0.ffn_up.weight is damaged: ")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_memory_is_that_of_the_packed_weight(kind: str, tmp_path: Path) -> None:
+    cases = [case(kind, 40, 64, 1), case(kind, 6000, 2048, 1)]
+    _, (small, large) = run(cases, tmp_path, "a")
+    packed = large["statistics"]["packed_bytes"] - small["statistics"]["packed_bytes"]
+    assert packed < 0.75 * cases[1].stock.nbytes
+    assert 0.9 * packed < large["resident"] < 1.1 * packed + (1 << 20)
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_loadable_backends(route: str, tmp_path: Path) -> None:
+    """Prebuilt libraries with loadable backends, which read GGML_BACKEND_PATH themselves.
+
+    LOSA_TEST_GGML_DL: the folder with the libraries of the npm package @node-llama-cpp/linux-x64.
+    """
+    folder = Path(os.environ.get("LOSA_TEST_GGML_DL", ""))
+    if not (folder / "libggml-base.so").is_file():
+        pytest.skip("LOSA_TEST_GGML_DL names no folder with libggml-base.so")
+    environment = {"LOSA_TEST_LIBRARIES": str(folder), "GGML_BACKEND_PATH": str(plugin_path())}
+    cases = [case(kind, 41, 96, tokens) for kind in TYPES for tokens in (1, 9)]
+    results, notes = run(cases, tmp_path, route, **environment)
+    check(cases, results)
+    assert notes[-1]["statistics"]["packed"] == len(cases)
