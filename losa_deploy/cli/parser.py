@@ -32,6 +32,8 @@ MODULES = (
     "chat",
     "ggml_backend",
     "serve",
+    "serve",
+    "ggml_backend",
     "formats",
     "doctor",
 )

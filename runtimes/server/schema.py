@@ -25,7 +25,7 @@ class _Neutral:
 
     def __call__(self, value: object) -> object:
         if value not in self._values:
-            allowed = ", ".join(str(v).lower() if v is None else repr(v) for v in self._values)
+            allowed = ", ".join("null" if v is None else repr(v) for v in self._values)
             raise refuse("this server does not support it; only {allowed}", allowed=allowed)
         return value
 
