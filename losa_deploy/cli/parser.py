@@ -30,8 +30,6 @@ MODULES = (
     "evaluate",
     "generate",
     "chat",
-    "ggml_backend",
-    "serve",
     "serve",
     "ggml_backend",
     "formats",
