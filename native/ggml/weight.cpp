@@ -59,6 +59,25 @@ struct Found {
   std::atomic<bool> sound{true};  // our types hold every row
 };
 
+// N of every M in each row: the smallest M of the usual ones, 0 if there is none. Such a mask has the same
+// bytes as a bitmask, and kernels that need not count are faster.
+uint8_t group_of(const std::vector<uint64_t> &words, size_t per_row, size_t columns) {
+  for (const uint8_t m : {uint8_t{4}, uint8_t{8}}) {
+    const uint64_t group = (uint64_t{1} << m) - 1;
+    bool all = columns % m == 0;
+    for (size_t i = 0; all && i < words.size(); ++i) {
+      const size_t left = columns - i % per_row * 64, width = left < 64 ? left : 64;
+      for (size_t at = 0; at < width; at += m) {
+        all = all && __builtin_popcountll(words[i] >> at & group) == m / 2;
+      }
+    }
+    if (all) {
+      return m;
+    }
+  }
+  return 0;
+}
+
 void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out) {
   for (size_t at = 0; at < columns; at += kDenseBlock) {
     const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
@@ -263,7 +282,8 @@ bool Weight::take_blob(const uint8_t *data) {
   return true;
 }
 
-// Bitmask if that is the smaller form, else dense; false if our types cannot hold the values.
+// Bitmask (2:4 and 4:8 as N:M) if that is the smaller form, else dense; false if our types cannot hold the
+// values.
 bool Weight::pack(const uint8_t *data) {
   const size_t row = row_bytes(type_, columns_), per_row = (columns_ + size_t{63}) / 64;
   const size_t scales = scales_per_row(type_, columns_), width = code_bytes(type_);
@@ -302,6 +322,11 @@ bool Weight::pack(const uint8_t *data) {
   parts.rows = rows_;
   parts.columns = columns_;
   parts.layout = sparse ? LOSA_BITMASK : LOSA_DENSE;
+  if (const uint8_t m = sparse ? group_of(found.words, per_row, columns_) : uint8_t{0}) {
+    parts.layout = LOSA_NM;
+    parts.m = m;
+    parts.n = m / 2;
+  }
   parts.value_type = static_cast<uint8_t>(value_type(type_));
   parts.scale_type = scales ? LOSA_SCALE_F16 : LOSA_SCALE_NONE;
   parts.group_size = pairs ? kBlock : 0;
@@ -353,12 +378,13 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
   const size_t width = code_bytes(type_), per_row = (columns_ + size_t{63}) / 64;
   const auto *values = static_cast<const uint8_t *>(p.values.data);
   codes.assign(columns_ * width, 0);
-  if (p.layout == LOSA_BITMASK) {
+  if (p.layout != LOSA_DENSE) {
+    const size_t line = pairs ? row / 2 : row;
+    const uint64_t start = p.layout == LOSA_NM ? line * (columns_ / p.m * p.n) : starts_[line];
     std::vector<uint64_t> words(per_row);
     std::memcpy(words.data(), static_cast<const uint8_t *>(p.positions.data) + row * per_row * 8,
                 per_row * 8);
-    load_kept(type_, values + starts_[pairs ? row / 2 : row] * width, words.data(), per_row, row % 2 ? 4 : 0,
-              codes.data());
+    load_kept(type_, values + start * width, words.data(), per_row, row % 2 ? 4 : 0, codes.data());
   } else if (pairs) {
     load_dense_i4(values + row * (columns_ / size_t{2}), columns_, codes.data());
   } else {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from losa_deploy.errors import MissingError
+from losa_deploy.errors import InputError, MissingError
 from losa_deploy.gguf_view import standard_view
 from losa_deploy.llamacpp import load, logged_errors, refusal
 
@@ -50,4 +50,10 @@ def load_packed(path: Path, backend: Backend, *, float_cache: bool) -> Model:
         plugin.virtual_close(file)
     if not handle:
         raise refusal(path, lines)
-    return Model(library, handle, float_cache)
+    model = Model(library, handle, float_cache)
+    if damage := plugin.damage():
+        model.free()
+        raise InputError(
+            f"{path} is damaged: {damage}.", hint="Copy the file again, or export the model again."
+        )
+    return model
