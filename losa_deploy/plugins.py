@@ -7,12 +7,13 @@ A third party adds a format or a runtime by shipping a class with the methods of
 from __future__ import annotations
 
 import difflib
-from importlib import metadata
 from typing import TYPE_CHECKING, cast
 
 from losa_deploy.errors import LosaError, MissingError, UsageError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
     from losa_deploy.interfaces import Exporter, Runtime
 
 EXPORTERS = "losa_deploy.exporters"
@@ -39,12 +40,19 @@ def load_runtime(name: str) -> Runtime:
     return cast("Runtime", _load(RUNTIMES, name, "runtime", "--runtime"))
 
 
+def _entry_points(group: str) -> EntryPoints:
+    # Imported late: this takes a third of the time of `--help`.
+    from importlib import metadata
+
+    return metadata.entry_points(group=group)
+
+
 def _names(group: str) -> tuple[str, ...]:
-    return tuple(sorted({entry.name for entry in metadata.entry_points(group=group)}))
+    return tuple(sorted({entry.name for entry in _entry_points(group)}))
 
 
 def _load(group: str, name: str, noun: str, flag: str) -> object:
-    found = list(metadata.entry_points(group=group, name=name))
+    found = list(_entry_points(group).select(name=name))
     if not found:
         raise _unknown(name, _names(group), noun, flag)
     entry = found[0]
