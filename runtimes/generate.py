@@ -45,9 +45,10 @@ def probabilities(logits: NDArray[np.float32], options: GenerateOptions) -> NDAr
 
     Of equally likely tokens the lower id comes first, so that the choice is the same everywhere.
     """
-    scaled = logits.astype(np.float64) / options.temperature
-    kept = _top_k(scaled, options.top_k)
-    weights = np.exp(scaled[kept] - scaled.max())
+    below = logits.astype(np.float64) - logits.max()
+    kept = _top_k(below, options.top_k)
+    with np.errstate(over="ignore"):  # the smallest temperatures: all but the best become exp(-inf) = 0
+        weights = np.exp(below[kept] / options.temperature)
     weights /= weights.sum()
     if options.top_p < 1.0:
         order = np.argsort(-weights, kind="stable")

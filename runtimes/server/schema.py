@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
@@ -17,6 +27,11 @@ def refuse(words: str, **values: object) -> PydanticCustomError:
     return PydanticCustomError("unsupported", words, values)
 
 
+def _same(value: object, neutral: object) -> bool:
+    """Equal as JSON: `true` is no 1 and `false` no 0."""
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
+
+
 class _Neutral:
     """Accepts a field that is not implemented as long as its value asks for nothing."""
 
@@ -24,7 +39,7 @@ class _Neutral:
         self._values = (None, *values)
 
     def __call__(self, value: object) -> object:
-        if value not in self._values:
+        if not any(_same(value, neutral) for neutral in self._values):
             allowed = ", ".join("null" if v is None else repr(v) for v in self._values)
             raise refuse("this server does not support it; only {allowed}", allowed=allowed)
         return value
@@ -77,8 +92,8 @@ def _is_token(value: object) -> bool:
 
 def _content(value: object) -> object:
     """A string, or text parts put together."""
-    if value is None or isinstance(value, str):
-        return value or ""
+    if isinstance(value, str):
+        return value
     if not isinstance(value, list):
         raise PydanticCustomError("content", "expected a string or a list of text parts")
     texts: list[str] = []
@@ -109,7 +124,7 @@ class Message(_Strict):
     """One turn. What a reply of this server carries beside its text is accepted back."""
 
     role: Annotated[str, BeforeValidator(_role)]
-    content: Annotated[str, BeforeValidator(_content)] = ""
+    content: Annotated[str, BeforeValidator(_content)]
     name: Nothing = None
     refusal: Nothing = None
     tool_calls: NoneOrEmpty = None
@@ -145,11 +160,24 @@ class _Common(_Strict):
     logit_bias: NoneOrEmpty = None
     user: Label
 
-    @model_validator(mode="after")
-    def _usage_needs_stream(self) -> _Common:
-        if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options needs stream: true")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_characters(cls, data: object) -> object:
+        """JSON can name half of a surrogate pair, which is no text that a tokenizer takes."""
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError(
+                "text", "{half} is half of a surrogate pair", {"half": ascii(error.object[error.start])}
+            ) from None
+        return data
+
+    @field_validator("stream_options")
+    @classmethod
+    def _usage_needs_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise refuse("it needs stream: true")
+        return value
 
 
 class ChatRequest(_Common):

@@ -59,6 +59,11 @@ def post(server: Running, kind: str, **fields: object) -> Answer:
         ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ("chat", {"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages[0].name"),
         ("chat", {"stream": True, "stream_options": {"chunk": 1}}, "stream_options.chunk"),
+        ("chat", {"stream_options": {"include_usage": True}}, "stream_options"),
+        ("chat", {"messages": [{"role": "user"}]}, "messages[0].content"),
+        ("chat", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ("chat", {"n": True}, "n"),
+        ("chat", {"store": 0}, "store"),
         ("chat", {"typical_p": 0.5}, "typical_p"),
         ("text", {"best_of": 3}, "best_of"),
         ("text", {"echo": True}, "echo"),
@@ -108,7 +113,7 @@ def test_an_unknown_model_is_not_found(server: Running) -> None:
         server.client().models.retrieve("gpt")
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b"\xff\xfe", b'{"model": "tiny", "prompt": "\\ud800"}'])
 def test_a_body_that_is_no_object(server: Running, body: bytes) -> None:
     answer = server.ask("POST", "/v1/completions", body)
     assert answer.status == 400

@@ -169,3 +169,10 @@ def test_stream_text_ends_before_a_stop_string(tiny_llama: Path) -> None:
     assert whole.startswith(" 3 green doors. Carla has")
     cut = "".join(stream_text(session, tokenizer, prompt, options, stop=["rs. C"]))
     assert cut == " 3 green doo"
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324, 1e-300])
+def test_the_smallest_temperatures_take_the_best_token(temperature: float) -> None:
+    logits = np.array([1.0, 3.0, -2.0, 2.9999], np.float32)
+    found = probabilities(logits, GenerateOptions(max_tokens=1, temperature=temperature, top_p=0.5))
+    assert found.tolist() == [0.0, 1.0, 0.0, 0.0]
