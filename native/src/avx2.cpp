@@ -37,9 +37,8 @@ inline int32_t start(const Activations &a, size_t g) {
 }
 
 // One row times one token, groups of 64 or 128. Sums of four products of narrow levels fit 16 bits.
-template <bool Narrow, bool I4, size_t PerGroup, typename Row>
-float dot_row(const losa_parts &p, Row row, size_t r, const Activations &a) {
-  const RowScales<I4> scales(p, r);
+template <bool Narrow, size_t PerGroup, typename Row>
+float dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a) {
   const size_t blocks = row.blocks();
   __m256 total = _mm256_setzero_ps();
   for (size_t block = 0, g = 0; block < blocks; ++g) {
@@ -59,8 +58,7 @@ float dot_row(const losa_parts &p, Row row, size_t r, const Activations &a) {
 
 // Groups of 32: each half of a block has its own scale.
 template <bool Narrow, typename Row>
-float dot_row_32(const losa_parts &p, Row row, size_t r, const Activations &a) {
-  const RowScales<true> scales(p, r);
+float dot_row_32(Row row, const RowScales<true> &scales, const Activations &a) {
   __m256 total = _mm256_setzero_ps();
   for (size_t block = 0, blocks = row.blocks(); block < blocks; ++block) {
     const Block w = row.next(block);
@@ -74,19 +72,29 @@ float dot_row_32(const losa_parts &p, Row row, size_t r, const Activations &a) {
   return sum(total);
 }
 
-// The variant for a row, chosen when this is compiled as far as it can be.
-template <bool Narrow, typename Row>
-float dot_any(const losa_parts &p, Row row, size_t r, const Activations &a) {
-  if constexpr (Row::kI4) {
-    if (Narrow) {
-      row.raise(kNarrow);
+template <bool Narrow, size_t Group, typename Row>
+void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end,
+              float *y) {
+  for (size_t r = begin; r < end; ++r) {
+    const RowScales<Row::kI4> scales(p, r, m.groups);
+    if constexpr (Group == 32) {
+      y[r] = dot_row_32<Narrow>(Row(m, r), scales, a);
+    } else {
+      y[r] = dot_row<Narrow, Group / kBlock>(Row(m, r), scales, a);
     }
-    const size_t group = activation_group(p);
-    return group == 32   ? dot_row_32<Narrow>(p, row, r, a)
-           : group == 64 ? dot_row<Narrow, true, 1>(p, row, r, a)
-                         : dot_row<Narrow, true, 2>(p, row, r, a);
+  }
+}
+
+// All that differs between tensors is chosen before the rows are walked.
+template <bool Narrow, typename Row>
+void dot_all(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end, float *y) {
+  const size_t group = activation_group(p);
+  if constexpr (Row::kI4) {
+    group == 32   ? dot_rows<Narrow, 32, Row>(p, m, a, begin, end, y)
+    : group == 64 ? dot_rows<Narrow, 64, Row>(p, m, a, begin, end, y)
+                  : dot_rows<Narrow, 128, Row>(p, m, a, begin, end, y);
   } else {
-    return dot_row<false, false, 1>(p, row, r, a);
+    dot_rows<false, kBlock, Row>(p, m, a, begin, end, y);
   }
 }
 
@@ -183,12 +191,16 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     matvec_values(t, a, begin, end, y, static_cast<float *>(scratch));
     return;
   }
+  Matrix matrix(t);
   const bool narrow = is_narrow(p);
-  for (size_t row = begin; row < end; ++row) {
-    y[row] = with_row(t, row, [&](auto reader) {
-      return narrow ? dot_any<true>(p, reader, row, a) : dot_any<false>(p, reader, row, a);
-    });
+  if (narrow) {
+    matrix.raise(kNarrow);
   }
+  with_reader(t, [&](auto tag) {
+    using Row = typename decltype(tag)::Row;
+    narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
+           : dot_all<false, Row>(p, matrix, a, begin, end, y);
+  });
 }
 
 void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {

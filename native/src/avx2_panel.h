@@ -33,7 +33,9 @@ inline bool is_narrow(const losa_parts &p) {
 
 template <bool Narrow>
 void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, uint8_t *panel) {
-  with_row(t, row, [&](auto reader) {
+  const Matrix matrix(t);
+  with_reader(t, [&](auto tag) {
+    typename decltype(tag)::Row reader(matrix, row);
     const size_t blocks = reader.blocks();
     const __m256i offset = _mm256_set1_epi8(Narrow ? kNarrow : 0);
     alignas(32) uint32_t four[kBlock / 4];
@@ -146,7 +148,8 @@ inline void copy_scales(const losa_parts &p, size_t row, size_t groups, float *o
       out[g * 2 * kLanes] = own.group(g);
     }
   };
-  p.value_type == LOSA_I4 ? copy(RowScales<true>(p, row)) : copy(RowScales<false>(p, row));
+  p.value_type == LOSA_I4 ? copy(RowScales<true>(p, row, weight_groups(p)))
+                          : copy(RowScales<false>(p, row, 0));
 }
 
 template <bool Narrow>

@@ -7,6 +7,50 @@
 namespace losa {
 namespace {
 
+// What the rows of a tensor share, found once: a row of a small model takes no longer than finding it does.
+struct Matrix {
+  explicit Matrix(const losa_tensor &t)
+      : values(static_cast<const uint8_t *>(t.parts.values.data)),
+        starts(t.starts),
+        columns(t.parts.columns),
+        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0),
+        groups(t.parts.value_type == LOSA_I4 ? weight_groups(t.parts) : 0),
+        shuffles(code_shuffles(t.parts)),
+        count(shuffles ? 16u / t.parts.m * t.parts.n : count_per_byte(t.parts)),
+        levels(t.parts.value_type == LOSA_I4 ? load_table(t.parts) : _mm256_setzero_si256()) {
+    if (t.parts.layout != LOSA_DENSE) {
+      positions = Positions(t.parts, 0);
+      position_bytes = position_row_bytes(t.parts);
+    }
+    const __m256i second =
+        _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(static_cast<char>(count)), 1);
+    offsets = shuffles ? second : fixed_offsets(count);
+  }
+
+  Positions positions_of(size_t row) const {
+    Positions found = positions;
+    found.bytes += row * position_bytes;
+    return found;
+  }
+
+  // First value of a row; two rows share the bytes of i4.
+  size_t start(size_t row, bool i4) const {
+    const size_t line = i4 ? row / 2 : row;
+    return slots ? slots * line : starts[line];
+  }
+
+  // Makes every level larger by `offset`, that of pruned positions too.
+  void raise(int offset) { levels = _mm256_add_epi8(levels, _mm256_set1_epi8(static_cast<char>(offset))); }
+
+  const uint8_t *values;
+  const uint64_t *starts;
+  size_t columns, slots, groups, position_bytes = 0;
+  const CodeShuffles *shuffles;
+  unsigned count;  // values of a mask byte, or of a code byte, where that is the same for all
+  __m256i levels, offsets;
+  Positions positions;
+};
+
 // Levels of one sparse row, 64 positions at a time. Codes: mask bits are made from the codes of N:M. All that
 // differs is known when this is compiled: a branch in the loop costs a third of the speed.
 template <bool I4, bool Fixed, bool Codes>
@@ -14,18 +58,15 @@ class SparseRow {
  public:
   static constexpr bool kI4 = I4;
 
-  SparseRow(const losa_tensor &t, size_t row)
-      : positions_(t.parts, row),
-        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
-        count_(Fixed ? count_per_byte(t.parts) : 0),
-        offsets_(fixed_offsets(count_)),
+  SparseRow(const Matrix &m, size_t row)
+      : positions_(m.positions_of(row)),
+        at_(m.values + m.start(row, I4)),
+        count_(m.count),
+        offsets_(m.offsets),
         shift_(row % 2 ? 4 : 0),
-        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+        levels_(m.levels) {}
 
   size_t blocks() const { return positions_.blocks; }
-
-  // Makes every level larger by `offset`, that of pruned positions too.
-  void raise(int offset) { levels_ = _mm256_add_epi8(levels_, _mm256_set1_epi8(static_cast<char>(offset))); }
 
   Block next(size_t block) {
     const uint8_t *mask = positions_.bytes + 8 * block;
@@ -62,19 +103,16 @@ class CodesRow {
  public:
   static constexpr bool kI4 = I4;
 
-  CodesRow(const losa_tensor &t, size_t row, const CodeShuffles &shuffles)
-      : positions_(t.parts, row),
-        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
-        shuffles_(shuffles),
-        slots_(16u / t.parts.m * t.parts.n),
-        offsets_(
-            _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(static_cast<char>(slots_)), 1)),
+  CodesRow(const Matrix &m, size_t row)
+      : positions_(m.positions_of(row)),
+        at_(m.values + m.start(row, I4)),
+        shuffles_(*m.shuffles),
+        slots_(m.count),
+        offsets_(m.offsets),
         shift_(row % 2 ? 4 : 0),
-        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+        levels_(m.levels) {}
 
   size_t blocks() const { return positions_.blocks; }
-
-  void raise(int offset) { levels_ = _mm256_add_epi8(levels_, _mm256_set1_epi8(static_cast<char>(offset))); }
 
   Block next(size_t block) {
     const uint8_t *codes = positions_.bytes + 4 * block;
@@ -100,14 +138,10 @@ class DenseRow {
  public:
   static constexpr bool kI4 = I4;
 
-  DenseRow(const losa_tensor &t, size_t row)
-      : columns_(t.parts.columns),
-        row_(static_cast<const uint8_t *>(t.parts.values.data) + row * (I4 ? (columns_ + 1) / 2 : columns_)),
-        levels_(I4 ? load_table(t.parts) : _mm256_setzero_si256()) {}
+  DenseRow(const Matrix &m, size_t row)
+      : columns_(m.columns), row_(m.values + row * (I4 ? (columns_ + 1) / 2 : columns_)), levels_(m.levels) {}
 
   size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
-
-  void raise(int offset) { levels_ = _mm256_add_epi8(levels_, _mm256_set1_epi8(static_cast<char>(offset))); }
 
   Block next(size_t block) {
     const size_t start = block * kBlock;
@@ -150,9 +184,9 @@ class DenseRow {
 template <bool I4>
 class RowScales {
  public:
-  RowScales(const losa_parts &p, size_t row)
-      : halves_(static_cast<const uint8_t *>(p.scale.data) + 2 * row * groups(p)),
-        groups_(groups(p)),
+  RowScales(const losa_parts &p, size_t row, size_t groups)
+      : halves_(static_cast<const uint8_t *>(p.scale.data) + 2 * row * groups),
+        groups_(groups),
         whole_(I4 ? 1.0f : load_scale(p, row)) {}
 
   // Groups behind the last one hold no weights.
@@ -168,34 +202,36 @@ class RowScales {
   }
 
  private:
-  static size_t groups(const losa_parts &p) { return I4 ? weight_groups(p) : 0; }
-
   const uint8_t *halves_;
   size_t groups_;
   float whole_;
 };
 
-template <bool Fixed, bool Codes, typename Use>
-auto with_sparse(const losa_tensor &t, size_t r, Use use) {
-  return t.parts.value_type == LOSA_I4 ? use(SparseRow<true, Fixed, Codes>(t, r))
-                                       : use(SparseRow<false, Fixed, Codes>(t, r));
+// Calls use(tag) with a tag of the class that reads the rows of the tensor: SparseRow, CodesRow or DenseRow.
+template <typename T>
+struct Tag {
+  using Row = T;
+};
+
+template <bool I4, typename Use>
+void with_reader_of(const losa_tensor &t, Use use) {
+  const losa_parts &p = t.parts;
+  if (p.layout == LOSA_DENSE) {
+    use(Tag<DenseRow<I4>>());
+  } else if (code_shuffles(p) != nullptr) {
+    use(Tag<CodesRow<I4>>());
+  } else if (count_per_byte(p) != 0) {
+    use(Tag<SparseRow<I4, true, false>>());
+  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
+    use(Tag<SparseRow<I4, false, true>>());
+  } else {
+    use(Tag<SparseRow<I4, false, false>>());
+  }
 }
 
-// Calls use(row) with the reader of row r that fits the tensor.
 template <typename Use>
-auto with_row(const losa_tensor &t, size_t r, Use use) {
-  const bool i4 = t.parts.value_type == LOSA_I4;
-  if (t.parts.layout == LOSA_DENSE) {
-    return i4 ? use(DenseRow<true>(t, r)) : use(DenseRow<false>(t, r));
-  }
-  if (const CodeShuffles *shuffles = code_shuffles(t.parts)) {
-    return i4 ? use(CodesRow<true>(t, r, *shuffles)) : use(CodesRow<false>(t, r, *shuffles));
-  }
-  if (count_per_byte(t.parts) != 0) {
-    return with_sparse<true, false>(t, r, use);
-  }
-  return t.parts.layout == LOSA_NM && t.parts.position_bits != 0 ? with_sparse<false, true>(t, r, use)
-                                                                 : with_sparse<false, false>(t, r, use);
+void with_reader(const losa_tensor &t, Use use) {
+  t.parts.value_type == LOSA_I4 ? with_reader_of<true>(t, use) : with_reader_of<false>(t, use);
 }
 
 }  // namespace
