@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.packaged import packaged_library
 
-PACKAGE = "losa_deploy"
 TESTED = ("0.25.1", "0.25.3")
 """Versions of ggml whose structures the plug-in declares and was tested with; the same list is in it."""
 ROUTES = ("a", "b", "off")
@@ -53,21 +52,8 @@ def library_name(platform: str = sys.platform) -> str:
 
 
 def plugin_path() -> Path:
-    """The plug-in inside the installed package; `MissingError` if it is not there.
-
-    In an editable install the package has several folders; the built files are in one of them.
-    """
-    package = importlib.util.find_spec(PACKAGE)
-    folders = list(package.submodule_search_locations or ()) if package else []
-    for folder in folders:
-        path = Path(folder) / library_name()
-        if path.is_file():
-            return path
-    raise MissingError(
-        f"The sparse backend for ggml ({library_name()}) is not in the package {PACKAGE} "
-        f"({', '.join(map(str, folders)) or 'which is not installed'}).",
-        hint="Install it again with `pip install --force-reinstall --no-deps losa-deploy`.",
-    )
+    """The plug-in inside the installed package; `MissingError` if it is not there."""
+    return packaged_library(library_name(), "sparse backend for ggml")
 
 
 class Plugin:

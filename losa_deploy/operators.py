@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
-from losa_deploy.errors import MissingError
-
-PACKAGE = "losa_deploy"
+from losa_deploy.packaged import packaged_library
 
 
 def library_name(platform: str = sys.platform) -> str:
@@ -19,18 +16,5 @@ def library_name(platform: str = sys.platform) -> str:
 
 
 def library_path() -> Path:
-    """The library inside the installed package; `MissingError` if it is not there.
-
-    In an editable install the package has several folders; the built files are in one of them.
-    """
-    package = importlib.util.find_spec(PACKAGE)
-    folders = list(package.submodule_search_locations or ()) if package else []
-    for folder in folders:
-        path = Path(folder) / library_name()
-        if path.is_file():
-            return path
-    raise MissingError(
-        f"The native operators for ONNX Runtime ({library_name()}) are not in the package {PACKAGE} "
-        f"({', '.join(map(str, folders)) or 'which is not installed'}).",
-        hint="Install it again with `pip install --force-reinstall --no-deps losa-deploy`.",
-    )
+    """The library inside the installed package; `MissingError` if it is not there."""
+    return packaged_library(library_name(), "native operators for ONNX Runtime")

@@ -369,7 +369,7 @@ def test_runtimes_with_and_without_the_library(tiny_dense_onnx: Path) -> None:
 def test_without_the_library_the_stock_operators_run(
     kind: type[OrtRuntime] | type[GenaiRuntime], tiny_dense_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("losa_deploy.operators.PACKAGE", "no_such_package")
+    monkeypatch.setattr("losa_deploy.packaged.PACKAGE", "no_such_package")
     with pytest.raises(MissingError, match=r"liblosa_ort|losa_ort\.dll"):
         register(ort.SessionOptions())
     assert "pip install" in refusal()
