@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.errors import UsageError
 from losa_deploy.gguf_file import F32, TYPE_NAMES, dense_bytes
 from losa_deploy.gguf_view import declared_type, dense_type
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
-from losa_deploy.layouts import LAYOUTS, Choice, choose, nm
+from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import blob_bytes
 from losa_deploy.recipe import ExportRecipe
@@ -147,19 +146,7 @@ def packing(recipe: ExportRecipe, linear: str, mask: NDArray[np.bool_]) -> Choic
     options = pack_options(recipe.value_type, recipe.group_size)
     if recipe.layout == "auto":
         return choose(mask, options)
-    layout = recipe.layout
-    if layout == "nm":
-        if mask.all():
-            return Choice("dense", options, LAYOUTS["dense"].size(mask, options), "nothing is pruned")
-        pattern = nm.find_pattern(mask)
-        if pattern is None:
-            raise UsageError(
-                f"--layout nm cannot store {linear}: its mask keeps no fixed N of every M positions.",
-                hint="Use --layout auto or bitmask, or compress with --pattern 2:4.",
-                details={"tensor": linear},
-            )
-        options = replace(options, pattern=pattern)
-    return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
+    return forced(recipe.layout, linear, mask, options)
 
 
 def planned(job: Job) -> Iterator[PlannedTensor]:

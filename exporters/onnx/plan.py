@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.errors import UsageError
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
-from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, nm
+from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.recipe import ExportRecipe
@@ -69,19 +68,7 @@ def choice(job: Job, linear: str, mask: NDArray[np.bool_]) -> Choice:
         )
     if layout == "auto":
         return choose(mask, options)
-    reason = f"--layout {layout}"
-    if layout == "nm":
-        if mask.all():
-            return Choice("dense", options, LAYOUTS["dense"].size(mask, options), "nothing is pruned")
-        pattern = nm.find_pattern(mask)
-        if pattern is None:
-            raise UsageError(
-                f"--layout nm cannot store {linear}: its mask keeps no fixed N of every M positions.",
-                hint="Use --layout auto or bitmask, or compress with --pattern 2:4.",
-                details={"tensor": linear},
-            )
-        options = replace(options, pattern=pattern)
-    return Choice(layout, options, LAYOUTS[layout].size(mask, options), reason)
+    return forced(layout, linear, mask, options)
 
 
 def planned(job: Job) -> Iterator[PlannedTensor]:

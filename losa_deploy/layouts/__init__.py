@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from losa_deploy.layouts import bitmask, dense, nm
 from losa_deploy.layouts.base import LAYOUTS, Layout, PackedTensor, PackOptions, Unpacked
-from losa_deploy.layouts.choose import Choice, choose
+from losa_deploy.layouts.choose import Choice, choose, forced
 
 __all__ = [
     "LAYOUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "bitmask",
     "choose",
     "dense",
+    "forced",
     "nm",
     "unpack",
 ]

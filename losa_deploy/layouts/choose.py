@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.errors import UsageError
 from losa_deploy.layouts import bitmask, dense, nm
-from losa_deploy.layouts.base import PackOptions
+from losa_deploy.layouts.base import LAYOUTS, PackOptions
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     if bitmask_bytes < dense_bytes:
         return Choice("bitmask", options, bitmask_bytes, reason)
     return Choice("dense", options, dense_bytes, reason)
+
+
+def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:
+    """The layout that `--layout` names; raises `UsageError` naming the linear whose mask it cannot store."""
+    if layout == "nm":
+        if mask.all():
+            return Choice("dense", options, dense.size(mask, options), "nothing is pruned")
+        pattern = nm.find_pattern(mask)
+        if pattern is None:
+            raise UsageError(
+                f"--layout nm cannot store {linear}: its mask keeps no fixed N of every M positions.",
+                hint="Use --layout auto or bitmask, or compress with --pattern 2:4.",
+                details={"tensor": linear},
+            )
+        options = replace(options, pattern=pattern)
+    return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
 
 
 def _share(size: int, dense_bytes: int) -> str:
