@@ -21,6 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from losa_deploy.layouts import tiled
 from losa_deploy.layouts.base import FORMAT_VERSION, PackedTensor, ValueType
 from losa_deploy.layouts.values import BLOCK as ROW_BLOCK
 
@@ -38,6 +39,9 @@ LEVEL_DTYPE: dict[ValueType, type[np.generic]] = {
     "i4": np.int8,
 }
 """What a stored value is before its scale is applied; i4 codes become int8 levels."""
+
+OPERATORS = {"dense": "Dense", "bitmask": "Bitmask", "tiled": "Tiled"}
+"""Layout → how its operators are called; those of nm have two names."""
 
 
 @dataclass
@@ -111,7 +115,7 @@ class Body:
 
 def op_type(packed: PackedTensor, weights: int = 1) -> str:
     """Operator of so many weights stored alike, e.g. `BitmaskMatMulI8`, or `NmCodesMatMulI4x3` for three."""
-    layout = {"dense": "Dense", "bitmask": "Bitmask"}.get(packed.layout)
+    layout = OPERATORS.get(packed.layout)
     if layout is None:
         layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
     return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
@@ -122,7 +126,7 @@ def parse_op_type(name: str) -> tuple[str, ValueType, int]:
     layout, _, rest = name.partition("MatMul")
     value_type, _, weights = rest.partition("x")
     types: dict[str, ValueType] = {"F32": "f32", "F16": "f16", "I8": "i8", "I4": "i4"}
-    found = {"Dense": "dense", "Bitmask": "bitmask"}.get(layout, "nm")
+    found = {operator: name for name, operator in OPERATORS.items()}.get(layout, "nm")
     return found, types[value_type], int(weights or 1)
 
 
@@ -136,6 +140,8 @@ def exact(packed: PackedTensor) -> bool:
     in_features, params = packed.shape[1], packed.params
     if packed.layout == "dense":
         return packed.value_type != "i4" or in_features % ROW_BLOCK == 0
+    if packed.layout == "tiled":
+        return True
     if params.get("position_bits"):
         return in_features % params["m"] == 0
     return bool(packed.arrays["positions"].shape[1] * 8 == in_features)
@@ -152,7 +158,7 @@ def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) 
     for index in range(weights):
         body.suffix = str(index) if weights > 1 else ""
         matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type, unpadded)
-        _finish(body, matrix, packed.value_type, unpadded=unpadded)
+        _finish(body, matrix, packed, unpadded=unpadded)
         inputs += [body.part(part) for part in packed.arrays]
         outputs.append(body.part("Y"))
     imports = [helper.make_opsetid("", OPSET)]
@@ -275,6 +281,40 @@ def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
     return body.op("ScatterElements", empty, index, levels, axis=1)
 
 
+def _decode_tiled(body: Body, value_type: ValueType, unpadded: bool) -> str:
+    """Slots of tiles → levels [out, in]."""
+    del unpadded  # rows of tiles have no padding
+    values = body.part("values")
+    low, four = (body.const(np.array(number, np.uint8)) for number in (15, 4))
+    both = values if value_type == "i4" else body.part("positions")
+    positions = body.op("BitwiseAnd", both, low)
+    high = body.op("BitShift", both, four, direction="RIGHT")
+    if value_type == "i4":
+        levels = body.op("Gather", body.part("table"), body.cast(high, I32), axis=0)
+    else:
+        positions, levels = body.op("Concat", positions, high, axis=3), values
+    features, n = body.attribute("in_features"), body.attribute("n")
+    rows = body.op("Mul", body.size(values, 0), body.ints(tiled.M))
+    groups = body.op("Div", features, body.ints(tiled.M))
+    kept = body.op("Concat", rows, groups, n, axis=0)
+    positions = body.reshape(_slots_by_row(body, body.cast(positions, I32), rows, n), kept)
+    zero, step = body.const(np.array(0, np.int64)), body.const(np.array(tiled.M, np.int64))
+    starts = body.cast(body.op("Range", zero, body.scalar(features), step), I32)
+    index = body.op("Add", positions, body.reshape(starts, body.ints(1, -1, 1)))
+    flat = body.op("Concat", rows, body.op("Mul", groups, n), axis=0)
+    empty = body.zeros(LEVEL_DTYPE[value_type], rows, features)
+    levels = body.reshape(_slots_by_row(body, levels, rows, n), flat)
+    return body.op("ScatterElements", empty, body.reshape(index, flat), levels, axis=1)
+
+
+def _slots_by_row(body: Body, slots: str, rows: str, n: str) -> str:
+    """[tiles, groups, steps, 32] → [out, groups, n]; byte 4 i + 2 h + k is slot k of row 8 h + i."""
+    split = body.reshape(slots, body.op("Concat", body.op("Shape", slots, end=3), body.ints(8, 2, 2), axis=0))
+    ordered = body.op("Transpose", split, perm=[0, 4, 3, 1, 2, 5])
+    by_row = body.reshape(ordered, rows, body.size(slots, 1), body.ints(-1))
+    return body.head(by_row, n, 2)
+
+
 def _slot_levels(body: Body, value_type: ValueType, rows: str, slots: str) -> str:
     """Stream of a fixed count per row → levels [out, slots]."""
     levels = _levels(body, value_type)
@@ -287,30 +327,35 @@ def _slot_levels(body: Body, value_type: ValueType, rows: str, slots: str) -> st
     return body.head(body.reshape(by_row, body.op("Mul", pairs, two), slots), rows, 0)
 
 
-def _finish(body: Body, matrix: str, value_type: ValueType, *, unpadded: bool) -> None:
+def _finish(body: Body, matrix: str, packed: PackedTensor, *, unpadded: bool) -> None:
     """Levels [out, >= in] → Y. Row scales are applied to the product, which costs no memory."""
-    features = body.attribute("in_features")
+    features, value_type = body.attribute("in_features"), packed.value_type
     weight = body.op("Transpose", matrix, perm=[1, 0])
     weight = weight if unpadded else body.head(weight, features, 0)
     if value_type in ("f16", "i8"):
         weight = body.cast(weight, F32)
     elif value_type == "i4":
-        weight = body.op("Mul", body.cast(weight, F32), _spread_scale(body, features))
+        weight = body.op("Mul", body.cast(weight, F32), _spread_scale(body, features, packed.layout))
     product = body.op("MatMul", "X", weight)
     if value_type == "i8":
         body.op("Mul", product, body.cast(body.part("scale"), F32))
     body.nodes[-1].output[0] = body.part("Y")
 
 
-def _spread_scale(body: Body, features: str) -> str:
-    """Group scales [out, groups] → one per position and output [in, out].
+def _spread_scale(body: Body, features: str, layout: str) -> str:
+    """Group scales [out, groups], or of tiles [tiles, groups, 16] → one per position and output [in, out].
 
     Reshaping the weight to groups and back would copy it twice more.
     """
     zero, one = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
     positions = body.op("Range", zero, body.scalar(features), one)
     group = body.op("Div", positions, body.attribute("group_size"))
-    scale = body.op("Transpose", body.cast(body.part("scale"), F32), perm=[1, 0])
+    scale = body.cast(body.part("scale"), F32)
+    if layout == "tiled":
+        by_group = body.op("Transpose", scale, perm=[1, 0, 2])
+        scale = body.reshape(by_group, body.size(by_group, 0), body.ints(-1))
+    else:
+        scale = body.op("Transpose", scale, perm=[1, 0])
     return body.op("Gather", scale, group, axis=0)
 
 
@@ -319,4 +364,5 @@ _DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "Bitmask": _decode_bits,
     "NmBits": _decode_bits,
     "NmCodes": _decode_codes,
+    "Tiled": _decode_tiled,
 }

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
-from losa_deploy.layouts import PackedTensor, unpack
+from losa_deploy.layouts import PackedTensor, tiled, unpack
 from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions, ValueType
 from losa_deploy.layouts.values import value_params
 from losa_deploy.manifest import TensorRecord
@@ -87,8 +87,9 @@ def packed_tensors(
         # A tied head reads the embedding's tables; its node has the name of the head.
         linear = node.name if weights == 1 else own[0].rpartition(".")[0]
         components = {name.rpartition(".")[2]: array(name) for name in own}
-        first = components["values" if layout == "dense" else "positions"]
-        shape = (int(first.shape[0]), attributes["in_features"])
+        first = components.get("positions", components["values"])
+        rows = first.shape[0] * (tiled.M if layout == "tiled" else 1)
+        shape = (int(rows), attributes["in_features"])
         nnz = shape[0] * shape[1]
         if layout == "bitmask":
             nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())

@@ -6,12 +6,13 @@ The bytes are specified in `docs/formats.md`.
 
 from __future__ import annotations
 
-from losa_deploy.layouts import bitmask, dense, nm
+from losa_deploy.layouts import bitmask, dense, nm, tiled
 from losa_deploy.layouts.base import LAYOUTS, Layout, PackedTensor, PackOptions, Unpacked
-from losa_deploy.layouts.choose import Choice, choose, forced
+from losa_deploy.layouts.choose import PATTERNED, Choice, choose, forced
 
 __all__ = [
     "LAYOUTS",
+    "PATTERNED",
     "Choice",
     "Layout",
     "PackOptions",
@@ -22,6 +23,7 @@ __all__ = [
     "dense",
     "forced",
     "nm",
+    "tiled",
     "unpack",
 ]
 

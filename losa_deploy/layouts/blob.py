@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.layouts import tiled
 from losa_deploy.layouts.base import (
     COMPONENTS,
     FORMAT_VERSION,
@@ -37,7 +38,7 @@ from losa_deploy.layouts.values import code_dtype, group_count, scale_bytes
 MAGIC = b"LOSA"
 HEADER_BYTES = 128
 ALIGNMENT = 64
-LAYOUT_IDS = {"dense": 0, "bitmask": 1, "nm": 2}
+LAYOUT_IDS = {"dense": 0, "bitmask": 1, "nm": 2, "tiled": 3}
 VALUE_TYPE_IDS: dict[ValueType, int] = {"f32": 0, "f16": 1, "i8": 2, "i4": 3}
 FIXED = struct.Struct("<4sHHBBBBBBHIIQ")
 """Magic, version, header bytes, layout, value and scale type, n, m, position bits, groups, shape, kept."""
@@ -104,6 +105,8 @@ def blob_bytes(layout: str, mask: NDArray[np.bool_], options: PackOptions) -> in
         pattern = options.pattern or find_pattern(mask)
         assert pattern is not None  # `size` would have raised
         positions = shape[0] * positions_row_bytes(*pattern, shape[1])
+    elif layout == "tiled" and options.value_type == "i8":
+        positions = (total - scale_bytes(shape, options)) // 3  # half a byte for each byte of values
     table = 16 if options.value_type == "i4" else 0
     scale = scale_bytes(shape, options) - table
     parts = (positions, total - positions - scale - table, scale, table)
@@ -126,10 +129,17 @@ def read_header(data: bytes, total: int) -> BlobHeader:
     if not (1 <= rows <= MOST and 1 <= columns <= MOST and kept <= rows * columns):
         raise ValueError(f"{kept} weights kept of {rows} x {columns} are not in the format")
     _check_pattern(layouts[layout], n, m, bits)
+    if layouts[layout] == "tiled" and (
+        rows % tiled.M or columns % tiled.M or types[values] not in ("i8", "i4")
+    ):
+        raise ValueError(
+            f"{rows} x {columns} weights of type {types[values]} are not in the format for tiled"
+        )
     allowed = {"i8": (1, 2), "i4": (2,)}.get(types[values], (0,))
     if scale_type not in allowed or group not in ((32, 64, 128) if types[values] == "i4" else (0,)):
         raise ValueError(f"scale type {scale_type}, groups of {group}: not of the format for {types[values]}")
-    params = {"n": n, "m": m, "position_bits": bits} if layouts[layout] == "nm" else {}
+    params = {"n": n, "m": m} if m else {}
+    params |= {"position_bits": bits} if layouts[layout] == "nm" else {}
     params |= {"group_size": group} if group else {}
     places = _places(data, total)
     return BlobHeader(layouts[layout], types[values], scale_type, (rows, columns), params, kept, places)
@@ -144,7 +154,7 @@ def from_blob(data: bytes) -> PackedTensor:
     for name in COMPONENTS:
         offset, size = header.places.get(name, (0, 0))
         dtype, shape = shapes.get(name, (np.dtype(np.uint8), (0,)))
-        known = name != "values" or header.layout == "dense"
+        known = name != "values" or header.layout in ("dense", "tiled")
         if size % dtype.itemsize or (known and size != prod(shape) * dtype.itemsize):
             raise ValueError(f"the component {name} has {size} bytes, {rows} x {columns} weights need others")
         if size:
@@ -152,12 +162,21 @@ def from_blob(data: bytes) -> PackedTensor:
             arrays[name] = found.reshape(shape) if known else found
     if "table" in arrays and (arrays["table"][0] != 0 or (arrays["table"] == -128).any()):
         raise ValueError("the i4 table needs level 0 at code 0 and no level -128")
-    kept = header.kept if header.layout == "dense" else _check_positions(header, arrays)
-    return PackedTensor(header.layout, header.value_type, header.shape, header.params, arrays, kept)
+    packed = PackedTensor(header.layout, header.value_type, header.shape, header.params, arrays, header.kept)
+    if header.layout == "tiled" and (not tiled.sound(packed) or packed.nnz != tiled.kept(packed)):
+        raise ValueError("positions do not ascend in their group, or are not as many as it has")
+    if header.layout in ("dense", "tiled"):
+        return packed
+    return replace(packed, nnz=_check_positions(header, arrays))
 
 
 def _check_pattern(layout: str, n: int, m: int, bits: int) -> None:
-    known = 1 <= n < m <= 32 and bits == position_bits(n, m) if layout == "nm" else not (n or m or bits)
+    if layout == "nm":
+        known = 1 <= n < m <= 32 and bits == position_bits(n, m)
+    elif layout == "tiled":
+        known = 1 <= n < m == tiled.M and bits == 0
+    else:
+        known = not (n or m or bits)
     if not known:
         raise ValueError(f"{n}:{m} with {bits} position bits is not in the format for {layout}")
 
@@ -182,6 +201,8 @@ def _shapes(header: BlobHeader) -> dict[str, tuple[np.dtype[np.generic], tuple[i
     rows, columns = header.shape
     i4 = header.value_type == "i4"
     values = np.dtype(np.uint8) if i4 else code_dtype(header.value_type)
+    if header.layout == "tiled":
+        return _tiled_shapes(header, values)
     shapes: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
     if header.layout == "bitmask":
         shapes["positions"] = np.dtype(np.uint8), (rows, row_bytes(columns))
@@ -190,12 +211,27 @@ def _shapes(header: BlobHeader) -> dict[str, tuple[np.dtype[np.generic], tuple[i
         shapes["positions"] = np.dtype(np.uint8), (rows, width)
     shapes["values"] = values, (rows, -(-columns // 2) if i4 else columns)
     if header.value_type == "i8":
-        shapes["scale"] = np.dtype(np.float32 if header.scale_type == 1 else np.float16), (rows,)
+        shapes["scale"] = _scale_dtype(header), (rows,)
     elif i4:
         groups = group_count(columns, header.params["group_size"])
-        shapes["scale"] = np.dtype(np.float16), (rows, groups)
+        shapes["scale"] = _scale_dtype(header), (rows, groups)
         shapes["table"] = np.dtype(np.int8), (16,)
     return shapes
+
+
+def _tiled_shapes(
+    header: BlobHeader, values: np.dtype[np.generic]
+) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
+    options = PackOptions(header.value_type, header.params.get("group_size", 0))
+    dtypes = {"positions": np.dtype(np.uint8), "values": values, "scale": _scale_dtype(header)}
+    found = tiled.shapes(header.shape, header.params["n"], options)
+    shapes: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
+    shapes = {name: (dtypes[name], shape) for name, shape in found.items()}
+    return shapes | ({"table": (np.dtype(np.int8), (16,))} if header.value_type == "i4" else {})
+
+
+def _scale_dtype(header: BlobHeader) -> np.dtype[np.generic]:
+    return np.dtype(np.float32 if header.scale_type == 1 else np.float16)
 
 
 def _check_positions(header: BlobHeader, arrays: Mapping[str, Component]) -> int:

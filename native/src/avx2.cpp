@@ -5,6 +5,7 @@
 #include "avx2_panel.h"
 #include "avx2_rows.h"
 #include "target.h"
+#include "tiled_x86.h"
 
 namespace losa {
 namespace {
@@ -191,6 +192,10 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     matvec_values(t, a, begin, end, y, static_cast<float *>(scratch));
     return;
   }
+  if (p.layout == LOSA_TILED) {
+    multiply_tiles(p, a, begin, end, y, 0);
+    return;
+  }
   Matrix matrix(t);
   const bool narrow = is_narrow(p);
   if (narrow) {
@@ -280,6 +285,10 @@ void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_
 
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
+  if (t.parts.layout == LOSA_TILED) {
+    multiply_tiles(t.parts, a, begin, end, y, ldy);
+    return;
+  }
   if (is_integer(t.parts)) {
     matmul_levels(t, a, begin, end, y, ldy, static_cast<uint8_t *>(scratch));
     return;

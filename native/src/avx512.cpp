@@ -2,6 +2,7 @@
 // Compiled twice, see avx512_rows.h.
 #include "avx512_rows.h"
 #include "target.h"
+#include "tiled_x86.h"
 
 namespace losa {
 namespace {
@@ -153,6 +154,10 @@ void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, siz
 
 void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *) {
   const losa_parts &p = t.parts;
+  if (p.layout == LOSA_TILED) {
+    multiply_tiles(p, a, begin, end, y, 0);
+    return;
+  }
   switch (p.value_type) {
     case LOSA_F32:
       return matvec_values<false>(t, a, begin, end, y);
@@ -343,6 +348,10 @@ void values_panel(const float *panel, size_t first, size_t rows, const Activatio
 
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
+  if (t.parts.layout == LOSA_TILED) {
+    multiply_tiles(t.parts, a, begin, end, y, ldy);
+    return;
+  }
   if (is_integer(t.parts)) {
     matmul_levels(t, a, begin, end, y, ldy, static_cast<uint8_t *>(scratch));
     return;

@@ -12,6 +12,7 @@
 namespace losa {
 
 constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
+constexpr size_t kTile = 16;      // LOSA_TILED: rows of a tile, and positions of a group
 constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
 
 static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
@@ -213,6 +214,33 @@ static inline int widest_level(const losa_parts &p) {
 static inline size_t weight_groups(const losa_parts &p) {
   return (p.columns + p.group_size - 1u) / p.group_size;
 }
+
+// Where the scale of a group of an i4 row is stored.
+static inline size_t scale_index(const losa_parts &p, size_t row, size_t group) {
+  return p.layout == LOSA_TILED ? (row / kTile * weight_groups(p) + group) * kTile + row % kTile
+                                : row * weight_groups(p) + group;
+}
+
+namespace {
+
+// LOSA_TILED: a step holds two slots of each row of a tile, 32 bytes of values. Bytes 4 i + 2 h and the next
+// belong to row 8 h + i, so that sums of neighbours, even and odd ones apart, are rows in their order.
+struct Tiles {
+  explicit Tiles(const losa_parts &p)
+      : values(static_cast<const uint8_t *>(p.values.data)),
+        positions(static_cast<const uint8_t *>(p.positions.data)),
+        groups(p.columns / kTile),
+        steps((p.n + 1u) / 2u),
+        per_scale(activation_group(p) / kTile) {}
+
+  static constexpr size_t kStep = 2 * kTile;
+
+  const uint8_t *values, *positions;  // i4: positions are in the low nibbles of the values
+  size_t groups, steps;               // groups of a row, steps of a group
+  size_t per_scale;                   // groups that share a scale of the activations
+};
+
+}  // namespace
 
 }  // namespace losa
 

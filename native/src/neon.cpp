@@ -4,6 +4,7 @@
 
 #include "shuffle_table.h"
 #include "target.h"
+#include "tiled_neon.h"
 
 namespace losa {
 namespace {
@@ -260,6 +261,10 @@ void values_panel(const float *panel, size_t first, size_t rows, const Activatio
 
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
+  if (t.parts.layout == LOSA_TILED) {
+    multiply_tiles(t.parts, a, begin, end, y, ldy);
+    return;
+  }
   if (is_integer(t.parts)) {
     each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
                        [&](const int8_t *panel, size_t first, size_t rows) {
@@ -273,7 +278,7 @@ void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end
 }
 
 void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
-  if (!is_integer(t.parts)) {
+  if (!is_integer(t.parts) || t.parts.layout == LOSA_TILED) {
     matmul(t, a, begin, end, y, t.parts.rows, scratch);
     return;
   }

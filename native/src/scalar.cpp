@@ -53,6 +53,24 @@ void expand_dense_i4(const losa_parts &p, size_t row, const int8_t *table, int8_
   }
 }
 
+void expand_tiles(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
+  const Tiles tiles(p);
+  const size_t first = row / kTile * tiles.groups * tiles.steps, place = row % 8 * 4 + row % kTile / 8 * 2;
+  for (size_t i = 0; i < tiles.groups * tiles.steps; ++i) {
+    for (size_t slot = place; slot < place + 2; ++slot) {
+      const uint8_t value = tiles.values[(first + i) * Tiles::kStep + slot];
+      const size_t start = i / tiles.steps * kTile;
+      if (p.value_type == LOSA_I4) {
+        out[start + (value & 15)] = static_cast<int8_t>(out[start + (value & 15)] + table[value >> 4]);
+      } else {
+        const uint8_t both = tiles.positions[(first + i) * kTile + slot % kTile];
+        const size_t at = start + (slot < kTile ? both & 15u : both >> 4u);
+        out[at] = static_cast<int8_t>(out[at] + static_cast<int8_t>(value));  // a free slot adds zero
+      }
+    }
+  }
+}
+
 void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
   const losa_parts &p = t.parts;
   std::memset(out, 0, padded_columns(p));
@@ -64,6 +82,10 @@ void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
     } else {
       std::memcpy(out, values + row * p.columns, p.columns);
     }
+    return;
+  }
+  if (p.layout == LOSA_TILED) {
+    expand_tiles(p, row, table, out);
     return;
   }
   const uint8_t *first = values + row_start(t, row);
@@ -110,7 +132,7 @@ float dot_levels(const losa_parts &p, const int8_t *row, size_t r, const Activat
       sum += q[i] * row[i];
     }
     const bool scaled = p.value_type == LOSA_I4 && g < weight_groups(p);
-    const float weight_scale = scaled ? load_scale(p, r * weight_groups(p) + g) : 1.0f;
+    const float weight_scale = scaled ? load_scale(p, scale_index(p, r, g)) : 1.0f;
     total += a.scale[token * a.groups + g] * weight_scale * static_cast<float>(sum);
   }
   return p.value_type == LOSA_I8 ? total * load_scale(p, r) : total;

@@ -22,12 +22,21 @@ bool known_pattern(const losa_parts &p) {
   return power && (1u << bits) >= p.m && kBlock % p.m == 0 && p.n * bits < p.m;
 }
 
+// What n, m and position_bits may be, and for tiles the shape.
+bool known_positions(const losa_parts &p) {
+  if (p.layout == LOSA_NM) {
+    return known_pattern(p);
+  }
+  if (p.layout == LOSA_TILED) {
+    return p.m == kTile && p.n >= 1 && p.n < p.m && p.position_bits == 0 && is_integer(p) &&
+           p.rows % kTile == 0 && p.columns % kTile == 0;
+  }
+  return p.n == 0 && p.m == 0 && p.position_bits == 0;
+}
+
 int check_parameters(const losa_parts &p) {
   const bool shape = p.rows >= 1 && p.columns >= 1 && p.rows <= kMost && p.columns <= kMost;
-  if (!shape || p.layout > LOSA_NM || p.value_type > LOSA_I4) {
-    return LOSA_BAD_PARAMETER;
-  }
-  if (p.layout == LOSA_NM ? !known_pattern(p) : (p.n || p.m || p.position_bits)) {
+  if (!shape || p.layout > LOSA_TILED || p.value_type > LOSA_I4 || !known_positions(p)) {
     return LOSA_BAD_PARAMETER;
   }
   const bool group = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
@@ -130,6 +139,67 @@ int check_nm(const losa_parts &p, losa_tensor *tensor) {
   return has(p.values, stream_bytes(raw)) ? LOSA_OK : LOSA_BAD_SIZE;
 }
 
+// Positions of a step of tiles, two of a row in each element, the first one in the low byte.
+void step_positions(const losa_parts &p, const Tiles &tiles, size_t step, uint16_t at[kTile]) {
+  if (p.value_type == LOSA_I4) {
+    std::memcpy(at, tiles.values + step * Tiles::kStep, Tiles::kStep);
+    for (size_t j = 0; j < kTile; ++j) {
+      at[j] &= 0x0f0f;
+    }
+    return;
+  }
+  uint16_t pairs[kTile / 2];
+  std::memcpy(pairs, tiles.positions + step * kTile, kTile);
+  for (size_t j = 0; j < kTile / 2; ++j) {
+    at[j] = pairs[j] & 0x0f0f;
+    at[j + kTile / 2] = (pairs[j] >> 4) & 0x0f0f;
+  }
+}
+
+// Positions of a group ascend. Differences that must not be negative are collected, without a branch: a
+// compiler computes eight at a time.
+bool positions_ascend(const losa_parts &p, const Tiles &tiles, size_t first_step) {
+  uint16_t last[kTile], negative = 0, at[kTile];
+  std::memset(last, 0xff, sizeof last);
+  const size_t pairs = p.n / 2u;
+  for (size_t s = 0; s < tiles.steps; ++s) {
+    step_positions(p, tiles, first_step + s, at);
+    for (size_t j = 0; j < kTile; ++j) {
+      const auto low = static_cast<uint16_t>(at[j] & 255), high = static_cast<uint16_t>(at[j] >> 8);
+      const auto second = static_cast<uint16_t>(s < pairs ? high - low - 1 : -high);  // free: zero
+      negative |= static_cast<uint16_t>(second | (low - last[j] - 1));
+      last[j] = high;
+    }
+  }
+  return (negative & 0x8000) == 0;
+}
+
+// The second slots of the last step of a group are zero where N is odd.
+bool free_slots_are_zero(const losa_parts &p, const Tiles &tiles, size_t group) {
+  uint8_t any = 0;
+  const uint8_t *last = tiles.values + ((group + 1) * tiles.steps - 1) * Tiles::kStep;
+  for (size_t j = 1; p.n % 2 && j < Tiles::kStep; j += 2) {
+    any |= last[j];
+  }
+  return any == 0;
+}
+
+int check_tiled(const losa_parts &p, losa_tensor *tensor) {
+  const Tiles tiles(p);
+  const uint64_t groups = p.rows / kTile * uint64_t{tiles.groups};
+  const uint64_t bytes = groups * tiles.steps * Tiles::kStep;
+  if (!has(p.values, bytes) || !has(p.positions, p.value_type == LOSA_I8 ? bytes / 2 : 0)) {
+    return LOSA_BAD_SIZE;
+  }
+  for (size_t group = 0; group < groups; ++group) {
+    if (!positions_ascend(p, tiles, group * tiles.steps) || !free_slots_are_zero(p, tiles, group)) {
+      return LOSA_BAD_POSITIONS;
+    }
+  }
+  tensor->kept = groups * kTile * p.n;
+  return LOSA_OK;
+}
+
 int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
   uint64_t total = 0, pair = 0;
   for (size_t row = 0; row < p.rows; ++row) {
@@ -189,6 +259,9 @@ extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_
   if (p.layout == LOSA_DENSE) {
     tensor->kept = uint64_t{p.rows} * p.columns;
     return has(p.positions, 0) && has(p.values, dense_bytes(p)) ? LOSA_OK : LOSA_BAD_SIZE;
+  }
+  if (p.layout == LOSA_TILED) {
+    return check_tiled(p, tensor);
   }
   if (!has(p.positions, uint64_t{p.rows} * position_row_bytes(p))) {
     return LOSA_BAD_SIZE;

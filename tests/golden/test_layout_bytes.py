@@ -111,3 +111,51 @@ def test_nm_short_last_group_points_beyond_the_row() -> None:
         "values": padded(bytes.fromhex("00420000")),
     }
     assert packed.nnz == 1
+
+
+def tiles_of_three_kept() -> tuple[list[list[float]], list[list[int]]]:
+    """Every row keeps the positions 1, 4 and 9; only the rows 0 and 9 have weights other than zero."""
+    weight = [[0.0] * 16 for _ in range(16)]
+    weight[0][1], weight[0][4], weight[0][9], weight[9][9] = -8.0, 3.0, 1.0, 4.0
+    return weight, [[int(i in (1, 4, 9)) for i in range(16)]] * 16
+
+
+def test_tiled_i4_has_the_position_below_the_code() -> None:
+    packed = pack("tiled", *tiles_of_three_kept(), PackOptions("i4", 32))
+    # Two steps of 32 slots; bytes 4 i + 2 h and the next are slots of row 8 h + i. Row 0 has scale 1 and
+    # codes 8, 3, 1; row 9 scale -0.5 and code 8. The second slots of the second step are free.
+    first, second = bytearray(b"\x01\x04" * 16), bytearray(b"\x09\x00" * 16)
+    first[0:2], second[0], second[6] = b"\x81\x34", 0x19, 0x89
+    scale = [b"\x00\x80"] * 16  # 0 / -8
+    scale[0], scale[9] = b"\x00\x3c", b"\x00\xb8"
+    assert stored(packed) == {
+        "values": bytes(first + second),
+        "scale": b"".join(scale),
+        "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
+    }
+    assert dict(packed.params) == {"n": 3, "m": 16, "group_size": 32} and packed.nnz == 48
+
+
+def test_tiled_i8_has_positions_in_nibbles() -> None:
+    packed = pack("tiled", *tiles_of_three_kept(), PackOptions("i8"))
+    # Byte j of a step's positions belongs to the slots j and j + 16.
+    first, second = bytearray(32), bytearray(32)
+    first[0:2], second[0], second[6] = bytes([256 - 127, 48]), 16, 127
+    scale = np.zeros(16, "<f4")
+    scale[0], scale[9] = 8 / 127, 4 / 127
+    assert stored(packed) == {
+        "positions": b"\x11\x44" * 8 + b"\x99\x00" * 8,
+        "values": bytes(first + second),
+        "scale": scale.tobytes(),
+    }
+
+
+def test_tiles_follow_rows_then_columns() -> None:
+    """32 x 32 that keep 1 of 16, tile after tile, and scales of a tile together."""
+    mask = [[int(i in (2, 16 + 7)) for i in range(32)]] * 16 + [
+        [int(i in (5, 16 + 11)) for i in range(32)]
+    ] * 16
+    packed = pack("tiled", [[0.0] * 32] * 32, mask, PackOptions("i4", 32))
+    steps = b"".join(bytes([position, 0] * 16) for position in (2, 7, 5, 11))
+    assert stored(packed)["values"] == steps
+    assert packed.arrays["scale"].shape == (2, 1, 16)

@@ -39,6 +39,10 @@ def seeds() -> list[bytes]:
             fixed = np.arange(columns)[None].repeat(rows, 0) % m < n
             options = PackOptions(value_type, 32, pattern=(n, m))
             found.append(to_blob(LAYOUTS["nm"].pack(weight, fixed, options)))
+    for value_type, n in itertools.product(("i8", "i4"), (3, 6)):
+        weight = rng.standard_normal((16, 80)).astype(np.float32)
+        fixed = np.arange(80)[None].repeat(16, 0) % 16 < n
+        found.append(to_blob(LAYOUTS["tiled"].pack(weight, fixed, PackOptions(value_type, 32))))
     return found
 
 

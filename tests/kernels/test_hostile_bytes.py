@@ -33,13 +33,14 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory, build_run_cases: object)
 
 def blob_of(layout: str, value_type: ValueType, columns: int = COLUMNS) -> bytes:
     rng = np.random.default_rng(1)
-    weight = rng.standard_normal((ROWS, columns)).astype(np.float32)
     name, _, pattern = layout.partition(" ")
-    mask = rng.random((ROWS, columns)) < 0.5
+    rows = 16 if name == "tiled" else ROWS
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    mask = rng.random((rows, columns)) < 0.5
     n_of_m = None
     if pattern:
         n_of_m = n, m = tuple(map(int, pattern.split(":")))  # type: ignore[assignment]
-        mask = np.arange(columns)[None].repeat(ROWS, 0) % m < n
+        mask = np.arange(columns)[None].repeat(rows, 0) % m < n
     return to_blob(LAYOUTS[name].pack(weight, mask, PackOptions(value_type, 64, pattern=n_of_m)))
 
 
@@ -48,7 +49,7 @@ def run(
 ) -> list[int]:
     """Status of each blob; a sanitizer's report fails the test."""
     x = np.ones((TOKENS, columns), np.float32).tobytes()
-    heads = [struct.pack("<QQQQ", len(blob), len(x), TOKENS, 8) for blob in blobs]
+    heads = [struct.pack("<QQQQ", len(blob), len(x), TOKENS, 16) for blob in blobs]
     (folder / "cases").write_bytes(b"".join(h + b + x for h, b in zip(heads, blobs, strict=True)))
     command = [str(program), target, str(folder / "cases"), str(folder / "results")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -81,12 +82,23 @@ def damaged(blob: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4", "nm 3:5", "nm 3:16"])
 def test_no_damage_reads_outside(sanitized: Path, tmp_path: Path, layout: str, value_type: ValueType) -> None:
-    blob = blob_of(layout, value_type)
+    check_damage(sanitized, tmp_path, blob_of(layout, value_type), COLUMNS)
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 5:16"])
+def test_no_damage_of_tiles_reads_outside(
+    sanitized: Path, tmp_path: Path, layout: str, value_type: ValueType
+) -> None:
+    check_damage(sanitized, tmp_path, blob_of(layout, value_type, 176), 176)
+
+
+def check_damage(sanitized: Path, tmp_path: Path, blob: bytes, columns: int) -> None:
     blobs = [blob, *damaged(blob)]
     for target in subprocess.check_output([str(sanitized), "list"], text=True).split():
         # Emulation is slow: there a sample, which holds what the loader lets pass.
         chosen = blobs[::31] if target.startswith("avx512") else blobs
-        statuses = run(sanitized, target, tmp_path, chosen)
+        statuses = run(sanitized, target, tmp_path, chosen, columns)
         assert statuses[0] == OK and statuses.count(OK) > 1
         assert {BAD_HEADER, BAD_SIZE, BAD_RANGE} & set(statuses)
         assert len(set(statuses)) >= 4 or len(chosen) < len(blobs)
@@ -119,3 +131,17 @@ def test_each_lie_is_named(sanitized: Path, tmp_path: Path) -> None:
     assert size == ROWS * 24
     outside = codes[:128] + bytes([0x0F]) + codes[129:]  # code 15 in a group of 8
     assert run(sanitized, "scalar", tmp_path, [codes, outside]) == [OK, BAD_POSITIONS]
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_positions_of_tiles_ascend_and_free_slots_are_zero(
+    sanitized: Path, tmp_path: Path, value_type: ValueType
+) -> None:
+    blob = blob_of("tiled 3:16", value_type, 64)  # positions 0, 1, 2: bytes 00 01 ..., then 02 00 ...
+    positions, _, values = struct.unpack_from("<QQQ", blob, 32)
+    first, free = (values, values + 33) if value_type == "i4" else (positions, values + 33)
+    lies = [blob[:first] + bytes([0x11]) + blob[first + 1 :], blob[:free] + b"\x20" + blob[free + 1 :]]
+    if value_type == "i8":
+        lies.append(blob[: positions + 17] + b"\x01" + blob[positions + 18 :])  # position of a free slot
+    found = run(sanitized, "scalar", tmp_path, [blob, *lies], 64)
+    assert found == [OK] + [BAD_POSITIONS] * len(lies)

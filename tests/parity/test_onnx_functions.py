@@ -89,6 +89,15 @@ def test_operator_equals_the_unpacked_weight(layout: str, value_type: ValueType)
         check(packed, reference=True)
 
 
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("n", [1, 3, 6, 15])
+def test_operator_of_tiles_equals_the_unpacked_weight(n: int, value_type: ValueType) -> None:
+    for rows, columns in ((16, 16), (48, 80), (32, 304)):
+        weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
+        mask = mask_of(f"nm {n}:16", rows, columns)
+        check(LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, group_size=64)), reference=True)
+
+
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_all_or_nothing_kept(value_type: ValueType, keep: bool) -> None:

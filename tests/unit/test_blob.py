@@ -10,7 +10,7 @@ import pytest
 
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.base import PackedTensor, ValueType
-from losa_deploy.layouts.blob import FIXED, from_blob, to_blob
+from losa_deploy.layouts.blob import FIXED, blob_bytes, from_blob, to_blob
 
 VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
 
@@ -55,7 +55,7 @@ def test_a_shortened_blob_is_refused(layout: str) -> None:
     [
         (0, b"LASO", "no packed tensor"),
         (4, b"\x02", "no packed tensor"),
-        (8, b"\x03", "layout 3"),
+        (8, b"\x04", "layout 4"),
         (9, b"\x04", "value type 4"),
         (10, b"\x00", "scale type 0"),
         (11, b"\x01", "1:0"),
@@ -72,6 +72,48 @@ def test_a_shortened_blob_is_refused(layout: str) -> None:
 )
 def test_a_lie_is_refused(at: int, new: bytes, message: str) -> None:
     blob = bytearray(to_blob(packed("bitmask", "i4")))
+    blob[at : at + len(new)] = new
+    with pytest.raises(ValueError, match=message):
+        from_blob(bytes(blob))
+
+
+def tiles(value_type: ValueType, n: int = 3) -> PackedTensor:
+    mask = np.tile((np.arange(64) * 5 + 3) % 16 < n, (32, 1))
+    weight = np.random.default_rng(n).standard_normal((32, 64)).astype(np.float32)
+    return LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 32))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("n", [1, 3, 6, 15])
+def test_tiles_round_trip_is_exact(value_type: ValueType, n: int) -> None:
+    before = tiles(value_type, n)
+    blob = to_blob(before)
+    after = from_blob(blob)
+    assert after.sha256 == before.sha256 and dict(after.params) == dict(before.params)
+    assert after.nnz == before.nnz and to_blob(after) == blob
+    assert blob_bytes("tiled", unpack(before).mask, PackOptions(value_type, 32)) == len(blob)
+    for length in (127, 128, 200, len(blob) - 64):
+        with pytest.raises(ValueError):
+            from_blob(blob[:length])
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "message"),
+    [
+        (9, b"\x00", "type f32"),
+        (11, b"\x10", "16:16"),
+        (12, b"\x08", "3:8"),
+        (13, b"\x04", "4 position bits"),
+        (16, struct.pack("<I", 31), "31 x 64"),
+        (20, struct.pack("<I", 56), "32 x 56"),
+        (24, struct.pack("<Q", 7), "as many"),
+        (128, b"\x0f", "ascend"),
+        (128 + 33, b"\x10", "ascend"),  # a free slot with a value
+        (128 + 33, b"\x01", "ascend"),  # ... or with a position
+    ],
+)
+def test_a_lie_about_tiles_is_refused(at: int, new: bytes, message: str) -> None:
+    blob = bytearray(to_blob(tiles("i4")))
     blob[at : at + len(new)] = new
     with pytest.raises(ValueError, match=message):
         from_blob(bytes(blob))

@@ -95,6 +95,39 @@ def test_every_n_of_m_round_trips(data: st.DataObject, options: PackOptions, see
     check_round_trip("nm", weight_of(3, columns, seed), mask, replace(options, pattern=(n, m)))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 15),
+    tiles=st.integers(1, 3),
+    groups=st.integers(1, 10),
+    options=options_strategy,
+    seed=st.integers(0, 2**16),
+)
+def test_tiles_round_trip(n: int, tiles: int, groups: int, options: PackOptions, seed: int) -> None:
+    rows, columns = 16 * tiles, 16 * groups
+    mask, weight = nm_mask(rows, columns, n, 16, seed), weight_of(rows, columns, seed)
+    options = replace(options, value_type=("i8", "i4")[seed % 2])
+    check_round_trip("tiled", weight, mask, options)
+    other = unpack(LAYOUTS["nm"].pack(weight, mask, replace(options, pattern=(n, 16))))
+    assert other.weight.tobytes() == unpack(LAYOUTS["tiled"].pack(weight, mask, options)).weight.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "n", "m", "value_type"),
+    [(8, 32, 4, 16, "i8"), (16, 40, 4, 16, "i8"), (16, 32, 4, 8, "i8"), (16, 32, 4, 16, "f16")],
+)
+def test_tiles_refuse_what_they_cannot_store(
+    rows: int, columns: int, n: int, m: int, value_type: ValueType
+) -> None:
+    mask = nm_mask(rows, columns, n, m, 0)
+    mask[0, :16] = np.arange(16) < 5
+    options = PackOptions(value_type)
+    if value_type != "f16":
+        assert not LAYOUTS["tiled"].tolerates(mask, options)
+    with pytest.raises(ValueError, match="N of every 16"):
+        LAYOUTS["tiled"].pack(weight_of(rows, columns, 0), mask, options)
+
+
 def test_all_patterns_are_exact() -> None:
     for m in range(2, 33):
         for n in range(1, m):

@@ -23,8 +23,8 @@ extern "C" {
 
 enum { LOSA_HEADER_BYTES = 128, LOSA_ALIGNMENT = 64, LOSA_STREAM_SLACK = 64 };
 
-// Callers that split rows among threads cut at multiples of this, so that row pairs stay together.
-enum { LOSA_ROW_STEP = 8 };
+// Callers that split rows among threads cut at multiples of this, so that row pairs and tiles stay together.
+enum { LOSA_ROW_STEP = 16 };
 
 enum losa_status {
   LOSA_OK = 0,
@@ -37,7 +37,7 @@ enum losa_status {
   LOSA_BAD_TARGET = 7,     // LOSA_KERNELS names a target that this build or CPU does not have
 };
 
-enum losa_layout { LOSA_DENSE = 0, LOSA_BITMASK = 1, LOSA_NM = 2 };
+enum losa_layout { LOSA_DENSE = 0, LOSA_BITMASK = 1, LOSA_NM = 2, LOSA_TILED = 3 };
 enum losa_value_type { LOSA_F32 = 0, LOSA_F16 = 1, LOSA_I8 = 2, LOSA_I4 = 3 };
 enum losa_scale_type { LOSA_SCALE_NONE = 0, LOSA_SCALE_F32 = 1, LOSA_SCALE_F16 = 2 };
 
@@ -51,7 +51,7 @@ typedef struct {
   uint32_t rows;     // output features
   uint32_t columns;  // input features
   uint8_t layout, value_type, scale_type;
-  uint8_t n, m, position_bits;  // LOSA_NM only, else 0
+  uint8_t n, m, position_bits;  // LOSA_NM; n and m also LOSA_TILED, else 0
   uint16_t group_size;          // LOSA_I4 only: 32, 64 or 128 positions, else 0
   losa_bytes positions, values, scale, table;
 } losa_parts;

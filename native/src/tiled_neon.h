@@ -1,0 +1,123 @@
+// Tiles of 16 rows in NEON: a byte shuffle fetches the activations of 16 slots, half a step.
+#ifndef LOSA_TILED_NEON_H
+#define LOSA_TILED_NEON_H
+
+#include <arm_neon.h>
+
+#include "layout.h"
+
+namespace losa {
+namespace {
+
+struct HalfStep {
+  uint8x16_t at;
+  int8x16_t levels;
+};
+
+// Half 0 has the slots of the rows 0-3 and 8-11 of the tile, half 1 those of 4-7 and 12-15.
+inline HalfStep load_half(const Tiles &tiles, bool i4, size_t step, size_t half, int8x16_t table) {
+  const uint8x16_t raw = vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile), low = vdupq_n_u8(15);
+  if (i4) {
+    return {vandq_u8(raw, low), vqtbl1q_s8(table, vshrq_n_u8(raw, 4))};
+  }
+  const uint8x16_t both = vld1q_u8(tiles.positions + step * kTile);
+  return {half == 0 ? vandq_u8(both, low) : vshrq_n_u8(both, 4), vreinterpretq_s8_u8(raw)};
+}
+
+// Sums of the rows 2 i, 2 i + 8, 2 i + 1 and 2 i + 9 in sums[i].
+template <int Tokens>
+inline void sum_groups(const Tiles &tiles, bool i4, size_t tile, size_t group, size_t end,
+                       const int8_t *const *x, int8x16_t table, int32x4_t sums[Tokens][4]) {
+  for (; group < end; ++group) {
+    int8x16_t from[Tokens];
+    for (int k = 0; k < Tokens; ++k) {
+      from[k] = vld1q_s8(x[k] + group * kTile);
+    }
+    for (size_t s = 0; s < tiles.steps; ++s) {
+      const size_t step = (tile * tiles.groups + group) * tiles.steps + s;
+      for (size_t half = 0; half < 2; ++half) {
+        const HalfStep w = load_half(tiles, i4, step, half, table);
+        for (int k = 0; k < Tokens; ++k) {
+          const int8x16_t q = vqtbl1q_s8(from[k], w.at);
+          int32x4_t *into = sums[k] + 2 * half;
+          into[0] = vpadalq_s16(into[0], vmull_s8(vget_low_s8(q), vget_low_s8(w.levels)));
+          into[1] = vpadalq_s16(into[1], vmull_high_s8(q, w.levels));
+        }
+      }
+    }
+  }
+}
+
+// Rows 0-3, 4-7, 8-11, 12-15.
+inline void order_rows(const int32x4_t sums[4], float32x4_t rows[4]) {
+  rows[0] = vcvtq_f32_s32(vuzp1q_s32(sums[0], sums[1]));
+  rows[1] = vcvtq_f32_s32(vuzp1q_s32(sums[2], sums[3]));
+  rows[2] = vcvtq_f32_s32(vuzp2q_s32(sums[0], sums[1]));
+  rows[3] = vcvtq_f32_s32(vuzp2q_s32(sums[2], sums[3]));
+}
+
+// One tile times `Tokens` tokens: y [tokens, rows].
+template <int Tokens>
+void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
+                   int8x16_t table, float *y, size_t ldy) {
+  const bool i4 = p.value_type == LOSA_I4;
+  const int8_t *x[Tokens];
+  float32x4_t total[Tokens][4];
+  for (int k = 0; k < Tokens; ++k) {
+    x[k] = a.q + (token + static_cast<size_t>(k)) * a.padded;
+    for (auto &v : total[k]) {
+      v = vdupq_n_f32(0.0f);
+    }
+  }
+  float scales[kTile];
+  for (size_t group = 0, g = 0; group < tiles.groups; group += tiles.per_scale, ++g) {
+    const size_t end = group + tiles.per_scale < tiles.groups ? group + tiles.per_scale : tiles.groups;
+    int32x4_t sums[Tokens][4];
+    for (auto &token_sums : sums) {
+      for (auto &v : token_sums) {
+        v = vdupq_n_s32(0);
+      }
+    }
+    sum_groups<Tokens>(tiles, i4, tile, group, end, x, table, sums);
+    if (i4 || g == 0) {
+      for (size_t r = 0; r < kTile; ++r) {
+        scales[r] = load_scale(p, i4 ? scale_index(p, tile * kTile + r, g) : tile * kTile + r);
+      }
+    }
+    for (int k = 0; k < Tokens; ++k) {
+      float32x4_t rows[4];
+      order_rows(sums[k], rows);
+      const float scale = a.scale[(token + static_cast<size_t>(k)) * a.groups + g];
+      for (size_t i = 0; i < 4; ++i) {
+        total[k][i] = vfmaq_f32(total[k][i], rows[i], vmulq_n_f32(vld1q_f32(scales + 4 * i), scale));
+      }
+    }
+  }
+  for (int k = 0; k < Tokens; ++k) {
+    for (size_t i = 0; i < 4; ++i) {
+      vst1q_f32(y + (token + static_cast<size_t>(k)) * ldy + tile * kTile + 4 * i, total[k][i]);
+    }
+  }
+}
+
+// Rows [begin, end) times all tokens.
+inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
+                           size_t ldy) {
+  const Tiles tiles(p);
+  const bool i4 = p.value_type == LOSA_I4;
+  const int8x16_t table = i4 ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
+  for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
+    size_t token = 0;
+    for (; token + 4 <= a.tokens; token += 4) {
+      multiply_tile<4>(p, tiles, tile, a, token, table, y, ldy);
+    }
+    for (; token < a.tokens; ++token) {
+      multiply_tile<1>(p, tiles, tile, a, token, table, y, ldy);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace losa
+
+#endif
