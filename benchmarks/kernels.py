@@ -25,7 +25,7 @@ from losa_deploy.layouts import PackedTensor
 from losa_deploy.layouts.base import ValueType
 
 from .document import SCHEMA, machine_record
-from .tensors import Storage, native_description, random_packed
+from .tensors import Storage, layout_of_pattern, native_description, random_packed
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 DEFAULT_CACHE_BYTES = 32 << 20
@@ -39,7 +39,7 @@ DECODE_SHARE = 4
 """Time for one token on a target other than scalar, compared with other rows."""
 BANDWIDTH_SECONDS = 0.1
 TRIAL_ROWS = 16
-ROW_STEP = 8
+ROW_STEP = 16
 """LOSA_ROW_STEP of the kernels."""
 ALIGNMENT = 64
 
@@ -161,7 +161,7 @@ def _storages_of(layout: str, value_type: str, sparsities: Sequence[float]) -> I
         yield from (Storage("bitmask", kind, sparsity) for sparsity in sparsities)
     else:
         n, m = (int(part) for part in layout.split(":"))
-        yield Storage("nm", kind, 1 - n / m, (n, m))
+        yield Storage(layout_of_pattern((n, m), kind), kind, 1 - n / m, (n, m))
 
 
 def measure_kernels(

@@ -99,7 +99,7 @@ class Ours:
 
 def operator_name(packed: PackedTensor, weights: int = 1) -> str:
     """Operator of so many weights, as the exporter names it: `BitmaskMatMulI4x3`, `NmCodesMatMulI8` …"""
-    layout = {"dense": "Dense", "bitmask": "Bitmask"}.get(packed.layout)
+    layout = {"dense": "Dense", "bitmask": "Bitmask", "tiled": "Tiled"}.get(packed.layout)
     if layout is None:
         layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
     return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, tiled
 from losa_deploy.layouts.base import Component, ValueType
 from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id
 from losa_deploy.layouts.streams import stream_bytes
@@ -26,12 +26,12 @@ class Storage:
     """How a weight is stored."""
 
     layout: str
-    """dense, bitmask or nm."""
+    """dense, bitmask, nm or tiled."""
     value_type: ValueType
     sparsity: float = 0.0
     """Fraction of zeros; with a pattern it is 1 - N/M."""
     pattern: tuple[int, int] | None = None
-    """(N, M), nm only."""
+    """(N, M); nm and tiled only."""
     group_size: int = 128
     """i4 only: positions per scale."""
 
@@ -45,7 +45,15 @@ class Storage:
 
     @property
     def options(self) -> PackOptions:
-        return PackOptions(self.value_type, self.group_size, pattern=self.pattern)
+        pattern = None if self.layout == "tiled" else self.pattern
+        return PackOptions(self.value_type, self.group_size, pattern=pattern)
+
+
+def layout_of_pattern(pattern: tuple[int, int] | None, value_type: ValueType) -> str:
+    """What `auto` stores random weights of a pattern as; patterns within 16 positions have shorter forms."""
+    if pattern is None:
+        return "bitmask"
+    return "tiled" if pattern[1] == tiled.M and value_type in ("i8", "i4") else "nm"
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,16 @@ class RandomWeight:
 
     @property
     def period(self) -> int:
-        """Different rows: the largest even divisor of `out` up to `SEED_ROWS`, or all of them.
+        """Different rows: the largest divisor of `out` up to `SEED_ROWS` that is a multiple of 16, or even.
 
-        Even, because i4 stores pairs of rows.
+        i4 stores pairs of rows, and tiles have 16.
         """
         rows = self.shape[0]
-        return next((n for n in range(SEED_ROWS, 1, -2) if rows % n == 0), rows)
+        for step in (tiled.M, 2):
+            for n in range(SEED_ROWS, 1, -step):
+                if rows % n == 0:
+                    return n
+        return rows
 
     @property
     def repeats(self) -> int:
@@ -117,7 +129,7 @@ def repeat_rows(packed: PackedTensor, mask: NDArray[np.bool_], times: int) -> Pa
     for name, array in packed.arrays.items():
         if name == "table":
             arrays[name] = array
-        elif name == "values" and packed.layout != "dense":
+        elif name == "values" and packed.layout in ("bitmask", "nm"):
             arrays[name] = _repeat_stream(array, _counts(packed, mask), packed.value_type, times)
         else:
             arrays[name] = np.tile(array, (times,) + (1,) * (array.ndim - 1))

@@ -170,7 +170,7 @@ class MergeRecipe(Part):
 class ExportRecipe(Part):
     """How tensors are stored in the artifact."""
 
-    layout: Literal["auto", "dense", "bitmask", "nm"] = "auto"
+    layout: Literal["auto", "dense", "bitmask", "nm", "tiled"] = "auto"
     value_type: ValueType = "i8"
     group_size: Literal[32, 64, 128] = 128
     """Positions per scale for i4 values."""

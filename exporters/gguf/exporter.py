@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.layouts import PATTERNED
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
@@ -58,7 +59,7 @@ class GgufExporter:
                 f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
                 hint="Merge the model again.",
             )
-        if recipe.layout == "nm":
+        if recipe.layout in PATTERNED:
             for linear in model.linears:
                 packing(recipe, linear, model.mask(linear))
 

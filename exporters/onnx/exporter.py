@@ -15,6 +15,7 @@ from losa_deploy import __version__
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.layouts import PATTERNED
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.operators import library_name, library_path
@@ -53,7 +54,7 @@ class OnnxExporter:
                 f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
                 hint="Merge the model again.",
             )
-        if recipe.layout == "nm":
+        if recipe.layout in PATTERNED:
             job = _job(model, recipe)
             for linear in model.linears:
                 choice(job, linear, model.mask(linear))

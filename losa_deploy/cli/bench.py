@@ -67,7 +67,9 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
         "--sparsity", type=number, nargs="+", metavar="X", help="zeros (0.6; kernels: 0.5 0.6 0.7)"
     )
     group.add_argument(
-        "--layout", choices=("auto", "dense", "bitmask", "nm"), help="our layout (auto: as the pattern)"
+        "--layout",
+        choices=("auto", "dense", "bitmask", "nm", "tiled"),
+        help="our layout (auto: as the pattern)",
     )
     group.add_argument("--pattern", metavar="N:M", help="N kept of every M, instead of --sparsity")
     group.add_argument(

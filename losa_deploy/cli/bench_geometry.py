@@ -72,14 +72,20 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
 
 def chosen_storage(args: argparse.Namespace) -> Storage:
     """How our linears are stored; `UsageError` for values that contradict each other."""
-    from losa_deploy.benchmarks.tensors import Storage
+    from losa_deploy.benchmarks.tensors import Storage, layout_of_pattern
+    from losa_deploy.layouts import PATTERNED
 
     pattern = parse_pattern(args.pattern) if args.pattern else None
     layout = args.layout or "auto"
     if layout == "auto":
-        layout = "nm" if pattern else "bitmask"
-    if layout == "nm" and pattern is None:
-        raise UsageError("--layout nm needs a pattern.", hint="Add --pattern, e.g. --pattern 2:4.")
+        layout = layout_of_pattern(pattern, args.value_type or "i4")
+    if layout in PATTERNED and pattern is None:
+        raise UsageError(f"--layout {layout} needs a pattern.", hint="Add --pattern, e.g. --pattern 6:16.")
+    if layout == "tiled" and (pattern is None or 16 % pattern[1] or args.value_type in ("f32", "f16")):
+        raise UsageError(
+            "--layout tiled stores i8 or i4 values of a pattern N of 16, or of 2, 4 or 8.",
+            hint="E.g. --pattern 6:16 --value-type i4.",
+        )
     if pattern and args.sparsity:
         raise UsageError(
             f"--pattern {args.pattern} already says how many zeros there are.", hint="Leave out --sparsity."

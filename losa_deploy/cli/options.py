@@ -79,7 +79,9 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--adapt-steps", "adapt.steps", "number", "optimizer steps per schedule step or block"),
     RecipeOption("--batch-size", "adapt.batch_size", "number", "sequences per optimizer step"),
     _choice("--dtype", "merge.dtype", "source|f32|f16|bf16", "dtype of the merged weights"),
-    _choice("--layout", "export.layout", "auto|dense|bitmask|nm", "storage of the weights; auto says why"),
+    _choice(
+        "--layout", "export.layout", "auto|dense|bitmask|nm|tiled", "storage of the weights; auto says why"
+    ),
     _choice("--value-type", "export.value_type", "f32|f16|i8|i4", "storage of the kept values"),
     RecipeOption("--group-size", "export.group_size", "number", "i4 positions per scale: 32, 64 or 128"),
     _choice("--head", "export.head", "same|f32|f16|i8|i4", "value type of embedding and head"),

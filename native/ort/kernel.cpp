@@ -162,9 +162,11 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
   parts.layout = static_cast<uint8_t>(op_.layout);
   parts.value_type = static_cast<uint8_t>(op_.value_type);
   parts.columns = static_cast<uint32_t>(integer("in_features", 1, INT32_MAX));
-  if (op_.layout == LOSA_NM) {
+  if (op_.layout == LOSA_NM || op_.layout == LOSA_TILED) {
     parts.n = static_cast<uint8_t>(integer("n", 1, 31));
     parts.m = static_cast<uint8_t>(integer("m", 2, 32));
+  }
+  if (op_.layout == LOSA_NM) {
     const bool codes = op_.position_codes;
     parts.position_bits = static_cast<uint8_t>(integer("position_bits", codes ? 1 : 0, codes ? 8 : 0));
   }
@@ -185,8 +187,9 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     }
     Shape shape(api_, value);
     check(shape.status());
-    if (i == 0) {  // positions, or the values of a dense weight: one row per output feature
-      const int64_t rows = shape.rank() == 0 ? 0 : shape.dims()[0];
+    if (i == 0) {  // positions, or values where there are none: one row, or tile, per output feature
+      const int64_t lines = shape.rank() == 0 ? 0 : std::min<int64_t>(shape.dims()[0], INT32_MAX);
+      const int64_t rows = op_.layout == LOSA_TILED ? lines * 16 : lines;
       int64_t promised = rows;
       if (op_.weights == 1 && attribute(api_, info, "out_features", &promised) && promised != rows) {
         refuse("the component " + name + " has " + std::to_string(rows) + " rows, but out_features is " +

@@ -62,7 +62,8 @@ Operator make_operator(const char *layout_name, losa_layout layout, bool codes, 
     op.name += "x" + std::to_string(weights);
   }
   size_t count = 0;
-  if (layout != LOSA_DENSE) {
+  const bool inside = layout == LOSA_TILED && type == LOSA_I4;  // positions are in the bytes of the values
+  if (layout != LOSA_DENSE && !inside) {
     op.components[count++] = "positions";
   }
   op.components[count++] = "values";
@@ -103,6 +104,9 @@ const std::deque<Operator> &operators() {
         list.push_back(make_operator("Bitmask", LOSA_BITMASK, false, type, weights));
         list.push_back(make_operator("NmBits", LOSA_NM, false, type, weights));
         list.push_back(make_operator("NmCodes", LOSA_NM, true, type, weights));
+      }
+      for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
+        list.push_back(make_operator("Tiled", LOSA_TILED, false, type, weights));
       }
     }
     return list;
