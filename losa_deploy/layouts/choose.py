@@ -26,50 +26,45 @@ class Choice:
 
 
 def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
-    """The smallest layout for a mask [out, in]; ties go to the simpler one (dense, bitmask, nm).
+    """The smallest layout for a mask [out, in]; on a tie dense, or the sparse one that computes fastest.
 
     A mask that keeps N of 16 and follows no shorter pattern was made for tiles, and gets them if that is
-    smaller than dense: they compute several times as fast. So does any mask for which tiles are not larger
-    than nm.
+    smaller than dense: they compute several times as fast.
     """
     dense_bytes = dense.size(mask, options)
     if mask.all():
         return Choice("dense", options, dense_bytes, "nothing is pruned")
     bitmask_bytes = bitmask.size(mask, options)
+    reason = f"{mask.mean():.0%} kept: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
+    best = Choice("bitmask", options, bitmask_bytes, reason)
     pattern = nm.find_pattern(mask)
     if pattern is not None:
-        patterned = replace(options, pattern=pattern)
-        nm_bytes = nm.size(mask, patterned)
-        tiles = _tiles(mask, options, pattern, nm_bytes)
-        if tiles is not None and tiles.bytes < dense_bytes:
-            return tiles
-        if nm_bytes < min(bitmask_bytes, dense_bytes):
-            name = f"{pattern[0]}:{pattern[1]}"
-            reason = (
-                f"{name} mask: {_share(nm_bytes, dense_bytes)}, bitmask {_share(bitmask_bytes, dense_bytes)}"
-            )
-            return Choice("nm", patterned, nm_bytes, reason)
-    kept = f"{mask.mean():.0%} kept"
-    reason = f"{kept}: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
-    if bitmask_bytes < dense_bytes:
-        return Choice("bitmask", options, bitmask_bytes, reason)
+        best = _patterned(mask, options, pattern, best)
+    if best.bytes < dense_bytes:
+        return best
     return Choice("dense", options, dense_bytes, reason)
 
 
-def _tiles(
-    mask: NDArray[np.bool_], options: PackOptions, pattern: tuple[int, int], nm_bytes: int
-) -> Choice | None:
-    if not tiled.tolerates(mask, options):
-        return None
-    found = replace(options, pattern=tiled.find_pattern(mask))
-    size, dense_bytes = tiled.size(mask, found), dense.size(mask, options)
-    if pattern[1] < tiled.M and size > nm_bytes:
-        return None
-    name = f"{pattern[0]}:{pattern[1]}"
-    reason = (
-        f"{name} mask in tiles: {_share(size, dense_bytes)}, nm {_share(nm_bytes, dense_bytes)} but slower"
-    )
-    return Choice("tiled", found, size, reason)
+def _patterned(
+    mask: NDArray[np.bool_], options: PackOptions, pattern: tuple[int, int], best: Choice
+) -> Choice:
+    """The layout for the smallest pattern of a mask, or `best`, the bitmask."""
+    name, dense_bytes, bitmask_bytes = f"{pattern[0]}:{pattern[1]}", dense.size(mask, options), best.bytes
+    with_pattern = replace(options, pattern=pattern)
+    nm_bytes = nm.size(mask, with_pattern)
+    whole_bytes = 8 % pattern[1] == 0  # every mask byte keeps the same count: no kernel counts bits
+    if nm_bytes < best.bytes or (nm_bytes == best.bytes and whole_bytes):
+        compared = f"bitmask {_share(bitmask_bytes, dense_bytes)}"
+        reason = f"{name} mask: {_share(nm_bytes, dense_bytes)}, {compared}"
+        best = Choice("nm", with_pattern, nm_bytes, reason)
+    if tiled.tolerates(mask, options):
+        with_pattern = replace(options, pattern=tiled.find_pattern(mask))
+        size = tiled.size(mask, with_pattern)
+        if size <= best.bytes or (pattern[1] == tiled.M and size < dense_bytes):
+            compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
+            reason = f"{name} mask in tiles: {_share(size, dense_bytes)}, {compared}"
+            best = Choice("tiled", with_pattern, size, reason)
+    return best
 
 
 def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:

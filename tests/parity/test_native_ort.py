@@ -40,7 +40,7 @@ Array = NDArray[np.float32]
 
 
 def random_mask(layout: str, rows: int, columns: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    if not layout.startswith("nm"):
+    if ":" not in layout:
         mask = rng.random((rows, columns)) < 0.4
         mask[0] = False
         mask[-1] = True
@@ -59,7 +59,7 @@ def pack(
 ) -> PackedTensor:
     rng = np.random.default_rng((rows, columns, seed))
     pattern = None
-    if layout.startswith("nm"):
+    if ":" in layout:
         n, m = layout.split()[1].split(":")
         pattern = int(n), int(m)
     options = PackOptions(
@@ -172,11 +172,23 @@ def test_operators_equal_the_oracle(layout: str, value_type: ValueType) -> None:
                 check(session, weights[:shared], activations(tokens, columns))
 
 
-@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4"])
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 3:16"])
+def test_tiles_equal_the_oracle(layout: str, value_type: ValueType) -> None:
+    for rows, columns in ((16, 16), (64, 176), (1024, 576)):
+        counts = (rows, rows + 32, 16)
+        weights = [pack(layout, value_type, count, columns, seed=i) for i, count in enumerate(counts)]
+        for shared in (1, 2, 3):
+            session = open_native(model_of(weights[:shared]), threads=3)
+            for tokens in (1, 3, 17):
+                check(session, weights[:shared], activations(tokens, columns))
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4", "tiled 5:16"])
 def test_row_scales_may_be_f16(layout: str) -> None:
-    packed = pack(layout, "i8", 11, 172, scale="f16")
+    packed = pack(layout, "i8", 16, 176, scale="f16")
     assert packed.arrays["scale"].dtype == np.float16
-    check(open_native(model_of([packed])), [packed], activations(3, 172))
+    check(open_native(model_of([packed])), [packed], activations(3, 176))
 
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
@@ -265,6 +277,20 @@ def test_truncated_components_are_refused(layout: str, value_type: ValueType) ->
         reason = refused(model_of([packed], changed={name: shorter}))
         assert "a component has not the bytes" in reason
         assert f"{name} {shorter.nbytes}" in reason
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_damaged_tiles_are_refused(value_type: ValueType) -> None:
+    packed = pack("tiled 5:16", value_type, 32, 64)
+    for name, array in packed.arrays.items():
+        reason = refused(model_of([packed], changed={name: array[..., :-1]}))
+        assert "a component has not the bytes" in reason
+    assert "outside of the format" in refused(model_of([packed], n=16))
+    assert "outside of the format" in refused(model_of([packed], m=8))
+    name = "values" if value_type == "i4" else "positions"
+    wrong = packed.arrays[name].copy()
+    wrong[1, 2, 0, 0] = 15  # the last position comes first
+    assert "not N of every M" in refused(model_of([packed], changed={name: wrong}))
 
 
 def test_bad_masks_are_refused() -> None:

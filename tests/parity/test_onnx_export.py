@@ -31,6 +31,8 @@ from losa_deploy.operators import library_name
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort.session import StockOrtRuntime
 
+from .conftest import GATED, Make
+
 TOKENS = (5, 17, 200, 3, 44, 260, 8, 99)
 STEPS = 6
 TOLERANCE = 3e-6
@@ -139,6 +141,31 @@ def test_llama_equals_torch_on_the_decoded_weights(
         assert np.array_equal(weights[record.name], unpack(packed).weight)
         assert not weights[record.name][~mask].any()
     check_session(tmp_path, torch_model(merged_llama, {**weights, **tables_of(job)}))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_tiles_equal_torch_on_the_decoded_weights(
+    make_merged: Make, tmp_path: Path, value_type: ValueType
+) -> None:
+    from transformers import LlamaConfig
+
+    model = make_merged(LlamaConfig(**{**GATED, "intermediate_size": 192}, tie_word_embeddings=True))
+    masks = {name: six_of_sixteen(shape) for name, shape in model.linears.items()}
+    recipe = ExportRecipe(value_type=value_type, group_size=32)
+    job = Job(model.checkpoint, recipe, masks.__getitem__)
+    with dense_graph(model.checkpoint, tmp_path) as graph:
+        packing = write_graph(job, graph, tmp_path, {}, no_progress)
+    assert {record.layout for record in packing.linears} == {"tiled"}
+    weights = {name: w for name, w in decode(tmp_path).items() if name in model.linears}
+    for name, mask in masks.items():
+        packed = LAYOUTS["tiled"].pack(model.weight(name), mask, PackOptions(value_type, 32))
+        assert np.array_equal(weights[name], unpack(packed).weight)
+    check_session(tmp_path, torch_model(model, {**weights, **tables_of(job)}))
+
+
+def six_of_sixteen(shape: tuple[int, int]) -> NDArray[np.bool_]:
+    order = np.random.default_rng(shape[0]).random((shape[0], shape[1] // 16, 16)).argsort(axis=2)
+    return (order < 6).reshape(shape)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from losa_deploy.layouts import LAYOUTS, PackOptions, choose, unpack
+from losa_deploy.errors import UsageError
+from losa_deploy.layouts import LAYOUTS, PackOptions, choose, forced, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.nm import fits, position_bits
 from losa_deploy.layouts.values import LINEAR_TABLE, dequantize, quantize
@@ -186,6 +187,41 @@ def test_values_that_do_not_fit_are_refused(bad: float) -> None:
         quantize(weight, PackOptions("f16"))
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "value_type", "rows", "layout"),
+    [
+        (6, 16, "i4", 64, "tiled"),
+        (6, 16, "i8", 64, "tiled"),
+        (7, 16, "i8", 64, "tiled"),
+        (9, 16, "i4", 64, "bitmask"),  # tiles would be larger than dense
+        (6, 16, "f16", 64, "bitmask"),
+        (6, 16, "i4", 40, "bitmask"),  # no multiple of 16 rows
+        (2, 8, "i4", 64, "tiled"),  # as 4:16, not larger than nm
+        (2, 4, "i8", 64, "nm"),
+        (1, 4, "i4", 64, "nm"),
+    ],
+)
+def test_choice_of_tiles(n: int, m: int, value_type: ValueType, rows: int, layout: str) -> None:
+    mask = nm_mask(rows, 576, n, m, 1)
+    choice = choose(mask, PackOptions(value_type))
+    assert choice.layout == layout
+    packed = LAYOUTS[layout].pack(weight_of(rows, 576, 0), mask, choice.options)
+    assert packed.nbytes == choice.bytes
+    assert choice.bytes < LAYOUTS["dense"].size(mask, PackOptions(value_type))
+    assert ("tiles" in choice.reason) == (layout == "tiled")
+
+
+def test_forced_tiles_name_what_they_cannot_store() -> None:
+    linear, options = "layers.0.mlp.up_proj", PackOptions("i4")
+    assert forced("tiled", linear, nm_mask(32, 64, 2, 4, 0), options).options.pattern == (8, 16)
+    assert forced("tiled", linear, np.ones((32, 64), np.bool_), options).layout == "dense"
+    for mask in (nm_mask(24, 64, 6, 16, 0), nm_mask(32, 64, 5, 12, 0)):
+        with pytest.raises(UsageError, match=rf"{linear} \({mask.shape[0]} x 64\): it needs N of every 16"):
+            forced("tiled", linear, mask, options)
+    with pytest.raises(UsageError, match="not f16"):
+        forced("tiled", linear, nm_mask(32, 64, 6, 16, 0), PackOptions("f16"))
+
+
 def test_choice_saves_bytes_or_stays_dense() -> None:
     rng = np.random.default_rng(1)
     half = rng.random((64, 576)) < 0.5
@@ -198,7 +234,7 @@ def test_choice_saves_bytes_or_stays_dense() -> None:
     one_of_four = choose(nm_mask(64, 576, 1, 4, 0), options)
     assert (one_of_four.layout, one_of_four.options.pattern) == ("nm", (1, 4))
     two_of_four = choose(nm_mask(64, 576, 2, 4, 0), options)
-    assert two_of_four.layout == "bitmask"  # the same bytes, and the simpler layout wins
+    assert two_of_four.layout == "nm"  # the same bytes as a bitmask, and the faster layout wins
     for mask in (half, almost_full, nm_mask(64, 576, 1, 4, 0)):
         choice = choose(mask, options)
         packed = LAYOUTS[choice.layout].pack(weight_of(64, 576, 2), mask, choice.options)
