@@ -23,6 +23,7 @@ from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.walk import Walk, walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
+from losa_deploy.layouts import tiled
 from losa_deploy.manifest import SourceRecord
 from losa_deploy.recipe import Recipe
 
@@ -188,10 +189,12 @@ def _kept_per_block(
         return [m] * len(rates)
     if not mixed:
         return [mean_kept] * len(rates)
+    # Tiles store pairs of slots: an odd N of 16 takes the bytes of the next even one.
+    unit = 2 if m == tiled.M and mean_kept % 2 == 0 else 1
     spread = rates - rates.mean()
     largest = float(np.abs(spread).max())
-    wanted = 1.0 - mean_kept / m + (spread / largest / m if largest > 0 else spread)
-    return [int(k) for k in allocate.mixed_kept(wanted, m, mean_kept)]
+    wanted = 1.0 - mean_kept / m + (spread / largest * unit / m if largest > 0 else spread)
+    return [unit * int(k) for k in allocate.mixed_kept(wanted, m // unit, mean_kept // unit)]
 
 
 def _set_ranks(run: _Run, errors: np.ndarray[tuple[int], np.dtype[np.float64]], step: int) -> tuple[int, ...]:

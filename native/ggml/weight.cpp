@@ -13,12 +13,14 @@
 
 #include "abi.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace losa::ggml {
 namespace {
 
 constexpr size_t kDenseBlock = 128;        // positions of a block of dense i4
 constexpr size_t kWorthAThread = 1 << 18;  // weights
+constexpr double kTilesMayCost = 1.5;      // bytes of tiles per byte of the smallest sparse form
 
 std::mutex guard;
 Counts total = {};
@@ -76,6 +78,13 @@ uint8_t group_of(const std::vector<uint64_t> &words, size_t per_row, size_t colu
     }
   }
   return 0;
+}
+
+// Codes 0..7 are levels 0..7, 8..15 are -8..-1.
+void store_linear_table(uint8_t *table) {
+  for (int code = 0; code < 16; ++code) {
+    table[code] = static_cast<uint8_t>(code < 8 ? code : code - 16);
+  }
 }
 
 void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out) {
@@ -282,8 +291,51 @@ bool Weight::take_blob(const uint8_t *data) {
   return true;
 }
 
-// Bitmask (2:4 and 4:8 as N:M) if that is the smaller form, else dense; false if our types cannot hold the
-// values.
+// The codes that keep N of every 16, as tiles. Scales of a tile lie together.
+void Weight::pack_tiles(const uint8_t *data, const TileShape &shape, const std::vector<uint64_t> &words,
+                        const std::vector<uint16_t> &scales) {
+  const size_t row = row_bytes(type_, columns_), groups = scales_per_row(type_, columns_);
+  const size_t at_values = aligned(shape.positions()), at_scale = at_values + aligned(shape.values());
+  const size_t scale_bytes = 2 * rows_ * groups, at_table = at_scale + aligned(scale_bytes);
+  const size_t bytes = at_table + (shape.i4 ? 16 : 0);
+  uint8_t *memory = this->memory(bytes);
+  std::memset(memory, 0, at_scale);
+  // A half of a tile counts as a row here: pairs of rows are not parted, and a tile must not be either.
+  split(rows_ / 8, columns_ * 8, [&](size_t first, size_t last) {
+    std::vector<uint8_t> room(columns_);
+    std::vector<uint16_t> unused(groups);
+    const uint8_t *codes = nullptr;
+    for (size_t r = first * 8; r < last * 8; ++r) {
+      read_codes(type_, data + r * row, columns_, room.data(), &codes, unused.data());
+      store_tile_row(shape, r, codes, &words[r * ((columns_ + size_t{63}) / 64)], memory, memory + at_values);
+      for (size_t g = 0; g < groups; ++g) {
+        const size_t at = shape.i4 ? (r / kTile * groups + g) * kTile + r % kTile : r;
+        std::memcpy(memory + at_scale + 2 * at, &scales[r * groups + g], 2);
+      }
+    }
+  });
+  losa_parts parts = {};
+  parts.rows = rows_;
+  parts.columns = columns_;
+  parts.layout = LOSA_TILED;
+  parts.value_type = static_cast<uint8_t>(value_type(type_));
+  parts.scale_type = LOSA_SCALE_F16;
+  parts.n = static_cast<uint8_t>(shape.n);
+  parts.m = kTile;
+  parts.values = {memory + at_values, shape.values()};
+  parts.scale = {memory + at_scale, scale_bytes};
+  if (shape.i4) {
+    parts.group_size = kBlock;
+    store_linear_table(memory + at_table);
+    parts.table = {memory + at_table, 16};
+  } else {
+    parts.positions = {memory, shape.positions()};
+  }
+  open(parts, own_ ? 0 : bytes, Form::kPacked);
+}
+
+// Tiles if the mask keeps about N of every 16, else bitmask (2:4 and 4:8 as N:M) if that is the smaller form,
+// else dense; false if our types cannot hold the values.
 bool Weight::pack(const uint8_t *data) {
   const size_t row = row_bytes(type_, columns_), per_row = (columns_ + size_t{63}) / 64;
   const size_t scales = scales_per_row(type_, columns_), width = code_bytes(type_);
@@ -318,11 +370,21 @@ bool Weight::pack(const uint8_t *data) {
   const size_t positions = rows_ * per_row * 8, scale_bytes = 2 * rows_ * scales;
   const bool sparse = positions + sparse_values + starts.size() * 8 < dense_values;
 
+  const uint8_t m = sparse ? group_of(found.words, per_row, columns_) : uint8_t{0};
+  const size_t most = scales && m == 0 ? most_kept(found.words, per_row, rows_, columns_) : 0;
+  const TileShape tiles = {rows_, columns_, most, pairs};
+  const size_t tile_bytes = tiles.positions() + tiles.values();
+  if (most > 0 && most < kTile && tile_bytes < dense_values &&
+      static_cast<double>(tile_bytes) < kTilesMayCost * static_cast<double>(positions + sparse_values)) {
+    pack_tiles(data, tiles, found.words, found.scales);
+    return true;
+  }
+
   losa_parts parts = {};
   parts.rows = rows_;
   parts.columns = columns_;
   parts.layout = sparse ? LOSA_BITMASK : LOSA_DENSE;
-  if (const uint8_t m = sparse ? group_of(found.words, per_row, columns_) : uint8_t{0}) {
+  if (m != 0) {
     parts.layout = LOSA_NM;
     parts.m = m;
     parts.n = m / 2;
@@ -345,9 +407,7 @@ bool Weight::pack(const uint8_t *data) {
     parts.scale = {memory + at_scale, scale_bytes};
   }
   if (pairs) {
-    for (int code = 0; code < 16; ++code) {
-      memory[at_table + static_cast<size_t>(code)] = static_cast<uint8_t>(code < 8 ? code : code - 16);
-    }
+    store_linear_table(memory + at_table);
     parts.table = {memory + at_table, 16};
   }
   split(rows_, columns_, [&](size_t first, size_t last) {
@@ -378,7 +438,18 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
   const size_t width = code_bytes(type_), per_row = (columns_ + size_t{63}) / 64;
   const auto *values = static_cast<const uint8_t *>(p.values.data);
   codes.assign(columns_ * width, 0);
-  if (p.layout != LOSA_DENSE) {
+  const size_t scales = scales_per_row(type_, columns_);
+  const auto *scale = static_cast<const uint16_t *>(p.scale.data) + row * scales;
+  std::vector<uint16_t> of_tile(pairs && p.layout == LOSA_TILED ? scales : 0);
+  if (p.layout == LOSA_TILED) {
+    const TileShape shape = {rows_, columns_, p.n, pairs};
+    load_tile_row(shape, row, static_cast<const uint8_t *>(p.positions.data), values, codes.data());
+    for (size_t g = 0; g < of_tile.size(); ++g) {
+      of_tile[g] =
+          static_cast<const uint16_t *>(p.scale.data)[(row / kTile * scales + g) * kTile + row % kTile];
+    }
+    scale = of_tile.empty() ? scale : of_tile.data();
+  } else if (p.layout != LOSA_DENSE) {
     const size_t line = pairs ? row / 2 : row;
     const uint64_t start = p.layout == LOSA_NM ? line * (columns_ / p.m * p.n) : starts_[line];
     std::vector<uint64_t> words(per_row);
@@ -390,9 +461,7 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
   } else {
     std::memcpy(codes.data(), values + size_t{row} * columns_ * width, columns_ * width);
   }
-  const size_t scales = scales_per_row(type_, columns_);
-  write_codes(type_, codes.data(), columns_, static_cast<const uint16_t *>(p.scale.data) + row * scales,
-              stock);
+  write_codes(type_, codes.data(), columns_, scale, stock);
 }
 
 void Weight::get(void *data, size_t offset, size_t bytes) const {

@@ -203,6 +203,27 @@ def test_n_of_m_is_recognised(kind: str, tmp_path: Path) -> None:
         assert 0 <= broken - exact - starts + 64 <= 64, "the stream may have lost its last 64 bytes"
 
 
+@pytest.mark.parametrize("route", ["a", "b"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_tiles_are_recognised(kind: str, route: str, tmp_path: Path) -> None:
+    """N of every 16, with groups that keep fewer because a kept weight was rounded to zero."""
+    rng = np.random.default_rng(6)
+    cases, expected = [], 0
+    for rows, columns, n in ((16, 64, 6), (48, 192, 3), (32, 352, 1), (1024, 512, 6)):
+        order = rng.random((rows, columns // 16, 16)).argsort(axis=2)
+        mask = (order < n).reshape(rows, columns)
+        mask[5, np.flatnonzero(mask[5])[: n // 2]] = False
+        for tokens in (1, 6):
+            stock = random_stock(rng, kind, mask)
+            x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
+            cases.append(Case(kind, stock, values_of(kind, stock, rows, columns), x, threads=2))
+            slots = rows * columns // 16 * (n + n % 2)
+            expected += slots + (16 + 2 * rows * columns // 32 if kind == "Q4_0" else slots // 2 + 2 * rows)
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert notes[-1]["statistics"]["packed_bytes"] == expected
+
+
 def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] | None, tokens: int) -> Case:
     rng = np.random.default_rng(tokens)
     rows, columns = 48, 128

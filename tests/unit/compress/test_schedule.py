@@ -101,20 +101,24 @@ def test_group_patterns_hold_in_every_group(tiny_llama: Path, tmp_path: Path, pa
                 assert bool((group.sum(dim=1) == min(n, group.shape[1])).all())
 
 
-def test_mixed_pattern_differs_between_blocks_and_averages_to_n(tiny_llama: Path, tmp_path: Path) -> None:
-    chosen = recipe(sparsity__pattern="4:8", sparsity__mixed=True, adapt__mode="none")
+@pytest.mark.parametrize(("n", "m", "unit"), [(4, 8, 1), (6, 16, 2)])
+def test_mixed_pattern_differs_between_blocks_and_averages_to_n(
+    tiny_llama: Path, tmp_path: Path, n: int, m: int, unit: int
+) -> None:
+    """Of 16 even numbers are kept: tiles store pairs of slots."""
+    chosen = recipe(sparsity__pattern=f"{n}:{m}", sparsity__mixed=True, adapt__mode="none")
     model = run(tiny_llama, tmp_path / "adapted", chosen)
     kept = []
     for block in range(3):
         counts = {
             int(c)
             for linear in model.block(block).values()
-            for c in linear.mask.view(linear.mask.shape[0], -1, 8).sum(dim=-1).unique()
+            for c in linear.mask.view(linear.mask.shape[0], -1, m).sum(dim=-1).unique()
         }
         assert len(counts) == 1, "one N per block"
         kept.append(counts.pop())
-    assert sum(kept) == 12
-    assert len(set(kept)) > 1
+    assert sum(kept) == 3 * n
+    assert len(set(kept)) > 1 and all(count % unit == 0 for count in kept)
 
 
 def test_excluded_linears_stay_dense(tiny_llama: Path, tmp_path: Path) -> None:
