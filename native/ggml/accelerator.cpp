@@ -28,27 +28,45 @@ State *state_of(Backend *backend) { return static_cast<State *>(backend->context
 
 void set_threads(Backend *backend, int threads) { state_of(backend)->threads = threads; }
 
+// Weights of a piece of work: some tens of microseconds for one token.
+constexpr size_t kPiece = size_t{1} << 19;
+constexpr size_t kTokens = 8;  // prepared as one piece
+
+size_t pieces_of(size_t all, size_t piece) { return (all + piece - 1) / piece; }
+
+void multiply(State &state, const Weight &weight, const Tensor &node) {
+  Threads &team = *state.team;
+  Product product(ggml, weight, node, team.count(), Product::Activations::kShared);
+  if (state.work.size() < product.work_bytes()) {
+    state.work.resize(product.work_bytes());
+  }
+  product.use(state.work.data());
+  const size_t tokens = product.tokens(), rows = product.rows();
+  team.run(pieces_of(tokens, kTokens), [&](size_t piece, size_t thread) {
+    const size_t end = (piece + 1) * kTokens;
+    product.prepare(piece * kTokens, end < tokens ? end : tokens, thread);
+  });
+  const size_t about = kPiece / (weight.columns() + size_t{1}) + 1;
+  const size_t range = pieces_of(about, kPanelRows) * kPanelRows;
+  team.run(pieces_of(rows, range), [&](size_t piece, size_t thread) {
+    const size_t end = (piece + 1) * range;
+    product.compute(piece * range, end < rows ? end : rows, thread);
+  });
+}
+
 int compute(Backend *backend, Graph *graph) {
   State &state = *state_of(backend);
   try {
-    if (!state.team || state.team->count() != (state.threads < 1 ? 1 : state.threads)) {
-      state.team = std::make_unique<Threads>(state.threads);
+    const int threads = state.threads < 1 ? 1 : state.threads;
+    if (!state.team || state.team->count() != threads) {
+      state.team = std::make_unique<Threads>(threads);
     }
-    Threads &team = *state.team;
-    const auto wait = [](void *threads) { static_cast<Threads *>(threads)->wait_for_all(); };
+    report_load();
     for (int i = 0; i < ggml.graph_nodes(graph); ++i) {
       const Tensor *node = ggml.graph_node(graph, i);
-      const Weight *weight = weight_of(node);
-      if (weight == nullptr) {
-        continue;  // views: nothing to compute
+      if (const Weight *weight = weight_of(node)) {  // else a view: nothing to compute
+        multiply(state, *weight, *node);
       }
-      const size_t bytes = work_bytes(ggml, *weight, *node, team.count());
-      if (state.work.size() < bytes) {
-        state.work.resize(bytes);
-      }
-      team.run([&](int thread, int threads) {
-        multiply(ggml, *weight, *node, {thread, threads, state.work.data(), bytes, wait, &team});
-      });
     }
     return kSuccess;
   } catch (const std::exception &) {

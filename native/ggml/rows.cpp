@@ -7,6 +7,7 @@
 namespace losa::ggml {
 namespace {
 
+constexpr size_t kDenseBlock = 128;  // positions of a block of dense i4
 constexpr size_t kQ8Bytes = 2 + kBlock, kQ4Bytes = 2 + kBlock / 2;
 
 template <typename T>
@@ -203,6 +204,34 @@ void load_kept(int type, const uint8_t *in, const uint64_t *words, size_t count,
           codes[__builtin_ctzll(word)] = (*in >> shift) & 15;
         }
       }
+  }
+}
+
+void store_linear_table(uint8_t *table) {
+  for (int code = 0; code < 16; ++code) {
+    table[code] = static_cast<uint8_t>(code < 8 ? code : code - 16);
+  }
+}
+
+void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out) {
+  for (size_t at = 0; at < columns; at += kDenseBlock) {
+    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j) {
+      const int high = half + j < n ? codes[at + half + j] << 4 : 0;
+      *out++ = static_cast<uint8_t>(codes[at + j] | high);
+    }
+  }
+}
+
+void load_dense_i4(const uint8_t *in, size_t columns, uint8_t *codes) {
+  for (size_t at = 0; at < columns; at += kDenseBlock) {
+    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
+    for (size_t j = 0; j < half; ++j, ++in) {
+      codes[at + j] = *in & 15;
+      if (half + j < n) {
+        codes[at + half + j] = *in >> 4;
+      }
+    }
   }
 }
 

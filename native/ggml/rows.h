@@ -31,6 +31,12 @@ size_t find_kept(int type, const uint8_t *codes, size_t columns, uint64_t *words
 void store_kept(int type, const uint8_t *codes, const uint64_t *words, size_t count, uint8_t *out, int shift);
 void load_kept(int type, const uint8_t *in, const uint64_t *words, size_t count, int shift, uint8_t *codes);
 
+// A dense i4 row (docs/formats.md, "dense") from its codes, one per byte, and back.
+void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out);
+void load_dense_i4(const uint8_t *in, size_t columns, uint8_t *codes);
+// Codes 0..7 are levels 0..7, 8..15 are -8..-1.
+void store_linear_table(uint8_t *table);
+
 }  // namespace losa::ggml
 
 #endif

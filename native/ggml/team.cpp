@@ -1,29 +1,10 @@
 #include "team.h"
 
 namespace losa::ggml {
-namespace {
 
-constexpr int kSpins = 20000;  // some tens of microseconds: the next node of a token comes sooner
-
-// Spin for a while, then let others run; true if the condition came while spinning.
-template <typename Condition>
-bool spin(Condition condition) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (condition()) {
-      return true;
-    }
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  return condition();
-}
-
-}  // namespace
-
-Threads::Threads(int count) : count_(count < 1 ? 1 : count) {
-  for (int i = 1; i < count_; ++i) {
-    threads_.emplace_back([this, i] { serve(i); });
+Threads::Threads(int count) {
+  for (int i = 1; i < count; ++i) {
+    threads_.emplace_back([this, i] { serve(static_cast<size_t>(i)); });
   }
 }
 
@@ -31,7 +12,6 @@ Threads::~Threads() {
   {
     const std::lock_guard<std::mutex> lock(guard_);
     stop_ = true;
-    round_.fetch_add(1);
   }
   wake_.notify_all();
   for (auto &thread : threads_) {
@@ -39,42 +19,54 @@ Threads::~Threads() {
   }
 }
 
-void Threads::run(const Work &work) {
-  if (count_ > 1) {
-    const std::lock_guard<std::mutex> lock(guard_);
-    work_ = &work;
-    round_.fetch_add(1);
-    wake_.notify_all();
-  }
-  work(0, count_);
-  wait_for_all();
-}
-
-void Threads::wait_for_all() {
-  const int before = passed_.load();
-  if (arrived_.fetch_add(1) + 1 == count_) {
-    arrived_.store(0);
-    passed_.fetch_add(1);
+void Threads::run(size_t pieces, const Work &work) {
+  if (pieces < 2 || threads_.empty()) {  // not worth a wake
+    for (size_t piece = 0; piece < pieces; ++piece) {
+      work(piece, 0);
+    }
     return;
   }
-  while (!spin([&] { return passed_.load() != before; })) {
+  {
+    const std::lock_guard<std::mutex> lock(guard_);
+    work_ = &work;
+    pieces_ = pieces;
+    next_.store(0, std::memory_order_relaxed);
+    open_ = true;
+    ++round_;
+  }
+  wake_.notify_all();
+  take_pieces(0);
+  {
+    const std::lock_guard<std::mutex> lock(guard_);
+    open_ = false;  // from here on nobody joins
+  }
+  // What helpers still do is a piece each.
+  while (inside_.load(std::memory_order_acquire) != 0) {
     std::this_thread::yield();
   }
 }
 
-void Threads::serve(int thread) {
-  for (uint64_t seen = 0;;) {
-    const auto called = [&] { return round_.load() != seen; };
-    if (!spin(called)) {
-      std::unique_lock<std::mutex> lock(guard_);
-      wake_.wait(lock, called);
-    }
-    seen = round_.load();
+void Threads::take_pieces(size_t thread) {
+  for (size_t piece; (piece = next_.fetch_add(1, std::memory_order_relaxed)) < pieces_;) {
+    (*work_)(piece, thread);
+  }
+}
+
+void Threads::serve(size_t thread) {
+  uint64_t seen = 0;
+  std::unique_lock<std::mutex> lock(guard_);
+  for (;;) {
+    // Asleep, not spinning: a thread that has slept is preferred to one that spins when it wakes.
+    wake_.wait(lock, [&] { return stop_ || (open_ && round_ != seen); });
     if (stop_) {
       return;
     }
-    (*work_)(thread, count_);
-    wait_for_all();
+    seen = round_;
+    inside_.fetch_add(1, std::memory_order_relaxed);
+    lock.unlock();
+    take_pieces(thread);
+    inside_.fetch_sub(1, std::memory_order_release);
+    lock.lock();
   }
 }
 

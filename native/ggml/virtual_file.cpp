@@ -10,15 +10,21 @@
 #include <memory>
 #include <vector>
 
+#include "losa/kernels.h"
+#include "mapping.h"
 #include "plugin.h"
 
 namespace {
+
+// glibc reads such files by the bufferful, however much is asked for; after a seek the buffer is filled anew.
+constexpr size_t kBuffer = size_t{1} << 16;
 
 struct View {
   int file;
   std::vector<uint8_t> header;
   std::vector<losa_ggml_piece> pieces;
   uint64_t total, at = 0;
+  std::shared_ptr<losa::ggml::Mapping> mapping;  // null: everything is read
 
   ~View() {
     if (file >= 0) {
@@ -58,20 +64,42 @@ bool read_all(int file, uint8_t *out, uint64_t bytes, uint64_t offset) {
   return true;
 }
 
+// The bytes [first, last) of a blob as the view shows it: a header that refers to the mapping, then zeros.
+// False if the piece is no blob or the file is not mapped.
+bool show_blob(const View &view, const losa_ggml_piece &piece, uint64_t first, uint64_t last, uint8_t *out) {
+  if (!view.mapping || !losa::ggml::starts_as_blob(view.mapping->data() + piece.offset, piece.bytes)) {
+    return false;
+  }
+  std::memset(out, 0, last - first);
+  if (first < LOSA_HEADER_BYTES) {
+    uint8_t header[LOSA_HEADER_BYTES];
+    losa::ggml::refer(*view.mapping, piece.offset, piece.bytes, header);
+    std::memcpy(out, header + first, std::min<uint64_t>(last, LOSA_HEADER_BYTES) - first);
+  }
+  return true;
+}
+
 bool read_range(const View &view, uint8_t *out, uint64_t begin, uint64_t bytes) {
-  std::memset(out, 0, bytes);
   const uint64_t end = begin + bytes;
+  uint64_t done = begin;  // up to here `out` is written
   if (begin < view.header.size()) {
-    std::memcpy(out, view.header.data() + begin, std::min<uint64_t>(end, view.header.size()) - begin);
+    done = std::min<uint64_t>(end, view.header.size());
+    std::memcpy(out, view.header.data() + begin, done - begin);
   }
   auto piece = std::partition_point(view.pieces.begin(), view.pieces.end(),
                                     [&](const losa_ggml_piece &p) { return p.at + p.bytes <= begin; });
   for (; piece != view.pieces.end() && piece->at < end; ++piece) {
     const uint64_t first = std::max(begin, piece->at), last = std::min(end, piece->at + piece->bytes);
+    std::memset(out + (done - begin), 0, first - done);
+    done = last;
+    if (show_blob(view, *piece, first - piece->at, last - piece->at, out + (first - begin))) {
+      continue;
+    }
     if (!read_all(view.file, out + (first - begin), last - first, piece->offset + (first - piece->at))) {
       return false;
     }
   }
+  std::memset(out + (done - begin), 0, end - done);
   return true;
 }
 
@@ -144,8 +172,10 @@ extern "C" void *losa_ggml_virtual_open(const char *path, const uint8_t *header,
       errno = EINVAL;
       return nullptr;
     }
+    view->mapping = losa::ggml::Mapping::of(view->file, static_cast<size_t>(facts.st_size));
     FILE *file = open_view(view.get());
     if (file != nullptr) {
+      setvbuf(file, nullptr, _IOFBF, kBuffer);
       view.release();
     }
     return file;

@@ -18,7 +18,6 @@
 namespace losa::ggml {
 namespace {
 
-constexpr size_t kDenseBlock = 128;        // positions of a block of dense i4
 constexpr size_t kWorthAThread = 1 << 18;  // weights
 constexpr double kTilesMayCost = 1.5;      // bytes of tiles per byte of the smallest sparse form
 
@@ -78,35 +77,6 @@ uint8_t group_of(const std::vector<uint64_t> &words, size_t per_row, size_t colu
     }
   }
   return 0;
-}
-
-// Codes 0..7 are levels 0..7, 8..15 are -8..-1.
-void store_linear_table(uint8_t *table) {
-  for (int code = 0; code < 16; ++code) {
-    table[code] = static_cast<uint8_t>(code < 8 ? code : code - 16);
-  }
-}
-
-void store_dense_i4(const uint8_t *codes, size_t columns, uint8_t *out) {
-  for (size_t at = 0; at < columns; at += kDenseBlock) {
-    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j) {
-      const int high = half + j < n ? codes[at + half + j] << 4 : 0;
-      *out++ = static_cast<uint8_t>(codes[at + j] | high);
-    }
-  }
-}
-
-void load_dense_i4(const uint8_t *in, size_t columns, uint8_t *codes) {
-  for (size_t at = 0; at < columns; at += kDenseBlock) {
-    const size_t n = columns - at < kDenseBlock ? columns - at : kDenseBlock, half = (n + 1) / 2;
-    for (size_t j = 0; j < half; ++j, ++in) {
-      codes[at + j] = *in & 15;
-      if (half + j < n) {
-        codes[at + half + j] = *in >> 4;
-      }
-    }
-  }
 }
 
 }  // namespace
@@ -171,6 +141,7 @@ void Weight::release(size_t used) {
 
 uint8_t *Weight::memory(size_t bytes) {
   own_.reset();
+  blob_ = {};
   if (bytes <= bytes_) {
     release(bytes);
     return place_;
@@ -181,6 +152,7 @@ uint8_t *Weight::memory(size_t bytes) {
 
 void Weight::keep_stock(const uint8_t *data) {
   own_.reset();
+  blob_ = {};
   form_ = Form::kStock;
   std::memmove(place_, data, bytes_);
 }
@@ -190,8 +162,11 @@ void Weight::to_stock() {
     auto copy = std::make_unique<uint8_t[]>(bytes_);
     get(copy.get(), 0, bytes_);
     keep_stock(copy.get());
+  } else if (blob_.mapping) {
+    std::memcpy(place_, blob_.data, blob_.bytes);
+    blob_ = {};
   }
-  form_ = Form::kStock;  // a blob's bytes are at the place as they came
+  form_ = Form::kStock;  // a copied blob's bytes are at the place as they came
 }
 
 void Weight::set(const void *data, size_t offset, size_t bytes) {
@@ -261,14 +236,26 @@ void Weight::open(const losa_parts &parts, size_t bytes, Form form) {
 // A blob is told by its first eight bytes and its shape, which no weight of ours has by chance: from there
 // on, anything wrong is damage, not a dense weight.
 bool Weight::take_blob(const uint8_t *data) {
-  static const uint8_t kHead[8] = {'L', 'O', 'S', 'A', LOSA_FORMAT_VERSION, 0, LOSA_HEADER_BYTES, 0};
-  if (bytes_ < LOSA_HEADER_BYTES || std::memcmp(data, kHead, sizeof kHead) != 0) {
+  if (!starts_as_blob(data, bytes_)) {
     return false;
   }
+  own_.reset();
+  blob_ = referred(data);
+  if (blob_.bytes > bytes_) {
+    blob_ = {};  // not what a view shows
+  }
   losa_parts parts = {};
-  int status = losa_blob_parts(data, bytes_, &parts);
+  int status =
+      losa_blob_parts(blob_.mapping ? blob_.data : data, blob_.mapping ? blob_.bytes : bytes_, &parts);
   if (status == LOSA_OK && (parts.rows != rows_ || parts.columns != columns_)) {
     status = LOSA_BAD_PARAMETER;
+  }
+  if (status != LOSA_OK) {
+    parts = {};  // opening it fails with the reason below
+  }
+  if (blob_.mapping) {
+    open(parts, 0, Form::kBlob);
+    return true;
   }
   losa_bytes *components[] = {&parts.positions, &parts.values, &parts.scale, &parts.table};
   size_t used = LOSA_HEADER_BYTES;
@@ -277,15 +264,11 @@ bool Weight::take_blob(const uint8_t *data) {
       used = static_cast<size_t>(static_cast<const uint8_t *>(part->data) - data) + part->bytes;
     }
   }
-  own_.reset();
   std::memcpy(place_, data, used);
   for (losa_bytes *part : components) {
     if (part->bytes != 0) {
       part->data = place_ + (static_cast<const uint8_t *>(part->data) - data);
     }
-  }
-  if (status != LOSA_OK) {
-    parts = {};  // opening it fails with the reason below
   }
   open(parts, used, Form::kBlob);
   return true;
@@ -466,6 +449,13 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
 
 void Weight::get(void *data, size_t offset, size_t bytes) const {
   auto *out = static_cast<uint8_t *>(data);
+  if (blob_.mapping) {
+    const size_t there = offset < blob_.bytes ? blob_.bytes - offset : 0,
+                 part = there < bytes ? there : bytes;
+    std::memcpy(out, blob_.data + offset, part);
+    std::memset(out + part, 0, bytes - part);
+    return;
+  }
   if (form_ != Form::kPacked) {
     std::memcpy(out, place_ + offset, bytes);
     return;

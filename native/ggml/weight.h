@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "losa/kernels.h"
+#include "mapping.h"
 
 namespace losa::ggml {
 
@@ -64,6 +65,7 @@ class Weight {
   std::string name_;
   size_t received_ = 0;  // bytes handed over in order so far
   Form form_ = Form::kStock;
+  MappedBlob blob_;                 // in a file, where it is used in place
   std::unique_ptr<uint8_t[]> own_;  // for the rare form that has no room at its place
   std::vector<uint64_t> starts_;
   losa_tensor tensor_ = {};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -257,6 +258,20 @@ def test_blobs(route: str, tmp_path: Path) -> None:
     for c in cases:
         c.group = {"Q8_0": 64}.get(c.kind, 0)
     results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert notes[-1]["statistics"]["packed"] == len(cases)
+
+
+def test_references_to_nothing_are_ignored(tmp_path: Path) -> None:
+    """A file can have in it what a virtual file writes into the reserved bytes of a header."""
+    cases = []
+    for number, offset, size in ((1, 0, 128), (1 << 63, 0, 4096), (0, (1 << 64) - 64, 64)):
+        plain = blob_case("i8", "Q8_0", "tiled", (6, 16), 2)
+        stock = plain.stock.copy()
+        reference = struct.pack("<8sQQQ", b"mapped\0\x01", number, offset, size)
+        stock[96:128] = np.frombuffer(reference, np.uint8)
+        cases.append(Case("Q8_0", stock, plain.weight, plain.x, group=64))
+    results, notes = run(cases, tmp_path, "a")
     check(cases, results)
     assert notes[-1]["statistics"]["packed"] == len(cases)
 

@@ -1,0 +1,50 @@
+// Packed files that are mapped, so that weights use their bytes in place.
+//
+// llama.cpp hands weights over as bytes that it has read. From a virtual file it reads, for a blob, only the
+// header, whose reserved bytes refer to the blob in the mapping.
+#ifndef LOSA_GGML_MAPPING_H
+#define LOSA_GGML_MAPPING_H
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace losa::ggml {
+
+class Mapping {
+ public:
+  // The whole file, which may be closed afterwards; null if the system does not map it.
+  static std::shared_ptr<Mapping> of(int file, size_t bytes);
+  ~Mapping();
+  Mapping(const Mapping &) = delete;
+  Mapping &operator=(const Mapping &) = delete;
+
+  const uint8_t *data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  uint64_t id() const { return id_; }
+
+ private:
+  Mapping(const uint8_t *data, size_t bytes);
+
+  const uint8_t *data_;
+  size_t bytes_;
+  uint64_t id_;
+};
+
+// A blob inside of a mapping, which it keeps.
+struct MappedBlob {
+  std::shared_ptr<Mapping> mapping;
+  const uint8_t *data = nullptr;
+  size_t bytes = 0;
+};
+
+bool starts_as_blob(const uint8_t *data, size_t bytes);
+
+// The header of the blob at `offset` with a reference to it; header has LOSA_HEADER_BYTES.
+void refer(const Mapping &mapping, size_t offset, size_t bytes, uint8_t *header);
+// What a header refers to; without a mapping if that is nothing that is mapped now.
+MappedBlob referred(const uint8_t *header);
+
+}  // namespace losa::ggml
+
+#endif
