@@ -1,20 +1,34 @@
 #include "tiles.h"
 
+#include <cstring>
+
 namespace losa::ggml {
 namespace {
 
-// Where the k-th slot of a row is.
-struct Slot {
-  Slot(const TileShape &shape, size_t row, size_t group, size_t k)
-      : step((row / kTile * (shape.columns / kTile) + group) * shape.steps() + k / 2),
-        byte(row % 8 * 4 + row % kTile / 8 * 2 + k % 2),
-        value(step * 2 * kTile + byte),
-        position(step * kTile + byte % kTile),
+// The slots of one row: those of a step are two neighbouring bytes.
+struct RowSlots {
+  RowSlots(const TileShape &shape, size_t row)
+      : byte(row % 8 * 4 + row % kTile / 8 * 2),
+        first_step(row / kTile * (shape.columns / kTile) * shape.steps()),
         shift(byte < kTile ? 0 : 4) {}
 
-  size_t step, byte, value, position;
-  int shift;  // of its position in the byte that two slots share
+  size_t value(size_t step) const { return (first_step + step) * 2 * kTile + byte; }
+  // Of its position, in a byte that another row shares.
+  size_t position(size_t step) const { return (first_step + step) * kTile + byte % kTile; }
+
+  size_t byte, first_step;
+  int shift;
 };
+
+// The lowest `n` positions that are kept, completed with the lowest others.
+unsigned complete(unsigned kept, size_t n) {
+  auto count = static_cast<size_t>(__builtin_popcount(kept));
+  for (unsigned bit = 1; count < n; bit <<= 1) {
+    count += (kept & bit) == 0;
+    kept |= bit;
+  }
+  return kept;
+}
 
 }  // namespace
 
@@ -32,22 +46,29 @@ size_t most_kept(const std::vector<uint64_t> &words, size_t per_row, size_t rows
   return static_cast<size_t>(most);
 }
 
+void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values) {
+  const size_t tiles = shape.rows / kTile;
+  std::memset(values + tile * (shape.values() / tiles), 0, shape.values() / tiles);
+  std::memset(positions + tile * (shape.positions() / tiles), 0, shape.positions() / tiles);
+}
+
 void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
                     uint8_t *positions, uint8_t *values) {
-  for (size_t group = 0; group < shape.columns / kTile; ++group) {
-    auto kept = static_cast<unsigned>(words[group / 4] >> (group % 4 * kTile) & 0xffff);
-    for (unsigned bit = 1; static_cast<size_t>(__builtin_popcount(kept)) < shape.n; bit <<= 1) {
-      kept |= bit;
-    }
-    for (size_t k = 0; k < shape.n; ++k, kept &= kept - 1) {
+  const RowSlots slots(shape, row);
+  const size_t n = shape.n, steps = shape.steps();
+  for (size_t group = 0; group < shape.columns / kTile; ++group, codes += kTile) {
+    unsigned kept = complete(words[group / 4] >> (group % 4 * kTile) & 0xffff, n);
+    uint8_t *value = values + slots.value(group * steps);
+    uint8_t *position = shape.i4 ? nullptr : positions + slots.position(group * steps);
+    for (size_t k = 0; k < n; ++k, kept &= kept - 1) {
       const auto at = static_cast<unsigned>(__builtin_ctz(kept));
-      const uint8_t code = codes[group * kTile + at];
-      const Slot slot(shape, row, group, k);
-      if (shape.i4) {
-        values[slot.value] = static_cast<uint8_t>(code << 4 | at);
+      const size_t step = k / 2;
+      if (position == nullptr) {
+        value[step * 2 * kTile + k % 2] = static_cast<uint8_t>(codes[at] << 4 | at);
       } else {
-        values[slot.value] = code;
-        positions[slot.position] = static_cast<uint8_t>(positions[slot.position] | at << slot.shift);
+        value[step * 2 * kTile + k % 2] = codes[at];
+        uint8_t &shared = position[step * kTile + k % 2];
+        shared = static_cast<uint8_t>(shared | at << slots.shift);
       }
     }
   }
@@ -55,14 +76,15 @@ void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, co
 
 void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
                    uint8_t *codes) {
-  for (size_t group = 0; group < shape.columns / kTile; ++group) {
+  const RowSlots slots(shape, row);
+  for (size_t group = 0; group < shape.columns / kTile; ++group, codes += kTile) {
     for (size_t k = 0; k < shape.n; ++k) {
-      const Slot slot(shape, row, group, k);
-      const uint8_t value = values[slot.value];
+      const size_t step = group * shape.steps() + k / 2;
+      const uint8_t value = values[slots.value(step) + k % 2];
       if (shape.i4) {
-        codes[group * kTile + (value & 15)] = value >> 4;
+        codes[value & 15] = value >> 4;
       } else {
-        codes[group * kTile + (positions[slot.position] >> slot.shift & 15)] = value;
+        codes[positions[slots.position(step) + k % 2] >> slots.shift & 15] = value;
       }
     }
   }

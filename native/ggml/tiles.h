@@ -25,8 +25,10 @@ struct TileShape {
 // Most bits that 16 positions of a mask have; rows of `per_row` words. 0 if the shape is none of tiles.
 size_t most_kept(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns);
 
+void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values);
+
 // Slots of one row from its codes, one byte per position. `words` is its mask: groups that keep fewer than N
-// get slots with code 0. The memory has to be zero before.
+// get slots with code 0. Its tile has to be clear before.
 void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
                     uint8_t *positions, uint8_t *values);
 

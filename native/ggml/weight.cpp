@@ -282,13 +282,15 @@ void Weight::pack_tiles(const uint8_t *data, const TileShape &shape, const std::
   const size_t scale_bytes = 2 * rows_ * groups, at_table = at_scale + aligned(scale_bytes);
   const size_t bytes = at_table + (shape.i4 ? 16 : 0);
   uint8_t *memory = this->memory(bytes);
-  std::memset(memory, 0, at_scale);
   // A half of a tile counts as a row here: pairs of rows are not parted, and a tile must not be either.
   split(rows_ / 8, columns_ * 8, [&](size_t first, size_t last) {
     std::vector<uint8_t> room(columns_);
     std::vector<uint16_t> unused(groups);
     const uint8_t *codes = nullptr;
     for (size_t r = first * 8; r < last * 8; ++r) {
+      if (r % kTile == 0) {
+        clear_tile(shape, r / kTile, memory, memory + at_values);
+      }
       read_codes(type_, data + r * row, columns_, room.data(), &codes, unused.data());
       store_tile_row(shape, r, codes, &words[r * ((columns_ + size_t{63}) / 64)], memory, memory + at_values);
       for (size_t g = 0; g < groups; ++g) {
