@@ -50,10 +50,13 @@ class Storage:
 
 
 def layout_of_pattern(pattern: tuple[int, int] | None, value_type: ValueType) -> str:
-    """What `auto` stores random weights of a pattern as; patterns within 16 positions have shorter forms."""
+    """What `auto` stores a pattern of random weights as: N of 16 in tiles if these are smaller than dense."""
     if pattern is None:
         return "bitmask"
-    return "tiled" if pattern[1] == tiled.M and value_type in ("i8", "i4") else "nm"
+    n, m = pattern
+    bits = {"i8": (12, 8), "i4": (8, 4)}.get(value_type)  # of a slot, and of a dense weight
+    small = bits is not None and 2 * tiled.steps(n) * bits[0] < m * bits[1]
+    return "tiled" if m == tiled.M and small else "nm"
 
 
 @dataclass(frozen=True)

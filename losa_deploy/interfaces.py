@@ -108,6 +108,10 @@ class Exporter(Protocol):
         """Linear name → weight [out, in] as the artifact's bytes define it (bit-exact unpack)."""
         ...
 
+    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        """The same from a second form of the model that the folder holds; empty if there is none."""
+        ...
+
 
 class Session(Protocol):
     """An open model in one runtime. One sequence at a time, with a key/value cache."""

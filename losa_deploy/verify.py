@@ -96,6 +96,11 @@ def verify_export(
         reasons.append(f"losa.json: found kind {manifest.kind!r}, expected 'exported'")
     if reasons:
         return Parity(False, tuple(reasons))
+    if beside := exporter.decode_beside(folder):
+        reasons, error = _check_weights(manifest, model, beside)
+        if reasons:
+            return Parity(False, tuple(f"portable file: {r}" for r in reasons), largest_weight_error=error)
+    del beside
     decoded = exporter.decode(folder)
     reasons, error = _check_weights(manifest, model, decoded)
     if reasons:

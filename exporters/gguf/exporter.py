@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
+from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
 from losa_deploy.layouts import PATTERNED
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
@@ -112,8 +113,17 @@ class GgufExporter:
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """Linear, embedding, head → weight [out, in], from the packed file if there is one."""
-        manifest = Manifest.read(folder)
-        return reader.decode(folder, (*manifest.linears, *manifest.other_tensors))
+        return _decode(find_gguf(folder), folder)
+
+    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        """The same from the portable file beside a packed one."""
+        portable = [path for path in folder.glob("*.gguf") if path != find_gguf(folder)]
+        return _decode(portable[0], folder) if portable else {}
+
+
+def _decode(path: Path, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+    manifest = Manifest.read(folder)
+    return reader.decode(path, folder, (*manifest.linears, *manifest.other_tensors))
 
 
 def _shifted(progress: Progress, start: int, total: int, done: int, _: int, label: str) -> None:

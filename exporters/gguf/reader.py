@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf_file import GgufFile, Tensor, open_gguf
-from losa_deploy.gguf_view import PREFIX, expanded, find_gguf
+from losa_deploy.gguf_view import PREFIX, expanded
 from losa_deploy.manifest import TensorRecord
 
 from .architecture import ARCHITECTURES, row_order, weight_name
 
 
-def decode(folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[np.float32]]:
-    """Module → weight [out, in] as the bytes of the primary file define it."""
+def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[np.float32]]:
+    """Module → weight [out, in] as the bytes of a file of the artifact in `folder` define it."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
     weights: dict[str, NDArray[np.float32]] = {}
-    with open_gguf(find_gguf(folder)) as file:
+    with open_gguf(path) as file:
         tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in file.tensors}
         for record in records:
             tensor = tensors.get(weight_name(family, record.name))

@@ -95,6 +95,11 @@ class OnnxExporter:
         graph = restored_graph(exported, source)
         return _exported(folder, write_graph(job, graph, folder, {}, progress))
 
+    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        """Nothing: a folder holds one model."""
+        del folder
+        return {}
+
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """Linear, embedding, head → weight [out, in], unpacked from the bytes of the artifact.
 

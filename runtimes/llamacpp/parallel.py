@@ -66,8 +66,6 @@ class LlamaCppSlots:
             self._rows.seq_id[index][0] = row.slot
         status = self._library.llama_decode(self._context, self._rows)
         if status != 0:
-            for slot in range(self.slots):
-                self.cut(slot, 0)
             raise LosaError(
                 f"llama.cpp could not compute a batch of {len(rows)} tokens (status {status}).",
                 hint="Close other programs if memory is short; run `losa-deploy doctor`.",

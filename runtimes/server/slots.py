@@ -75,6 +75,8 @@ class _Slot:
     course: Course | None = None
     pending: list[int] = field(default_factory=list)
     """Tokens that the session has to be given before the next one can be chosen."""
+    alone: bool = False
+    """It was in a pass that failed: until it has passed by itself, it is computed by itself."""
 
     @property
     def ready(self) -> bool:
@@ -147,6 +149,7 @@ class SlotEngine(ThreadedEngine):
     def _rows(self) -> list[Row]:
         """The next token of each reply, then prompts in the order of the slots, as far as they fit."""
         busy = [slot for slot in self._places if slot.course is not None]
+        busy = [slot for slot in busy if slot.alone][:1] or busy
         replying = [slot for slot in busy if slot.ready]
         room = self._session.batch - len(replying)
         if replying:
@@ -165,7 +168,12 @@ class SlotEngine(ThreadedEngine):
         return rows
 
     def _pass(self, rows: Sequence[Row]) -> None:
-        logits = iter(self._session.decode(rows))
+        try:
+            logits = iter(self._session.decode(rows))
+        except Exception:
+            self._log(traceback.format_exc())
+            self._start_over({row.slot for row in rows})
+            return
         for row in rows:
             slot = self._places[row.slot]
             slot.held.append(row.token)
@@ -174,9 +182,27 @@ class SlotEngine(ThreadedEngine):
             if row.wanted:
                 self._choose(self._places[row.slot], next(logits))
 
+    def _start_over(self, failed: set[int]) -> None:
+        """After a pass of these slots failed: all are computed anew, those of the pass one by one.
+
+        A slot that fails by itself is what failed, and its request ends.
+        """
+        for slot in self._places:
+            self._session.cut(slot.number, 0)
+            if slot.course is not None:
+                slot.pending = slot.held + slot.pending
+            slot.held = []
+            if slot.number not in failed or slot.course is None:
+                continue
+            slot.alone = len(failed) > 1
+            if not slot.alone:
+                slot.course.end = EngineFailure("the runtime failed")
+                self._release(slot)
+
     def _choose(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
         """The next token of one slot; a failure here is its own, not that of the others."""
         assert slot.course is not None
+        slot.alone = False
         try:
             token = slot.course.take(logits)
         except Exception:
@@ -190,7 +216,7 @@ class SlotEngine(ThreadedEngine):
 
     def _release(self, slot: _Slot) -> None:
         assert slot.course is not None
-        course, slot.course, slot.pending = slot.course, None, []
+        course, slot.course, slot.pending, slot.alone = slot.course, None, [], False
         self._done(course.ticket, course.end)
 
     def _fail(self, words: str) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from losa_deploy.gguf_file import open_gguf
+from losa_deploy.manifest import Manifest, hash_files
+
 from .test_pipeline import QUICK, Result, losa, work
 
 THREADS = ("--threads", "1")
@@ -123,6 +126,24 @@ def test_verify_passes_and_finds_a_flipped_bit(
         assert bad.code == 6
         assert name in bad.err
         shutil.copyfile(finished[0] / name, path)
+
+
+def test_verify_decodes_the_portable_file_too(
+    finished: tuple[Path, Result], tmp_path: Path, portable: Path
+) -> None:
+    """A weight that is wrong in a file whose hash is right."""
+    output = tmp_path / "demo"
+    shutil.copytree(finished[0], output)
+    with open_gguf(portable) as file:
+        tensor = next(t for t in file.tensors if t.name == "blk.1.ffn_down.weight")
+    content = bytearray((output / portable.name).read_bytes())
+    content[tensor.offset + 1] ^= 0x40  # the exponent of the first scale
+    (output / portable.name).write_bytes(content)
+    manifest = Manifest.read(output)
+    manifest.model_copy(update={"files": hash_files(output)}).write(output)
+    bad = losa("verify", output, "--against", work(finished[0]) / "merged", *THREADS)
+    assert bad.code == 6
+    assert "portable file: model.layers.1.mlp.down_proj: found" in bad.err
 
 
 def test_bench_beside_the_dense_model_and_its_quantizations(finished: tuple[Path, Result]) -> None:

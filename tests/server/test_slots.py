@@ -33,6 +33,7 @@ class Checked:
         self.gate = threading.Event()
         self.gate.set()
         self.fail = False
+        self.poison = -1
         self.closed = False
         self.keeps = True
 
@@ -45,6 +46,9 @@ class Checked:
         found = []
         for row in rows:
             assert row.position == len(self.held[row.slot])
+            if row.token == self.poison:
+                self.held[row.slot].append(-1)  # whatever it has done until here
+                raise RuntimeError("poisoned")
             self.held[row.slot].append(row.token)
             if row.wanted:
                 found.append(logits_after(self.held[row.slot]))
@@ -168,6 +172,26 @@ def test_a_failure_ends_what_runs_and_nothing_else(make: Make) -> None:
     assert "out of order" in log[0]
     session.fail = False
     assert asyncio.run(replies(engine, [request((5, 6), 3)])) == [alone((5, 6), 3)]
+
+
+@pytest.mark.parametrize("at", [3, 60])
+def test_a_request_that_fails_does_not_end_the_others(make: Make, at: int) -> None:
+    """Token 96 breaks any pass it is in; the others are computed anew, in the middle of their replies too."""
+    engine, session, log = make(4, 64)
+    session.poison = VOCAB - 1
+    sound = [p for p in prompts(9) if VOCAB - 1 not in p and VOCAB - 1 not in alone(p, 8)][:5]
+    bad = (*(i % 50 for i in range(at)), VOCAB - 1, 4)
+
+    async def scene() -> list[list[int] | BaseException]:
+        asked = [request(p, 8) for p in (*sound[:2], bad, *sound[2:])]
+        found = await asyncio.gather(*(replies(engine, [a]) for a in asked), return_exceptions=True)
+        return [f if isinstance(f, BaseException) else f[0] for f in found]
+
+    found = asyncio.run(scene())
+    assert isinstance(found.pop(2), EngineFailure)
+    assert found == [alone(p, 8) for p in sound]
+    assert any("poisoned" in line for line in log)
+    assert asyncio.run(replies(engine, [request(sound[0], 3)])) == [alone(sound[0], 3)]
 
 
 def test_cancelled_requests_free_their_slots(make: Make) -> None:

@@ -111,6 +111,10 @@ class FolderExporter:
             shutil.copyfile(path, folder / path.name)
         return ExportedModel(folder, "folder", {}, ())
 
+    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+        del folder
+        return {}
+
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         checkpoint = Checkpoint.open(folder)
         return {name: checkpoint.array(f"{name}.weight") for name in checkpoint.linears}

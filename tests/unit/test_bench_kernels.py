@@ -15,9 +15,16 @@ from losa_deploy.benchmarks import kernels
 from losa_deploy.benchmarks.deepsparse_peer import measure_deepsparse
 from losa_deploy.benchmarks.kernels import KernelPlan, default_storages, measure_kernels
 from losa_deploy.benchmarks.roofline import check_plot, plot, plotted_rows
-from losa_deploy.benchmarks.tensors import Storage, native_description, random_packed
+from losa_deploy.benchmarks.tensors import (
+    Storage,
+    layout_of_pattern,
+    native_description,
+    random_packed,
+)
 from losa_deploy.cli.main import main
 from losa_deploy.errors import MissingError, UsageError
+from losa_deploy.layouts import PackOptions, choose
+from losa_deploy.layouts.base import ValueType
 
 SMALL = ("--rows", "64", "--columns", "256", "--seconds", "0.2", "--threads", "1")
 
@@ -67,6 +74,16 @@ def test_default_rows_cover_layouts_types_and_sparsities() -> None:
     found = default_storages(["dense", "bitmask", "1:4"], ["i8", "i4"], [0.5, 0.7])
     assert len(found) == 2 * (1 + 2 + 1)
     assert Storage("nm", "i4", 0.75, (1, 4)) in found
+
+
+@pytest.mark.parametrize("value_type", ["f16", "i8", "i4"])
+def test_patterns_of_16_are_stored_as_an_export_stores_them(value_type: ValueType) -> None:
+    for n in range(1, 16):
+        order = np.random.default_rng(n).random((32, 8, 16)).argsort(axis=2)
+        mask = (order < n).reshape(32, 128)
+        chosen = choose(mask, PackOptions(value_type))
+        if chosen.options.pattern is None or chosen.options.pattern[1] == 16:  # no shorter pattern by chance
+            assert (layout_of_pattern((n, 16), value_type) == "tiled") == (chosen.layout == "tiled"), n
 
 
 def test_every_case_is_sampled_in_every_round(small_caches: None) -> None:
