@@ -50,7 +50,12 @@ def _choice(flag: str, key: str, choices: str, text: str) -> RecipeOption:
 
 RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--sparsity", "sparsity.target", "number", "fraction of zeros, e.g. 0.5"),
-    RecipeOption("--pattern", "sparsity.pattern", "text", "`unstructured`, or N:M = N kept of every M"),
+    RecipeOption(
+        "--pattern",
+        "sparsity.pattern",
+        "text",
+        "`unstructured`, or N:M = N kept of every M; N:16 runs fastest",
+    ),
     RecipeOption("--mixed", "sparsity.mixed", "switch", "N:M: more important blocks keep more than N of M"),
     _choice("--scope", "sparsity.scope", "row|columns", "what gets an equal count in unstructured pruning"),
     RecipeOption(
