@@ -117,7 +117,8 @@ class GgufExporter:
 
     def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """The same from the portable file beside a packed one."""
-        portable = [path for path in folder.glob("*.gguf") if path != find_gguf(folder)]
+        primary = find_gguf(folder)
+        portable = [path for path in folder.glob("*.gguf") if path != primary]
         return _decode(portable[0], folder) if portable else {}
 
 

@@ -10,9 +10,9 @@
 namespace losa::ggml {
 namespace {
 
-constexpr size_t kHeader = 64;  // a counter of row ranges that are taken
-constexpr size_t kTile = 16;    // rows of a stock weight that stay in the cache for all tokens
-constexpr size_t kRanges = 4;   // per thread: so that one that is held up gives the rest to the others
+constexpr size_t kHeader = 64;     // a counter of row ranges that are taken
+constexpr size_t kStockRows = 16;  // rows of a stock weight that stay in the cache for all tokens
+constexpr size_t kRanges = 4;      // per thread: so that one that is held up gives the rest to the others
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -119,8 +119,8 @@ void Product::stock_rows(const uint8_t *activations, size_t begin, size_t end) c
   const size_t x_bytes = row_bytes(traits->dot_type, weight_.columns()),
                w_bytes = row_bytes(weight_.type(), weight_.columns());
   const int n = static_cast<int>(weight_.columns());
-  for (size_t tile = begin; tile < end; tile += kTile) {
-    const size_t last = tile + kTile < end ? tile + kTile : end;
+  for (size_t tile = begin; tile < end; tile += kStockRows) {
+    const size_t last = tile + kStockRows < end ? tile + kStockRows : end;
     for (size_t t = 0; t < tokens_; ++t) {
       for (size_t r = tile; r < last; ++r) {
         traits->dot(n, y_ + t * ldy_ + r, 0, weight_.stock() + r * w_bytes, 0, activations + t * x_bytes, 0,

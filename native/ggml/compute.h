@@ -15,7 +15,7 @@ constexpr size_t kPanelRows = 32;  // rows that the kernels expand at a time
 // thread.
 class Product {
  public:
-  // Alone: every thread prepares all activations for itself, which for one token costs less than waiting.
+  // Own: every thread prepares all activations for itself, which for one token costs less than waiting.
   enum class Activations { kShared, kOwn };
 
   Product(const Symbols &ggml, const Weight &weight, const Tensor &op, int threads, Activations activations);

@@ -65,9 +65,13 @@ MappedBlob referred(const uint8_t *header) {
   if (std::memcmp(reference.mark, kMark, sizeof kMark) != 0) {
     return {};
   }
-  const std::lock_guard<std::mutex> lock(guard);
-  const auto found = mappings.find(reference.id);
-  std::shared_ptr<Mapping> mapping = found == mappings.end() ? nullptr : found->second.lock();
+  std::shared_ptr<Mapping> mapping;
+  {
+    // Only here: the end of a mapping locks, too, and this may hold the last reference to one.
+    const std::lock_guard<std::mutex> lock(guard);
+    const auto found = mappings.find(reference.id);
+    mapping = found == mappings.end() ? nullptr : found->second.lock();
+  }
   if (!mapping || reference.offset > mapping->bytes() ||
       reference.bytes > mapping->bytes() - reference.offset) {
     return {};

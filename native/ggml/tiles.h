@@ -10,7 +10,7 @@
 
 namespace losa::ggml {
 
-constexpr size_t kTile = 16;  // rows of a tile, positions of a group
+constexpr size_t kTile = LOSA_TILE;
 
 // A weight as tiles: i8, or i4 where positions are in the bytes of the values.
 struct TileShape {

@@ -187,9 +187,9 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     }
     Shape shape(api_, value);
     check(shape.status());
-    if (i == 0) {  // positions, or values where there are none: one row, or tile, per output feature
+    if (i == 0) {  // positions, or values where there are none: a line per row or tile
       const int64_t lines = shape.rank() == 0 ? 0 : std::min<int64_t>(shape.dims()[0], INT32_MAX);
-      const int64_t rows = op_.layout == LOSA_TILED ? lines * 16 : lines;
+      const int64_t rows = op_.layout == LOSA_TILED ? lines * LOSA_TILE : lines;
       int64_t promised = rows;
       if (op_.weights == 1 && attribute(api_, info, "out_features", &promised) && promised != rows) {
         refuse("the component " + name + " has " + std::to_string(rows) + " rows, but out_features is " +

@@ -11,8 +11,8 @@
 
 namespace losa {
 
-constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
-constexpr size_t kTile = 16;      // LOSA_TILED: rows of a tile, and positions of a group
+constexpr size_t kBlock = 64;  // positions of one mask word: a kernel's step
+constexpr size_t kTile = LOSA_TILE;
 constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
 
 static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
