@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import FORMAT_VERSION, Component, PackedTensor
+from losa_deploy.layouts.base import Component, PackedTensor
+from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
 from .graphs import F32, GraphWriter
 from .tensors import RandomWeight, Storage
@@ -85,7 +86,7 @@ class Ours:
         if (storage.layout, storage.value_type) == ("dense", "f32"):
             return self._plain.write(graph, sites)
         tensors = [site.weight.pack(storage) for site in sites]
-        operator = operator_name(tensors[0], len(sites))
+        operator = op_type(tensors[0], len(sites))
         self.operators[operator] = (tensors[0], len(sites))
         inputs = [
             site.shared[part] if part in site.shared else graph.tensor(f"{site.name}.{part}", array)
@@ -93,21 +94,8 @@ class Ours:
             for part, array in tensor.arrays.items()
         ]
         outputs = [site.y for site in sites]
-        graph.op(operator, [sites[0].x, *inputs], outputs, "ai.losa", **operator_attributes(tensors[0]))
+        graph.op(operator, [sites[0].x, *inputs], outputs, DOMAIN, **attributes(tensors[0]))
         return outputs
-
-
-def operator_name(packed: PackedTensor, weights: int = 1) -> str:
-    """Operator of so many weights, as the exporter names it: `BitmaskMatMulI4x3`, `NmCodesMatMulI8` …"""
-    layout = {"dense": "Dense", "bitmask": "Bitmask", "tiled": "Tiled"}.get(packed.layout)
-    if layout is None:
-        layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
-    return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
-
-
-def operator_attributes(packed: PackedTensor) -> dict[str, int]:
-    """Node attributes; weights that share a node agree in all of them."""
-    return {"format": FORMAT_VERSION, "in_features": packed.shape[1], **packed.params}
 
 
 Weights = tuple[RandomWeight, ...]

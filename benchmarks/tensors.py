@@ -50,13 +50,15 @@ class Storage:
 
 
 def layout_of_pattern(pattern: tuple[int, int] | None, value_type: ValueType) -> str:
-    """What `auto` stores a pattern of random weights as: N of 16 in tiles if these are smaller than dense."""
+    """What `auto` stores a pattern of random weights as: in tiles if it has some, smaller than dense."""
     if pattern is None:
         return "bitmask"
     n, m = pattern
-    bits = {"i8": (12, 8), "i4": (8, 4)}.get(value_type)  # of a slot, and of a dense weight
-    small = bits is not None and 2 * tiled.steps(n) * bits[0] < m * bits[1]
-    return "tiled" if m == tiled.M and small else "nm"
+    bits = {"i8": (12, 8), "i4": (8, 4)}.get(value_type)  # of a slot in 16, and of a dense weight
+    if bits is None or not tiled.known_pattern(n, m):
+        return "nm"
+    small = m == tiled.SHORT or 2 * tiled.steps(n, m) * bits[0] < m * bits[1]
+    return "tiled" if small else "nm"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class RandomWeight:
         i4 stores pairs of rows, and tiles have 16.
         """
         rows = self.shape[0]
-        for step in (tiled.M, 2):
+        for step in (tiled.TILE, 2):
             for n in range(SEED_ROWS, 1, -step):
                 if rows % n == 0:
                     return n

@@ -16,13 +16,14 @@ from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
 from losa_deploy.layouts import PATTERNED
+from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.operators import library_name, library_path
 from losa_deploy.recipe import ExportRecipe
 
 from . import reader
-from .functions import DOMAIN, VERSION
+from .functions import VERSION
 from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
 from .plan import Job, choice, plan

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from losa_deploy.layouts import tiled
-from losa_deploy.layouts.base import FORMAT_VERSION, PackedTensor, ValueType
+from losa_deploy.layouts.base import PackedTensor, ValueType
+from losa_deploy.layouts.operator_names import DOMAIN, attributes, form, op_type
 from losa_deploy.layouts.values import BLOCK as ROW_BLOCK
 
-DOMAIN = "ai.losa"
 VERSION = 1
 OPSET = 20
 """Version of the standard operators that the bodies use."""
@@ -39,9 +39,6 @@ LEVEL_DTYPE: dict[ValueType, type[np.generic]] = {
     "i4": np.int8,
 }
 """What a stored value is before its scale is applied; i4 codes become int8 levels."""
-
-OPERATORS = {"dense": "Dense", "bitmask": "Bitmask", "tiled": "Tiled"}
-"""Layout → how its operators are called; those of nm have two names."""
 
 
 @dataclass
@@ -113,28 +110,6 @@ class Body:
         return name
 
 
-def op_type(packed: PackedTensor, weights: int = 1) -> str:
-    """Operator of so many weights stored alike, e.g. `BitmaskMatMulI8`, or `NmCodesMatMulI4x3` for three."""
-    layout = OPERATORS.get(packed.layout)
-    if layout is None:
-        layout = "NmCodes" if packed.params["position_bits"] else "NmBits"
-    return f"{layout}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
-
-
-def parse_op_type(name: str) -> tuple[str, ValueType, int]:
-    """Layout, value type and number of weights of an operator name; the inverse of `op_type`."""
-    layout, _, rest = name.partition("MatMul")
-    value_type, _, weights = rest.partition("x")
-    types: dict[str, ValueType] = {"F32": "f32", "F16": "f16", "I8": "i8", "I4": "i4"}
-    found = {operator: name for name, operator in OPERATORS.items()}.get(layout, "nm")
-    return found, types[value_type], int(weights or 1)
-
-
-def attributes(packed: PackedTensor) -> dict[str, int]:
-    """Node attributes; weights that share a node agree in all of them."""
-    return {"format": FORMAT_VERSION, "in_features": packed.shape[1], **packed.params}
-
-
 def exact(packed: PackedTensor) -> bool:
     """True if rows decode without padding, so that there is nothing to cut off."""
     in_features, params = packed.shape[1], packed.params
@@ -157,7 +132,7 @@ def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) 
     inputs, outputs = ["X"], []
     for index in range(weights):
         body.suffix = str(index) if weights > 1 else ""
-        matrix = _DECODERS[name.partition("MatMul")[0]](body, packed.value_type, unpadded)
+        matrix = _DECODERS[form(packed)](body, packed.value_type, unpadded)
         _finish(body, matrix, packed, unpadded=unpadded)
         inputs += [body.part(part) for part in packed.arrays]
         outputs.append(body.part("Y"))
@@ -282,7 +257,7 @@ def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
 
 
 def _decode_tiled(body: Body, value_type: ValueType, unpadded: bool) -> str:
-    """Slots of tiles → levels [out, in]."""
+    """Slots of tiles of N:16 → levels [out, in]."""
     del unpadded  # rows of tiles have no padding
     values = body.part("values")
     low, four = (body.const(np.array(number, np.uint8)) for number in (15, 4))
@@ -293,26 +268,59 @@ def _decode_tiled(body: Body, value_type: ValueType, unpadded: bool) -> str:
         levels = body.op("Gather", body.part("table"), body.cast(high, I32), axis=0)
     else:
         positions, levels = body.op("Concat", positions, high, axis=3), values
-    features, n = body.attribute("in_features"), body.attribute("n")
-    rows = body.op("Mul", body.size(values, 0), body.ints(tiled.M))
-    groups = body.op("Div", features, body.ints(tiled.M))
-    kept = body.op("Concat", rows, groups, n, axis=0)
-    positions = body.reshape(_slots_by_row(body, body.cast(positions, I32), rows, n), kept)
-    zero, step = body.const(np.array(0, np.int64)), body.const(np.array(tiled.M, np.int64))
-    starts = body.cast(body.op("Range", zero, body.scalar(features), step), I32)
+    return _scatter_slots(body, positions, levels, LEVEL_DTYPE[value_type])
+
+
+def _decode_quads(body: Body, value_type: ValueType, unpadded: bool) -> str:
+    """Slots of tiles of 1:4 or 2:4 → levels [out, in]."""
+    del unpadded  # rows of tiles have no padding
+    groups = body.op("Div", body.attribute("in_features"), body.ints(tiled.TILE))
+    deep = body.op("Mul", body.attribute("n"), body.ints(2))
+    count, tiles = body.op("Mul", groups, deep), body.size(body.part("values"), 0)
+    shape = body.op("Concat", tiles, groups, deep, body.ints(tiled.STEP), axis=0)
+    positions = body.head(_split_lines(body, "positions", tiled.PER_LINE, 2), count, 1)
+    if value_type == "i4":
+        codes = body.cast(_split_lines(body, "values", 2, 4), I32)
+        levels = body.op("Gather", body.part("table"), codes, axis=0)
+    else:
+        levels = body.part("values")
+    return _scatter_slots(
+        body, body.reshape(positions, shape), body.reshape(levels, shape), LEVEL_DTYPE[value_type]
+    )
+
+
+def _split_lines(body: Body, name: str, count: int, bits: int) -> str:
+    """[tiles, lines, 32] → the steps that share a line, [tiles, lines * count, 32]."""
+    shifts = body.const(np.arange(0, bits * count, bits, dtype=np.uint8)[:, None])
+    lines = body.op("Unsqueeze", body.part(name), body.ints(2))
+    shifted = body.op("BitShift", lines, shifts, direction="RIGHT")
+    split = body.op("BitwiseAnd", shifted, body.const(np.array(2**bits - 1, np.uint8)))
+    return body.reshape(split, body.size(split, 0), body.ints(-1, tiled.STEP))
+
+
+def _scatter_slots(body: Body, positions: str, levels: str, dtype: type[np.generic]) -> str:
+    """Positions and levels of slots [tiles, in / 16, steps, 32] → levels [out, in]."""
+    features, n, m = body.attribute("in_features"), body.attribute("n"), body.attribute("m")
+    rows = body.op("Mul", body.size(positions, 0), body.ints(tiled.TILE))
+    used = body.op("Div", body.op("Mul", n, body.ints(tiled.TILE)), m)
+    by_group = body.op("Concat", rows, body.op("Div", features, m), n, axis=0)
+    positions = body.reshape(_slots_by_row(body, body.cast(positions, I32), rows, used), by_group)
+    zero = body.const(np.array(0, np.int64))
+    starts = body.cast(body.op("Range", zero, body.scalar(features), body.scalar(m)), I32)
     index = body.op("Add", positions, body.reshape(starts, body.ints(1, -1, 1)))
-    flat = body.op("Concat", rows, body.op("Mul", groups, n), axis=0)
-    empty = body.zeros(LEVEL_DTYPE[value_type], rows, features)
-    levels = body.reshape(_slots_by_row(body, levels, rows, n), flat)
-    return body.op("ScatterElements", empty, body.reshape(index, flat), levels, axis=1)
+    flat = body.op("Concat", rows, body.ints(-1), axis=0)
+    levels = body.reshape(_slots_by_row(body, levels, rows, used), flat)
+    return body.op(
+        "ScatterElements", body.zeros(dtype, rows, features), body.reshape(index, flat), levels, axis=1
+    )
 
 
-def _slots_by_row(body: Body, slots: str, rows: str, n: str) -> str:
-    """[tiles, groups, steps, 32] → [out, groups, n]; byte 4 i + 2 h + k is slot k of row 8 h + i."""
+def _slots_by_row(body: Body, slots: str, rows: str, used: str) -> str:
+    """[tiles, groups, steps, 32] → [out, groups, used]; byte 4 i + 2 h + k is slot k of row 8 h + i."""
     split = body.reshape(slots, body.op("Concat", body.op("Shape", slots, end=3), body.ints(8, 2, 2), axis=0))
     ordered = body.op("Transpose", split, perm=[0, 4, 3, 1, 2, 5])
     by_row = body.reshape(ordered, rows, body.size(slots, 1), body.ints(-1))
-    return body.head(by_row, n, 2)
+    return body.head(by_row, used, 2)
 
 
 def _slot_levels(body: Body, value_type: ValueType, rows: str, slots: str) -> str:
@@ -365,4 +373,5 @@ _DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "NmBits": _decode_bits,
     "NmCodes": _decode_codes,
     "Tiled": _decode_tiled,
+    "TiledQuads": _decode_quads,
 }

@@ -13,9 +13,10 @@ from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import LAYOUTS, PackedTensor
+from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.manifest import TensorRecord
 
-from .functions import DOMAIN, attributes, exact, function, op_type
+from .functions import exact, function
 from .graph import DenseGraph
 from .lookup import lookup
 from .plan import Job, choice

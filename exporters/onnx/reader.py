@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError
 from losa_deploy.layouts import PackedTensor, tiled, unpack
 from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions, ValueType
+from losa_deploy.layouts.operator_names import DOMAIN, FORMS, parse_op_type
 from losa_deploy.layouts.values import value_params
 from losa_deploy.manifest import TensorRecord
 
-from .functions import DOMAIN, parse_op_type
 from .graph import MODEL_FILE, DenseGraph
 
 NODE_ATTRIBUTES = ("format", "in_features")
@@ -71,7 +71,8 @@ def packed_tensors(
     node: onnx.NodeProto, array: Callable[[str], Component]
 ) -> Iterator[tuple[str, PackedTensor]]:
     """Linear and packed tensor of every weight that an `ai.losa` node consumes."""
-    layout, value_type, weights = parse_op_type(node.op_type)
+    form, value_type, weights = parse_op_type(node.op_type)
+    layout = FORMS[form]
     attributes: Mapping[str, int] = {a.name: a.i for a in node.attribute}
     if attributes.get("format") != FORMAT_VERSION:
         raise InputError(
@@ -88,7 +89,7 @@ def packed_tensors(
         linear = node.name if weights == 1 else own[0].rpartition(".")[0]
         components = {name.rpartition(".")[2]: array(name) for name in own}
         first = components.get("positions", components["values"])
-        rows = first.shape[0] * (tiled.M if layout == "tiled" else 1)
+        rows = first.shape[0] * (tiled.TILE if layout == "tiled" else 1)
         shape = (int(rows), attributes["in_features"])
         nnz = shape[0] * shape[1]
         if layout == "bitmask":

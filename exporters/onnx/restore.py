@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.layouts.operator_names import DOMAIN
 
-from .functions import DOMAIN
 from .graph import MODEL_FILE, DenseGraph
 
 

@@ -83,7 +83,7 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
         raise UsageError(f"--layout {layout} needs a pattern.", hint="Add --pattern, e.g. --pattern 6:16.")
     if layout == "tiled" and (pattern is None or 16 % pattern[1] or args.value_type in ("f32", "f16")):
         raise UsageError(
-            "--layout tiled stores i8 or i4 values of a pattern N of 16, or of 2, 4 or 8.",
+            "--layout tiled stores i8 or i4 values of 1:4, 2:4 or N:16 (also as N of 2, 4 or 8).",
             hint="E.g. --pattern 6:16 --value-type i4.",
         )
     if pattern and args.sparsity:

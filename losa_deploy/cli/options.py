@@ -54,7 +54,7 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
         "--pattern",
         "sparsity.pattern",
         "text",
-        "`unstructured`, or N:M = N kept of every M; N:16 runs fastest",
+        "`unstructured`, or N:M = N kept of every M; 2:4 and N:16 run fastest",
     ),
     RecipeOption("--mixed", "sparsity.mixed", "switch", "N:M: more important blocks keep more than N of M"),
     _choice("--scope", "sparsity.scope", "row|columns", "what gets an equal count in unstructured pruning"),

@@ -190,7 +190,7 @@ def _kept_per_block(
     if not mixed:
         return [mean_kept] * len(rates)
     # Tiles store pairs of slots: an odd N of 16 takes the bytes of the next even one.
-    unit = 2 if m == tiled.M and mean_kept % 2 == 0 else 1
+    unit = 2 if m == tiled.WIDE and mean_kept % 2 == 0 else 1
     spread = rates - rates.mean()
     largest = float(np.abs(spread).max())
     wanted = 1.0 - mean_kept / m + (spread / largest * unit / m if largest > 0 else spread)

@@ -105,8 +105,10 @@ def blob_bytes(layout: str, mask: NDArray[np.bool_], options: PackOptions) -> in
         pattern = options.pattern or find_pattern(mask)
         assert pattern is not None  # `size` would have raised
         positions = shape[0] * positions_row_bytes(*pattern, shape[1])
-    elif layout == "tiled" and options.value_type == "i8":
-        positions = (total - scale_bytes(shape, options)) // 3  # half a byte for each byte of values
+    elif layout == "tiled":
+        pattern = options.pattern or tiled.find_pattern(mask)
+        assert pattern is not None  # `size` would have raised
+        positions = prod(tiled.shapes(shape, pattern, options).get("positions", (0,)))
     table = 16 if options.value_type == "i4" else 0
     scale = scale_bytes(shape, options) - table
     parts = (positions, total - positions - scale - table, scale, table)
@@ -130,7 +132,7 @@ def read_header(data: bytes, total: int) -> BlobHeader:
         raise ValueError(f"{kept} weights kept of {rows} x {columns} are not in the format")
     _check_pattern(layouts[layout], n, m, bits)
     if layouts[layout] == "tiled" and (
-        rows % tiled.M or columns % tiled.M or types[values] not in ("i8", "i4")
+        rows % tiled.TILE or columns % tiled.TILE or types[values] not in ("i8", "i4")
     ):
         raise ValueError(
             f"{rows} x {columns} weights of type {types[values]} are not in the format for tiled"
@@ -174,7 +176,7 @@ def _check_pattern(layout: str, n: int, m: int, bits: int) -> None:
     if layout == "nm":
         known = 1 <= n < m <= 32 and bits == position_bits(n, m)
     elif layout == "tiled":
-        known = 1 <= n < m == tiled.M and bits == 0
+        known = tiled.known_pattern(n, m) and bits == 0
     else:
         known = not (n or m or bits)
     if not known:
@@ -224,7 +226,7 @@ def _tiled_shapes(
 ) -> dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]:
     options = PackOptions(header.value_type, header.params.get("group_size", 0))
     dtypes = {"positions": np.dtype(np.uint8), "values": values, "scale": _scale_dtype(header)}
-    found = tiled.shapes(header.shape, header.params["n"], options)
+    found = tiled.shapes(header.shape, (header.params["n"], header.params["m"]), options)
     shapes: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
     shapes = {name: (dtypes[name], shape) for name, shape in found.items()}
     return shapes | ({"table": (np.dtype(np.int8), (16,))} if header.value_type == "i4" else {})

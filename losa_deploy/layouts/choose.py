@@ -60,7 +60,7 @@ def _patterned(
     if tiled.tolerates(mask, options):
         with_pattern = replace(options, pattern=tiled.find_pattern(mask))
         size = tiled.size(mask, with_pattern)
-        if size <= best.bytes or (pattern[1] == tiled.M and size < dense_bytes):
+        if size <= best.bytes or (pattern[1] == tiled.WIDE and size < dense_bytes):
             compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
             reason = f"{name} mask in tiles: {_share(size, dense_bytes)}, {compared}"
             best = Choice("tiled", with_pattern, size, reason)
@@ -89,9 +89,9 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
         if not tiled.tolerates(mask, options):
             rows, columns = mask.shape
             raise UsageError(
-                f"--layout tiled cannot store {linear} ({rows} x {columns}): it needs N of every 16 "
-                "positions, and multiples of 16 rows and columns.",
-                hint="Use --layout auto, or compress with --pattern 6:16.",
+                f"--layout tiled cannot store {linear} ({rows} x {columns}): it needs 1:4, 2:4 or N "
+                "of every 16 positions, and multiples of 16 rows and columns.",
+                hint="Use --layout auto, or compress with --pattern 2:4 or 6:16.",
                 details={"tensor": linear},
             )
         options = replace(options, pattern=tiled.find_pattern(mask))

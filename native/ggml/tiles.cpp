@@ -1,9 +1,12 @@
 #include "tiles.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace losa::ggml {
 namespace {
+
+constexpr size_t kQuad = 4;
 
 // The slots of one row: those of a step are two neighbouring bytes.
 struct RowSlots {
@@ -30,30 +33,8 @@ unsigned complete(unsigned kept, size_t n) {
   return kept;
 }
 
-}  // namespace
-
-size_t most_kept(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns) {
-  if (rows % kTile != 0 || columns % kTile != 0 || words.size() != rows * per_row) {
-    return 0;
-  }
-  int most = 0;
-  for (const uint64_t word : words) {
-    for (unsigned at = 0; at < 64; at += kTile) {
-      const int here = __builtin_popcountll(word >> at & 0xffff);
-      most = here > most ? here : most;
-    }
-  }
-  return static_cast<size_t>(most);
-}
-
-void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values) {
-  const size_t tiles = shape.rows / kTile;
-  std::memset(values + tile * (shape.values() / tiles), 0, shape.values() / tiles);
-  std::memset(positions + tile * (shape.positions() / tiles), 0, shape.positions() / tiles);
-}
-
-void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
-                    uint8_t *positions, uint8_t *values) {
+void store_groups(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                  uint8_t *positions, uint8_t *values) {
   const RowSlots slots(shape, row);
   const size_t n = shape.n, steps = shape.steps();
   for (size_t group = 0; group < shape.columns / kTile; ++group, codes += kTile) {
@@ -74,8 +55,8 @@ void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, co
   }
 }
 
-void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
-                   uint8_t *codes) {
+void load_groups(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
+                 uint8_t *codes) {
   const RowSlots slots(shape, row);
   for (size_t group = 0; group < shape.columns / kTile; ++group, codes += kTile) {
     for (size_t k = 0; k < shape.n; ++k) {
@@ -88,6 +69,91 @@ void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions,
       }
     }
   }
+}
+
+// A row of quads: its slots lie in the bytes `byte` and the next of every 32.
+struct RowQuads {
+  RowQuads(const TileShape &shape, size_t row)
+      : byte(row % 8 * 4 + row % kTile / 8 * 2),
+        first_line(row / kTile * shape.lines()),
+        first_step(row / kTile * shape.all_steps()),
+        i4(shape.i4) {}
+
+  size_t position(size_t step) const { return (first_line + step / 4) * 2 * kTile + byte; }
+  size_t value(size_t step) const {
+    return (i4 ? (first_step + step) / 2 : first_step + step) * 2 * kTile + byte;
+  }
+
+  size_t byte, first_line, first_step;
+  bool i4;
+};
+
+void store_quads(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                 uint8_t *positions, uint8_t *values) {
+  const RowQuads quads(shape, row);
+  size_t slot = 0;
+  for (size_t quad = 0; quad < shape.columns / kQuad; ++quad, codes += kQuad) {
+    unsigned kept = complete(words[quad / 16] >> (quad % 16 * kQuad) & 15, shape.n);
+    for (size_t k = 0; k < shape.n; ++k, ++slot, kept &= kept - 1) {
+      const size_t step = slot / 2, at = static_cast<size_t>(__builtin_ctz(kept));
+      uint8_t &position = positions[quads.position(step) + slot % 2];
+      position = static_cast<uint8_t>(position | at << step % 4 * 2);
+      uint8_t &value = values[quads.value(step) + slot % 2];
+      value = static_cast<uint8_t>(value | codes[at] << (shape.i4 ? step % 2 * 4 : 0));
+    }
+  }
+}
+
+void load_quads(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
+                uint8_t *codes) {
+  const RowQuads quads(shape, row);
+  for (size_t slot = 0; slot < shape.columns / kQuad * shape.n; ++slot) {
+    const size_t step = slot / 2;
+    const unsigned at = positions[quads.position(step) + slot % 2] >> step % 4 * 2 & 3;
+    const unsigned value = values[quads.value(step) + slot % 2];
+    codes[slot / shape.n * kQuad + at] = static_cast<uint8_t>(shape.i4 ? value >> step % 2 * 4 & 15 : value);
+  }
+}
+
+}  // namespace
+
+TileShape find_tiles(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns,
+                     bool i4) {
+  TileShape wide = {rows, columns, 0, kTile, i4}, quads = {rows, columns, 0, kQuad, i4};
+  if (rows % kTile != 0 || columns % kTile != 0 || words.size() != rows * per_row) {
+    return wide;
+  }
+  unsigned most = 0, most_of_quad = 0;
+  for (const uint64_t word : words) {
+    const uint64_t pairs = word - (word >> 1 & 0x5555555555555555u);  // bits of two, of four, ... positions
+    const uint64_t fours = (pairs & 0x3333333333333333u) + (pairs >> 2 & 0x3333333333333333u);
+    for (unsigned at = 0; at < 64; at += 4) {
+      most_of_quad = std::max(most_of_quad, static_cast<unsigned>(fours >> at & 15));
+    }
+    const uint64_t eights = (fours + (fours >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    for (unsigned at = 0; at < 64; at += kTile) {
+      most = std::max(most, static_cast<unsigned>((eights >> at & 15) + (eights >> (at + 8) & 15)));
+    }
+  }
+  wide.n = most < kTile ? most : 0;
+  quads.n = most_of_quad <= 2 ? most_of_quad : 0;
+  return quads.n != 0 && quads.bytes() <= wide.bytes() ? quads : wide;
+}
+
+void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values) {
+  const size_t tiles = shape.tiles();
+  std::memset(values + tile * (shape.values() / tiles), 0, shape.values() / tiles);
+  std::memset(positions + tile * (shape.positions() / tiles), 0, shape.positions() / tiles);
+}
+
+void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                    uint8_t *positions, uint8_t *values) {
+  (shape.quads() ? store_quads : store_groups)(shape, row, codes, words, positions, values);
+}
+
+void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
+                   uint8_t *codes) {
+  (shape.quads() ? load_quads : load_groups)(shape, row, positions, values, codes);
 }
 
 }  // namespace losa::ggml

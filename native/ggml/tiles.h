@@ -1,4 +1,4 @@
-// Rows of codes as tiles of N of every 16 positions (docs/formats.md), and back.
+// Rows of codes as tiles of N of every 4 or 16 positions (docs/formats.md), and back.
 #ifndef LOSA_GGML_TILES_H
 #define LOSA_GGML_TILES_H
 
@@ -12,18 +12,25 @@ namespace losa::ggml {
 
 constexpr size_t kTile = LOSA_TILE;
 
-// A weight as tiles: i8, or i4 where positions are in the bytes of the values.
+// A weight as tiles that keep `n` of every `m`, 4 or 16; i8, or i4.
 struct TileShape {
-  size_t rows, columns, n;
+  size_t rows, columns, n, m;
   bool i4;
 
-  size_t steps() const { return (n + 1) / 2; }
-  size_t values() const { return rows * columns / kTile * steps() * 2; }  // bytes
-  size_t positions() const { return i4 ? 0 : values() / 2; }
+  bool quads() const { return m != kTile; }
+  size_t tiles() const { return rows / kTile; }
+  size_t steps() const { return quads() ? 2 * n : (n + 1) / 2; }  // of a group of 16 positions
+  size_t all_steps() const { return columns / kTile * steps(); }  // of a tile
+  size_t lines() const { return (all_steps() + 3) / 4; }          // of the positions of quads
+  // Bytes.
+  size_t values() const { return tiles() * all_steps() * (quads() && i4 ? kTile : 2 * kTile); }
+  size_t positions() const { return quads() ? tiles() * lines() * 2 * kTile : i4 ? 0 : values() / 2; }
+  size_t bytes() const { return values() + positions(); }
 };
 
-// Most bits that 16 positions of a mask have; rows of `per_row` words. 0 if the shape is none of tiles.
-size_t most_kept(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns);
+// The smallest tiles that hold a mask, rows of `per_row` words. n is 0 if there are none.
+TileShape find_tiles(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns,
+                     bool i4);
 
 void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values);
 

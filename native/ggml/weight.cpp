@@ -274,7 +274,7 @@ bool Weight::take_blob(const uint8_t *data) {
   return true;
 }
 
-// The codes that keep N of every 16, as tiles. Scales of a tile lie together.
+// The codes that keep N of every 4 or 16, as tiles. Scales of a tile lie together.
 void Weight::pack_tiles(const uint8_t *data, const TileShape &shape, const std::vector<uint64_t> &words,
                         const std::vector<uint16_t> &scales) {
   const size_t row = row_bytes(type_, columns_), groups = scales_per_row(type_, columns_);
@@ -306,20 +306,21 @@ void Weight::pack_tiles(const uint8_t *data, const TileShape &shape, const std::
   parts.value_type = static_cast<uint8_t>(value_type(type_));
   parts.scale_type = LOSA_SCALE_F16;
   parts.n = static_cast<uint8_t>(shape.n);
-  parts.m = kTile;
+  parts.m = static_cast<uint8_t>(shape.m);
   parts.values = {memory + at_values, shape.values()};
   parts.scale = {memory + at_scale, scale_bytes};
   if (shape.i4) {
     parts.group_size = kBlock;
     store_linear_table(memory + at_table);
     parts.table = {memory + at_table, 16};
-  } else {
+  }
+  if (shape.positions() != 0) {
     parts.positions = {memory, shape.positions()};
   }
   open(parts, own_ ? 0 : bytes, Form::kPacked);
 }
 
-// Tiles if the mask keeps about N of every 16, else bitmask (2:4 and 4:8 as N:M) if that is the smaller form,
+// Tiles if the mask keeps about N of every 4 or 16, else bitmask (2:4 and 4:8 as N:M) if that is the smaller,
 // else dense; false if our types cannot hold the values.
 bool Weight::pack(const uint8_t *data) {
   const size_t row = row_bytes(type_, columns_), per_row = (columns_ + size_t{63}) / 64;
@@ -356,11 +357,9 @@ bool Weight::pack(const uint8_t *data) {
   const bool sparse = positions + sparse_values + starts.size() * 8 < dense_values;
 
   const uint8_t m = sparse ? group_of(found.words, per_row, columns_) : uint8_t{0};
-  const size_t most = scales && m == 0 ? most_kept(found.words, per_row, rows_, columns_) : 0;
-  const TileShape tiles = {rows_, columns_, most, pairs};
-  const size_t tile_bytes = tiles.positions() + tiles.values();
-  if (most > 0 && most < kTile && tile_bytes < dense_values &&
-      static_cast<double>(tile_bytes) < kTilesMayCost * static_cast<double>(positions + sparse_values)) {
+  const TileShape tiles = scales ? find_tiles(found.words, per_row, rows_, columns_, pairs) : TileShape{};
+  if (tiles.n != 0 && tiles.bytes() < dense_values && (m == 0 || tiles.quads()) &&
+      static_cast<double>(tiles.bytes()) < kTilesMayCost * static_cast<double>(positions + sparse_values)) {
     pack_tiles(data, tiles, found.words, found.scales);
     return true;
   }
@@ -427,7 +426,7 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
   const auto *scale = static_cast<const uint16_t *>(p.scale.data) + row * scales;
   std::vector<uint16_t> of_tile(pairs && p.layout == LOSA_TILED ? scales : 0);
   if (p.layout == LOSA_TILED) {
-    const TileShape shape = {rows_, columns_, p.n, pairs};
+    const TileShape shape = {rows_, columns_, p.n, p.m, pairs};
     load_tile_row(shape, row, static_cast<const uint8_t *>(p.positions.data), values, codes.data());
     for (size_t g = 0; g < of_tile.size(); ++g) {
       of_tile[g] =

@@ -19,7 +19,7 @@ constexpr size_t kMostComponents = 4;
 // An operator: what its name says about the weights of its nodes.
 struct Operator : OrtCustomOp {
   losa_layout layout;
-  bool position_codes;  // LOSA_NM: codes instead of mask bits
+  bool position_codes;  // LOSA_NM: codes instead of mask bits; LOSA_TILED: groups of 4 instead of 16
   losa_value_type value_type;
   size_t weights;
   std::array<const char *, kMostComponents> components;  // names in the order of the inputs, then null

@@ -62,7 +62,7 @@ Operator make_operator(const char *layout_name, losa_layout layout, bool codes, 
     op.name += "x" + std::to_string(weights);
   }
   size_t count = 0;
-  const bool inside = layout == LOSA_TILED && type == LOSA_I4;  // positions are in the bytes of the values
+  const bool inside = layout == LOSA_TILED && !codes && type == LOSA_I4;  // in the bytes of the values
   if (layout != LOSA_DENSE && !inside) {
     op.components[count++] = "positions";
   }
@@ -107,6 +107,7 @@ const std::deque<Operator> &operators() {
       }
       for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
         list.push_back(make_operator("Tiled", LOSA_TILED, false, type, weights));
+        list.push_back(make_operator("TiledQuads", LOSA_TILED, true, type, weights));
       }
     }
     return list;

@@ -223,21 +223,29 @@ static inline size_t scale_index(const losa_parts &p, size_t row, size_t group) 
 
 namespace {
 
-// LOSA_TILED: a step holds two slots of each row of a tile, 32 bytes of values. Bytes 4 i + 2 h and the next
-// belong to row 8 h + i, so that sums of neighbours, even and odd ones apart, are rows in their order.
+constexpr uint8_t kQuad = 4;  // LOSA_TILED: positions of a group of the short kind
+
+// LOSA_TILED: a step holds two slots of each row of a tile. Bytes 4 i + 2 h and the next belong to row
+// 8 h + i, so that sums of neighbours, even and odd ones apart, are rows in their order.
+// N:16: a step is 32 bytes of values; of i4, positions are in their low nibbles, of i8 beside them.
+// 1:4 and 2:4: the steps of a tile form one sequence, of which a line of 32 bytes holds the positions of
+// four, and of i4 the codes of two.
 struct Tiles {
   explicit Tiles(const losa_parts &p)
       : values(static_cast<const uint8_t *>(p.values.data)),
         positions(static_cast<const uint8_t *>(p.positions.data)),
         groups(p.columns / kTile),
-        steps((p.n + 1u) / 2u),
+        steps(p.m == kQuad ? 2u * p.n : (p.n + 1u) / 2u),
         per_scale(activation_group(p) / kTile) {}
 
-  static constexpr size_t kStep = 2 * kTile;
+  static constexpr size_t kStep = 2 * kTile, kPerLine = 4;
 
-  const uint8_t *values, *positions;  // i4: positions are in the low nibbles of the values
-  size_t groups, steps;               // groups of a row, steps of a group
-  size_t per_scale;                   // groups that share a scale of the activations
+  size_t all_steps() const { return groups * steps; }  // of a tile
+  size_t lines() const { return (all_steps() + kPerLine - 1) / kPerLine; }
+
+  const uint8_t *values, *positions;
+  size_t groups, steps;  // groups of 16 positions of a row, steps of a group
+  size_t per_scale;      // groups that share a scale of the activations
 };
 
 }  // namespace

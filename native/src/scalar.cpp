@@ -53,6 +53,24 @@ void expand_dense_i4(const losa_parts &p, size_t row, const int8_t *table, int8_
   }
 }
 
+void expand_quads(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
+  const Tiles tiles(p);
+  const size_t tile = row / kTile, place = row % 8 * 4 + row % kTile / 8 * 2;
+  for (size_t i = 0; i < tiles.all_steps(); ++i) {
+    const size_t step = tile * tiles.all_steps() + i, line = tile * tiles.lines() + i / Tiles::kPerLine;
+    for (size_t k = 0; k < 2; ++k) {
+      const size_t slot = place + k, start = (2 * i + k) / p.n * kQuad;
+      const size_t shift = 2 * (i % Tiles::kPerLine);
+      const size_t at = start + (tiles.positions[line * Tiles::kStep + slot] >> shift & 3u);
+      if (p.value_type == LOSA_I4) {
+        out[at] = table[tiles.values[step / 2 * Tiles::kStep + slot] >> step % 2 * 4 & 15];
+      } else {
+        out[at] = static_cast<int8_t>(tiles.values[step * Tiles::kStep + slot]);
+      }
+    }
+  }
+}
+
 void expand_tiles(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
   const Tiles tiles(p);
   const size_t first = row / kTile * tiles.groups * tiles.steps, place = row % 8 * 4 + row % kTile / 8 * 2;
@@ -85,7 +103,7 @@ void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
     return;
   }
   if (p.layout == LOSA_TILED) {
-    expand_tiles(p, row, table, out);
+    (p.m == kQuad ? expand_quads : expand_tiles)(p, row, table, out);
     return;
   }
   const uint8_t *first = values + row_start(t, row);

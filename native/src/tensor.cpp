@@ -28,8 +28,8 @@ bool known_positions(const losa_parts &p) {
     return known_pattern(p);
   }
   if (p.layout == LOSA_TILED) {
-    return p.m == kTile && p.n >= 1 && p.n < p.m && p.position_bits == 0 && is_integer(p) &&
-           p.rows % kTile == 0 && p.columns % kTile == 0;
+    const bool pattern = (p.m == kTile && p.n >= 1 && p.n < p.m) || (p.m == kQuad && p.n >= 1 && p.n <= 2);
+    return pattern && p.position_bits == 0 && is_integer(p) && p.rows % kTile == 0 && p.columns % kTile == 0;
   }
   return p.n == 0 && p.m == 0 && p.position_bits == 0;
 }
@@ -184,7 +184,43 @@ bool free_slots_are_zero(const losa_parts &p, const Tiles &tiles, size_t group) 
   return any == 0;
 }
 
+// Positions of a line of up to four steps ascend in their quads, and bits of further steps are zero.
+bool line_is_sound(const losa_parts &p, const uint8_t *line, size_t steps) {
+  uint8_t beyond = 0, wrong = 0;
+  for (size_t j = 0; j < Tiles::kStep; ++j) {
+    beyond |= static_cast<uint8_t>(line[j] >> (2 * steps));
+  }
+  for (size_t shift = 0; p.n == 2 && shift < 8; shift += 2) {
+    for (size_t j = 0; j < Tiles::kStep; j += 2) {
+      wrong |= static_cast<uint8_t>((line[j] >> shift & 3) >= (line[j + 1] >> shift & 3));
+    }
+  }
+  return (steps == Tiles::kPerLine || beyond == 0) && wrong == 0;
+}
+
+int check_quads(const losa_parts &p, losa_tensor *tensor) {
+  const Tiles tiles(p);
+  const uint64_t count = p.rows / kTile, steps = tiles.all_steps(), lines = tiles.lines();
+  const uint64_t values = count * steps * Tiles::kStep;
+  if (!has(p.values, p.value_type == LOSA_I4 ? values / 2 : values) ||
+      !has(p.positions, count * lines * Tiles::kStep)) {
+    return LOSA_BAD_SIZE;
+  }
+  for (uint64_t i = 0; i < count * lines; ++i) {
+    const uint64_t left = steps - i % lines * Tiles::kPerLine;
+    if (!line_is_sound(p, tiles.positions + i * Tiles::kStep,
+                       left < Tiles::kPerLine ? left : Tiles::kPerLine)) {
+      return LOSA_BAD_POSITIONS;
+    }
+  }
+  tensor->kept = count * kTile * (p.columns / kQuad) * p.n;
+  return LOSA_OK;
+}
+
 int check_tiled(const losa_parts &p, losa_tensor *tensor) {
+  if (p.m == kQuad) {
+    return check_quads(p, tensor);
+  }
   const Tiles tiles(p);
   const uint64_t groups = p.rows / kTile * uint64_t{tiles.groups};
   const uint64_t bytes = groups * tiles.steps * Tiles::kStep;

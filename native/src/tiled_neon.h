@@ -14,6 +14,27 @@ struct HalfStep {
   int8x16_t levels;
 };
 
+// Where the quads of the two slots of a row start within 16 positions, in step `s` of them.
+inline uint8x16_t quads_of(size_t s, size_t n) {
+  const size_t first = 2 * s / n * kQuad, second = (2 * s + 1) / n * kQuad;
+  return vreinterpretq_u8_u16(vdupq_n_u16(static_cast<uint16_t>(second << 8 | first)));
+}
+
+inline HalfStep load_quads(const Tiles &tiles, bool i4, size_t tile, size_t i, size_t half, int8x16_t table) {
+  const size_t line = tile * tiles.lines() + i / Tiles::kPerLine, step = tile * tiles.all_steps() + i;
+  const auto shift = static_cast<int8_t>(2 * (i % Tiles::kPerLine));
+  const uint8x16_t four = vld1q_u8(tiles.positions + line * Tiles::kStep + half * kTile);
+  const uint8x16_t at = vandq_u8(vshlq_u8(four, vdupq_n_s8(static_cast<int8_t>(-shift))), vdupq_n_u8(3));
+  HalfStep w = {vorrq_u8(at, quads_of(i % tiles.steps, tiles.steps / 2)), vdupq_n_s8(0)};
+  if (!i4) {
+    w.levels = vreinterpretq_s8_u8(vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile));
+    return w;
+  }
+  const uint8x16_t two = vld1q_u8(tiles.values + step / 2 * Tiles::kStep + half * kTile);
+  w.levels = vqtbl1q_s8(table, step % 2 ? vshrq_n_u8(two, 4) : vandq_u8(two, vdupq_n_u8(15)));
+  return w;
+}
+
 // Half 0 has the slots of the rows 0-3 and 8-11 of the tile, half 1 those of 4-7 and 12-15.
 inline HalfStep load_half(const Tiles &tiles, bool i4, size_t step, size_t half, int8x16_t table) {
   const uint8x16_t raw = vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile), low = vdupq_n_u8(15);
@@ -25,7 +46,7 @@ inline HalfStep load_half(const Tiles &tiles, bool i4, size_t step, size_t half,
 }
 
 // Sums of the rows 2 i, 2 i + 8, 2 i + 1 and 2 i + 9 in sums[i].
-template <int Tokens>
+template <bool Quads, int Tokens>
 inline void sum_groups(const Tiles &tiles, bool i4, size_t tile, size_t group, size_t end,
                        const int8_t *const *x, int8x16_t table, int32x4_t sums[Tokens][4]) {
   for (; group < end; ++group) {
@@ -34,9 +55,10 @@ inline void sum_groups(const Tiles &tiles, bool i4, size_t tile, size_t group, s
       from[k] = vld1q_s8(x[k] + group * kTile);
     }
     for (size_t s = 0; s < tiles.steps; ++s) {
-      const size_t step = (tile * tiles.groups + group) * tiles.steps + s;
+      const size_t i = group * tiles.steps + s;
       for (size_t half = 0; half < 2; ++half) {
-        const HalfStep w = load_half(tiles, i4, step, half, table);
+        const HalfStep w = Quads ? load_quads(tiles, i4, tile, i, half, table)
+                                 : load_half(tiles, i4, tile * tiles.all_steps() + i, half, table);
         for (int k = 0; k < Tokens; ++k) {
           const int8x16_t q = vqtbl1q_s8(from[k], w.at);
           int32x4_t *into = sums[k] + 2 * half;
@@ -57,7 +79,7 @@ inline void order_rows(const int32x4_t sums[4], float32x4_t rows[4]) {
 }
 
 // One tile times `Tokens` tokens: y [tokens, rows].
-template <int Tokens>
+template <bool Quads, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
                    int8x16_t table, float *y, size_t ldy) {
   const bool i4 = p.value_type == LOSA_I4;
@@ -78,7 +100,7 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
         v = vdupq_n_s32(0);
       }
     }
-    sum_groups<Tokens>(tiles, i4, tile, group, end, x, table, sums);
+    sum_groups<Quads, Tokens>(tiles, i4, tile, group, end, x, table, sums);
     if (i4 || g == 0) {
       for (size_t r = 0; r < kTile; ++r) {
         scales[r] = load_scale(p, i4 ? scale_index(p, tile * kTile + r, g) : tile * kTile + r);
@@ -100,21 +122,27 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
   }
 }
 
-// Rows [begin, end) times all tokens.
-inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
-                           size_t ldy) {
+template <bool Quads>
+void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
+                       size_t ldy) {
   const Tiles tiles(p);
   const bool i4 = p.value_type == LOSA_I4;
   const int8x16_t table = i4 ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
     for (; token + 4 <= a.tokens; token += 4) {
-      multiply_tile<4>(p, tiles, tile, a, token, table, y, ldy);
+      multiply_tile<Quads, 4>(p, tiles, tile, a, token, table, y, ldy);
     }
     for (; token < a.tokens; ++token) {
-      multiply_tile<1>(p, tiles, tile, a, token, table, y, ldy);
+      multiply_tile<Quads, 1>(p, tiles, tile, a, token, table, y, ldy);
     }
   }
+}
+
+// Rows [begin, end) times all tokens.
+inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
+                           size_t ldy) {
+  (p.m == kQuad ? multiply_tiles_as<true> : multiply_tiles_as<false>)(p, a, begin, end, y, ldy);
 }
 
 }  // namespace

@@ -56,36 +56,105 @@ inline void widen(__m256i pairs, __m256i sums[2]) {
   sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1 << 16)));
 }
 
-// Groups [group, end) of a tile times `Tokens` tokens, added to sums. `step` is the first step of `group`.
-template <bool I4, bool Linear, int Tokens>
-inline void sum_groups(const Tiles &tiles, size_t group, size_t end, size_t step, const int8_t *const *x,
-                       __m256i levels, __m256i sums[Tokens][2]) {
-  __m256i pairs[Tokens];
-  for (auto &v : pairs) {
-    v = _mm256_setzero_si256();
+// Sums of the slots of some groups of a tile. Linear: `pairs` takes kFlush steps, then they are widened.
+template <bool Linear, int Tokens>
+struct Sums {
+  explicit Sums(__m256i (*wide)[2]) : wide(wide) {
+    for (auto &v : pairs) {
+      v = _mm256_setzero_si256();
+    }
   }
-  for (; group < end; ++group) {
-    __m256i from[Tokens];
+
+  void load(const int8_t *const *x, size_t group) {
     for (int k = 0; k < Tokens; ++k) {
       const auto *at = reinterpret_cast<const __m128i *>(x[k] + group * kTile);
       from[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
     }
-    for (size_t s = 0; s < tiles.steps; ++s, ++step) {
-      const Slots w = load_slots<I4, Linear>(tiles, step, levels);
-      for (int k = 0; k < Tokens; ++k) {
-        const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
-        const __m256i products = _mm256_maddubs_epi16(w.magnitude, q);
-        if (Linear) {
-          pairs[k] = _mm256_add_epi16(pairs[k], products);
-        } else {
-          widen(products, sums[k]);
-        }
+  }
+
+  void add(const Slots &w) {
+    for (int k = 0; k < Tokens; ++k) {
+      const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
+      const __m256i products = _mm256_maddubs_epi16(w.magnitude, q);
+      if (Linear) {
+        pairs[k] = _mm256_add_epi16(pairs[k], products);
+      } else {
+        widen(products, wide[k]);
       }
     }
   }
-  for (int k = 0; Linear && k < Tokens; ++k) {
-    widen(pairs[k], sums[k]);
+
+  void flush() {
+    for (int k = 0; Linear && k < Tokens; ++k) {
+      widen(pairs[k], wide[k]);
+    }
   }
+
+  __m256i from[Tokens], pairs[Tokens];
+  __m256i (*wide)[2];
+};
+
+// Groups [group, end) of a tile of N:16 times `Tokens` tokens, added to sums.
+template <bool I4, bool Linear, int Tokens>
+inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
+                       __m256i levels, __m256i wide[Tokens][2]) {
+  Sums<Linear, Tokens> sums(wide);
+  size_t step = (tile * tiles.groups + group) * tiles.steps;
+  for (; group < end; ++group) {
+    sums.load(x, group);
+    for (size_t s = 0; s < tiles.steps; ++s, ++step) {
+      sums.add(load_slots<I4, Linear>(tiles, step, levels));
+    }
+  }
+  sums.flush();
+}
+
+// Values of step S of a line of N:4, at the positions `at`. Linear: the highest bit of a code is its sign.
+template <bool I4, bool Linear, int S>
+inline Slots load_short(const uint8_t *values, __m256i at, __m256i levels) {
+  const __m256i raw = load_step(values + (I4 ? S / 2 : S) * Tiles::kStep);
+  if (!I4) {
+    return {at, _mm256_abs_epi8(raw), raw};
+  }
+  const __m256i codes = _mm256_and_si256(_mm256_srli_epi16(raw, S % 2 * 4), _mm256_set1_epi8(15));
+  const __m256i level = _mm256_shuffle_epi8(levels, codes);
+  if (Linear) {
+    return {at, level, S % 2 ? raw : _mm256_slli_epi16(raw, 4)};
+  }
+  return {at, _mm256_abs_epi8(level), level};
+}
+
+// Where the slots of step S lie within 16 positions: its quads start at fixed places.
+template <int N, int S>
+inline __m256i within_group(__m256i line) {
+  constexpr int kFirst = N == 2 ? 4 * S : 8 * (S % 2), kSecond = N == 2 ? kFirst : kFirst + 4;
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(line, 2 * S), _mm256_set1_epi8(3));
+  return _mm256_or_si256(low, _mm256_set1_epi16(kSecond << 8 | kFirst));
+}
+
+// Groups [group, end) of a tile of N:4. A line has one group of 2:4, or two of 1:4, of which the last of a
+// tile may miss the second.
+template <bool I4, bool Linear, int N, int Tokens>
+inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
+                      __m256i levels, __m256i wide[Tokens][2]) {
+  Sums<Linear, Tokens> sums(wide);
+  const uint8_t *line = tiles.positions + (tile * tiles.lines() + group * N / 2) * Tiles::kStep;
+  const uint8_t *values = tiles.values + (tile * tiles.groups + group) * 2 * N * Tiles::kStep / (I4 ? 2 : 1);
+  for (; group < end; group += 2 / N, line += Tiles::kStep, values += (I4 ? 2 : 4) * Tiles::kStep) {
+    const __m256i four = load_step(line);
+    sums.load(x, group);
+    sums.add(load_short<I4, Linear, 0>(values, within_group<N, 0>(four), levels));
+    sums.add(load_short<I4, Linear, 1>(values, within_group<N, 1>(four), levels));
+    if (N == 1) {
+      if (group + 1 == end) {
+        break;
+      }
+      sums.load(x, group + 1);
+    }
+    sums.add(load_short<I4, Linear, 2>(values, within_group<N, 2>(four), levels));
+    sums.add(load_short<I4, Linear, 3>(values, within_group<N, 3>(four), levels));
+  }
+  sums.flush();
 }
 
 // Scales of the 16 rows of a tile: `at` is the first of them.
@@ -101,8 +170,8 @@ inline void load_scales(const losa_parts &p, size_t at, __m256 scales[2]) {
   }
 }
 
-// One tile times `Tokens` tokens: y [tokens, rows].
-template <bool I4, bool Linear, int Tokens>
+// One tile times `Tokens` tokens: y [tokens, rows]. Quads: N of N:4, else 0.
+template <bool I4, bool Linear, int Quads, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
                    __m256i levels, float *y, size_t ldy) {
   const int8_t *x[Tokens];
@@ -121,8 +190,11 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
     }
     while (group < end) {
       const size_t stop = group + chunk < end ? group + chunk : end;
-      const size_t step = (tile * tiles.groups + group) * tiles.steps;
-      sum_groups<I4, Linear, Tokens>(tiles, group, stop, step, x, levels, sums);
+      if (Quads) {
+        sum_quads<I4, Linear, Quads ? Quads : 1, Tokens>(tiles, tile, group, stop, x, levels, sums);
+      } else {
+        sum_groups<I4, Linear, Tokens>(tiles, tile, group, stop, x, levels, sums);
+      }
       group = stop;
     }
     if (I4) {
@@ -147,7 +219,7 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
   }
 }
 
-template <bool I4, bool Linear>
+template <bool I4, bool Linear, int Quads>
 void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                        size_t ldy) {
   const Tiles tiles(p);
@@ -159,23 +231,35 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
     for (; token + 4 <= a.tokens; token += 4) {
-      multiply_tile<I4, Linear, 4>(p, tiles, tile, a, token, levels, y, ldy);
+      multiply_tile<I4, Linear, Quads, 4>(p, tiles, tile, a, token, levels, y, ldy);
     }
     for (; token < a.tokens; ++token) {
-      multiply_tile<I4, Linear, 1>(p, tiles, tile, a, token, levels, y, ldy);
+      multiply_tile<I4, Linear, Quads, 1>(p, tiles, tile, a, token, levels, y, ldy);
     }
+  }
+}
+
+template <int Quads>
+void multiply_tiles_of(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
+                       size_t ldy) {
+  if (p.value_type == LOSA_I8) {
+    multiply_tiles_as<false, false, Quads>(p, a, begin, end, y, ldy);
+  } else if (is_linear(p)) {
+    multiply_tiles_as<true, true, Quads>(p, a, begin, end, y, ldy);
+  } else {
+    multiply_tiles_as<true, false, Quads>(p, a, begin, end, y, ldy);
   }
 }
 
 // Rows [begin, end) times all tokens.
 inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                            size_t ldy) {
-  if (p.value_type == LOSA_I8) {
-    multiply_tiles_as<false, false>(p, a, begin, end, y, ldy);
-  } else if (is_linear(p)) {
-    multiply_tiles_as<true, true>(p, a, begin, end, y, ldy);
+  if (p.m != kQuad) {
+    multiply_tiles_of<0>(p, a, begin, end, y, ldy);
+  } else if (p.n == 1) {
+    multiply_tiles_of<1>(p, a, begin, end, y, ldy);
   } else {
-    multiply_tiles_as<true, false>(p, a, begin, end, y, ldy);
+    multiply_tiles_of<2>(p, a, begin, end, y, ldy);
   }
 }
 

@@ -225,6 +225,29 @@ def test_tiles_are_recognised(kind: str, route: str, tmp_path: Path) -> None:
     assert notes[-1]["statistics"]["packed_bytes"] == expected
 
 
+@pytest.mark.parametrize("route", ["a", "b"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_tiles_of_quads_are_recognised(kind: str, route: str, tmp_path: Path) -> None:
+    """1:4 and 2:4, with groups that keep fewer; one more in a single group needs another form."""
+    rng = np.random.default_rng(7)
+    cases, expected = [], []
+    for rows, columns, n in ((16, 64, 2), (48, 160, 1), (1024, 512, 2), (32, 96, 1)):
+        order = rng.random((rows, columns // 4, 4)).argsort(axis=2)
+        mask = (order < n).reshape(rows, columns)
+        mask[5, np.flatnonzero(mask[5])[:3]] = False
+        slots = rows * columns * n // 4
+        lines = -(-columns * n // 8 // 4) * 32 * rows // 16
+        scales = 16 + 2 * rows * columns // 32 if kind == "Q4_0" else 2 * rows
+        for tokens in (1, 6):
+            stock = random_stock(rng, kind, mask)
+            x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
+            cases.append(Case(kind, stock, values_of(kind, stock, rows, columns), x, threads=2))
+            expected.append(lines + scales + (slots // 2 if kind == "Q4_0" else slots))
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert np.diff([0, *(note["statistics"]["packed_bytes"] for note in notes)]).tolist() == expected
+
+
 def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] | None, tokens: int) -> Case:
     rng = np.random.default_rng(tokens)
     rows, columns = 48, 128
@@ -251,7 +274,7 @@ def test_blobs(route: str, tmp_path: Path) -> None:
     cases = [
         blob_case(value_type, kind, layout, pattern, tokens)
         for value_type, kind in (("i8", "Q8_0"), ("i4", "Q8_0"), ("f16", "F16"), ("f32", "F32"))
-        for layout, pattern in (("bitmask", None), ("nm", (1, 4)), ("tiled", (6, 16)))
+        for layout, pattern in (("bitmask", None), ("nm", (1, 4)), ("tiled", (6, 16)), ("tiled", (2, 4)))
         if layout != "tiled" or value_type in ("i8", "i4")
         for tokens in (1, 6)
     ]

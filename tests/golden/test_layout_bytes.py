@@ -159,3 +159,43 @@ def test_tiles_follow_rows_then_columns() -> None:
     steps = b"".join(bytes([position, 0] * 16) for position in (2, 7, 5, 11))
     assert stored(packed)["values"] == steps
     assert packed.arrays["scale"].shape == (2, 1, 16)
+
+
+def test_tiles_of_two_of_four_share_lines() -> None:
+    """16 columns: a step for each quad; a line has the positions of four, or the codes of two."""
+    weight = [[0.0] * 16 for _ in range(16)]
+    weight[0][1], weight[0][11], weight[9][14] = -8.0, 3.0, 4.0
+    mask = [[int(i in (1, 3, 4, 5, 10, 11, 12, 14)) for i in range(16)]] * 16
+    packed = pack("tiled", weight, mask, PackOptions("i4", 32))
+    # First slots at 1, 0, 2, 0 of their quads, second ones at 3, 1, 3, 2; the first step in the lowest bits.
+    line = bytes([1 | 0 << 2 | 2 << 4 | 0 << 6, 3 | 1 << 2 | 3 << 4 | 2 << 6])
+    codes = bytearray(64)
+    codes[0] = 0x08  # row 0, quad 0, first slot, scale 1
+    codes[32 + 1] = 0x03  # row 0, quad 2, second slot
+    codes[32 + 6 + 1] = 0x80  # row 9, quad 3, second slot, scale -0.5
+    scale = [b"\x00\x80"] * 16  # 0 / -8
+    scale[0], scale[9] = b"\x00\x3c", b"\x00\xb8"
+    assert stored(packed) == {
+        "positions": line * 16,
+        "values": bytes(codes),
+        "scale": b"".join(scale),
+        "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
+    }
+    assert dict(packed.params) == {"n": 2, "m": 4, "group_size": 32} and packed.nnz == 128
+
+
+def test_tiles_of_one_of_four_take_two_quads_a_step() -> None:
+    """48 columns: six steps, so that the second line of positions is half empty; i8 values stay bytes."""
+    mask = [[int(i % 4 == i // 4 % 3) for i in range(48)]] * 16  # at 0, 1, 2, 0, 1, 2, ... of their quads
+    weight = [[127.0 if i == 5 else 1.0 for i in range(48)]] * 16
+    packed = pack("tiled", weight, mask, PackOptions("i8"))
+    steps = [(0, 1), (2, 0), (1, 2), (0, 1), (2, 0), (1, 2)]
+    lines = [
+        bytes(sum(step[k] << 2 * s for s, step in enumerate(four)) for k in (0, 1))
+        for four in (steps[:4], steps[4:])
+    ]
+    assert stored(packed) == {
+        "positions": lines[0] * 16 + lines[1] * 16,
+        "values": bytes([1, 127] * 16) + bytes([1] * 160),
+        "scale": np.ones(16, "<f4").tobytes(),
+    }

@@ -39,9 +39,9 @@ def seeds() -> list[bytes]:
             fixed = np.arange(columns)[None].repeat(rows, 0) % m < n
             options = PackOptions(value_type, 32, pattern=(n, m))
             found.append(to_blob(LAYOUTS["nm"].pack(weight, fixed, options)))
-    for value_type, n in itertools.product(("i8", "i4"), (3, 6)):
+    for value_type, (n, m) in itertools.product(("i8", "i4"), ((3, 16), (6, 16), (2, 4), (1, 4))):
         weight = rng.standard_normal((16, 80)).astype(np.float32)
-        fixed = np.arange(80)[None].repeat(16, 0) % 16 < n
+        fixed = np.arange(80)[None].repeat(16, 0) % m < n
         found.append(to_blob(LAYOUTS["tiled"].pack(weight, fixed, PackOptions(value_type, 32))))
     return found
 

@@ -86,7 +86,7 @@ def test_no_damage_reads_outside(sanitized: Path, tmp_path: Path, layout: str, v
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 5:16"])
+@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 5:16", "tiled 2:4", "tiled 1:4"])
 def test_no_damage_of_tiles_reads_outside(
     sanitized: Path, tmp_path: Path, layout: str, value_type: ValueType
 ) -> None:
@@ -131,6 +131,17 @@ def test_each_lie_is_named(sanitized: Path, tmp_path: Path) -> None:
     assert size == ROWS * 24
     outside = codes[:128] + bytes([0x0F]) + codes[129:]  # code 15 in a group of 8
     assert run(sanitized, "scalar", tmp_path, [codes, outside]) == [OK, BAD_POSITIONS]
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_positions_of_quads_ascend_and_free_bits_are_zero(
+    sanitized: Path, tmp_path: Path, value_type: ValueType
+) -> None:
+    for pattern, at, wrong in (("2:4", 0, 0x01), ("1:4", 32, 0x10)):  # 48 columns: a line and a half of 1:4
+        blob = blob_of(f"tiled {pattern}", value_type, 48)
+        where = struct.unpack_from("<Q", blob, 32)[0] + at
+        lie = blob[:where] + bytes([wrong]) + blob[where + 1 :]
+        assert run(sanitized, "scalar", tmp_path, [blob, lie], 48) == [OK, BAD_POSITIONS]
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])

@@ -116,17 +116,17 @@ def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: ValueT
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 6, 8, 11, 15])
-def test_tiles(multiply: Multiply, n: int, value_type: ValueType) -> None:
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), *((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15))])
+def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: ValueType) -> None:
     for rows, columns in ((16, 16), (32, 64), (48, 176), (16, 336)):
-        packed = packed_of("tiled", value_type, rows, columns, pattern=(n, 16))
+        packed = packed_of("tiled", value_type, rows, columns, pattern=pattern)
         for tokens in TOKENS:
             check(multiply, packed, tokens)
-    check(multiply, packed_of("tiled", value_type, 80, 160, pattern=(n, 16), scale_type="f16"), 5, 32)
+    check(multiply, packed_of("tiled", value_type, 80, 160, pattern=pattern, scale_type="f16"), 5, 32)
 
 
-@pytest.mark.parametrize("n", [3, 8, 15])
-def test_groups_and_tables_of_tiles(multiply: Multiply, n: int) -> None:
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 16), (8, 16), (15, 16)])
+def test_groups_and_tables_of_tiles(multiply: Multiply, pattern: tuple[int, int]) -> None:
     tables = {
         "linear": LINEAR_TABLE,
         "wide": WIDE_TABLE,
@@ -135,7 +135,7 @@ def test_groups_and_tables_of_tiles(multiply: Multiply, n: int) -> None:
     }
     for group_size in (32, 64, 128):
         for table in tables.values():
-            options = {"pattern": (n, 16), "group_size": group_size, "table": table}
+            options = {"pattern": pattern, "group_size": group_size, "table": table}
             packed = packed_of("tiled", "i4", 32, 304, **options)
             check(multiply, packed, 1)
             check(multiply, packed, 5)
@@ -176,14 +176,14 @@ def test_levels_at_their_limits_do_not_saturate(multiply: Multiply) -> None:
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: ValueType) -> None:
-    """All kept weights at the widest level, all activations at 127: 15 of 16 positions, groups of 128."""
-    weight = np.full((16, 256), -1.0, np.float32)
-    mask = np.arange(256)[None].repeat(16, 0) % 16 != 3
-    packed = LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128))
-    for tokens in (1, 4):
-        for sign in (-3.0, 3.0):
-            x = np.full((tokens, 256), sign, np.float32)
-            assert np.allclose(multiply(packed, x, ALL), -sign * 240, rtol=1e-3)
+    """All kept weights at the widest level, all activations at 127: up to 15 of 16, groups of 128."""
+    weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
+    for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3):
+        packed = LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128))
+        for tokens in (1, 4):
+            for sign in (-3.0, 3.0):
+                x = np.full((tokens, 256), sign, np.float32)
+                assert np.allclose(multiply(packed, x, ALL), -sign * mask[0].sum(), rtol=1e-3)
 
 
 def test_targets_can_be_forced() -> None:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from losa_deploy.errors import MissingError
-from losa_deploy.exporters.onnx.functions import DOMAIN, OPSET, VERSION, attributes, op_type
+from losa_deploy.exporters.onnx.functions import OPSET, VERSION
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.operators import library_name, library_path
 from losa_deploy.plugins import load_runtime
 from losa_deploy.runtimes.ort import register
@@ -173,7 +174,7 @@ def test_operators_equal_the_oracle(layout: str, value_type: ValueType) -> None:
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 3:16"])
+@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 3:16", "tiled 2:4", "tiled 1:4"])
 def test_tiles_equal_the_oracle(layout: str, value_type: ValueType) -> None:
     for rows, columns in ((16, 16), (64, 176), (1024, 576)):
         counts = (rows, rows + 32, 16)
@@ -184,7 +185,7 @@ def test_tiles_equal_the_oracle(layout: str, value_type: ValueType) -> None:
                 check(session, weights[:shared], activations(tokens, columns))
 
 
-@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4", "tiled 5:16"])
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4", "tiled 5:16", "tiled 2:4"])
 def test_row_scales_may_be_f16(layout: str) -> None:
     packed = pack(layout, "i8", 16, 176, scale="f16")
     assert packed.arrays["scale"].dtype == np.float16
@@ -291,6 +292,20 @@ def test_damaged_tiles_are_refused(value_type: ValueType) -> None:
     wrong = packed.arrays[name].copy()
     wrong[1, 2, 0, 0] = 15  # the last position comes first
     assert "not N of every M" in refused(model_of([packed], changed={name: wrong}))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_damaged_quads_are_refused(value_type: ValueType) -> None:
+    packed = pack("tiled 2:4", value_type, 32, 64)
+    for name, array in packed.arrays.items():
+        reason = refused(model_of([packed], changed={name: array[..., :-1]}))
+        assert "a component has not the bytes" in reason
+    assert "outside of the format" in refused(model_of([packed], n=3))
+    assert "a component has not the bytes" in refused(model_of([packed], n=1))
+    assert "a component has not the bytes" in refused(model_of([packed], m=16))
+    wrong = packed.arrays["positions"].copy()
+    wrong[1, 2, 0] = wrong[1, 2, 1] = 3  # both slots of a row at one position
+    assert "not N of every M" in refused(model_of([packed], changed={"positions": wrong}))
 
 
 def test_bad_masks_are_refused() -> None:

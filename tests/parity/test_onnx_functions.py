@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from losa_deploy.exporters.onnx.functions import DOMAIN, OPSET, VERSION, attributes, exact, function, op_type
+from losa_deploy.exporters.onnx.functions import OPSET, VERSION, exact, function
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
 SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576))
 
@@ -90,11 +91,13 @@ def test_operator_equals_the_unpacked_weight(layout: str, value_type: ValueType)
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("n", [1, 3, 6, 15])
-def test_operator_of_tiles_equals_the_unpacked_weight(n: int, value_type: ValueType) -> None:
+@pytest.mark.parametrize("pattern", [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)])
+def test_operator_of_tiles_equals_the_unpacked_weight(
+    pattern: tuple[int, int], value_type: ValueType
+) -> None:
     for rows, columns in ((16, 16), (48, 80), (32, 304)):
         weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
-        mask = mask_of(f"nm {n}:16", rows, columns)
+        mask = mask_of(f"nm {pattern[0]}:{pattern[1]}", rows, columns)
         check(LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, group_size=64)), reference=True)
 
 

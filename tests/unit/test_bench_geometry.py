@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.benchmarks.decoder import Pruning
 from losa_deploy.benchmarks.geometry import GEOMETRIES, build, model_bytes
-from losa_deploy.benchmarks.linears import OrtFp32, OrtInt4, OrtInt8, Ours, operator_attributes, operator_name
+from losa_deploy.benchmarks.linears import OrtFp32, OrtInt4, OrtInt8, Ours
 from losa_deploy.benchmarks.peers import Load, build_contenders, measure_contenders
 from losa_deploy.benchmarks.tensors import RandomWeight, Storage, repeat_rows
 from losa_deploy.cli.main import main
@@ -139,14 +139,6 @@ def test_a_kept_model_is_reused_only_if_it_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(InputError, match="no model of a benchmark"):
         build(TINY, OrtInt8(), tmp_path / "other", HALF)
-
-
-def test_operators_are_named_as_the_exporter_names_them() -> None:
-    for storage in (Storage("dense", "f32"), Storage("bitmask", "i4", 0.5), Storage("nm", "i8", 0.5, (2, 4))):
-        packed = RandomWeight((16, 64), storage.sparsity, storage.pattern).pack(storage)
-        assert operator_name(packed) == functions.op_type(packed)
-        assert operator_name(packed, 3) == functions.op_type(packed, 3)
-        assert operator_attributes(packed) == functions.attributes(packed)
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])

@@ -73,17 +73,18 @@ def test_the_timer_refuses_what_does_not_belong_together() -> None:
 def test_default_rows_cover_layouts_types_and_sparsities() -> None:
     found = default_storages(["dense", "bitmask", "1:4"], ["i8", "i4"], [0.5, 0.7])
     assert len(found) == 2 * (1 + 2 + 1)
-    assert Storage("nm", "i4", 0.75, (1, 4)) in found
+    assert Storage("tiled", "i4", 0.75, (1, 4)) in found
 
 
 @pytest.mark.parametrize("value_type", ["f16", "i8", "i4"])
-def test_patterns_of_16_are_stored_as_an_export_stores_them(value_type: ValueType) -> None:
-    for n in range(1, 16):
-        order = np.random.default_rng(n).random((32, 8, 16)).argsort(axis=2)
+def test_patterns_are_stored_as_an_export_stores_them(value_type: ValueType) -> None:
+    for n, m in [(1, 4), (2, 4), (3, 4), *((n, 16) for n in range(1, 16))]:
+        order = np.random.default_rng(n).random((32, 128 // m, m)).argsort(axis=2)
         mask = (order < n).reshape(32, 128)
         chosen = choose(mask, PackOptions(value_type))
-        if chosen.options.pattern is None or chosen.options.pattern[1] == 16:  # no shorter pattern by chance
-            assert (layout_of_pattern((n, 16), value_type) == "tiled") == (chosen.layout == "tiled"), n
+        if chosen.options.pattern is None or chosen.options.pattern[1] == m:  # no shorter pattern by chance
+            tiled = chosen.layout == "tiled"
+            assert (layout_of_pattern((n, m), value_type) == "tiled") == tiled, (n, m)
 
 
 def test_every_case_is_sampled_in_every_round(small_caches: None) -> None:
@@ -119,7 +120,7 @@ def test_the_command_prints_rows_with_the_fixed_names(
         assert row["weights_per_second"] > 0 and row["bytes_per_second"] > 0
         assert row["read_bandwidth_bytes_per_second"] > 0
         assert row["target"] == _native.targets()[0] and row["threads"] == 1
-        assert row["layout"] in ("dense", "bitmask", "nm") and row["samples"]
+        assert row["layout"] in ("dense", "bitmask", "tiled") and row["samples"]
     assert main([*argv, "--quiet"]) == 0
     assert "G weights/s" in capsys.readouterr().out
 

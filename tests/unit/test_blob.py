@@ -82,16 +82,19 @@ def test_a_lie_is_refused(at: int, new: bytes, message: str) -> None:
         from_blob(bytes(blob))
 
 
-def tiles(value_type: ValueType, n: int = 3) -> PackedTensor:
-    mask = np.tile((np.arange(64) * 5 + 3) % 16 < n, (32, 1))
-    weight = np.random.default_rng(n).standard_normal((32, 64)).astype(np.float32)
+def tiles(value_type: ValueType, n: int = 3, m: int = 16, columns: int = 64) -> PackedTensor:
+    mask = np.tile((np.arange(columns) * 5 + 3) % m < n, (32, 1))
+    weight = np.random.default_rng(n).standard_normal((32, columns)).astype(np.float32)
     return LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 32))
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("n", [1, 3, 6, 15])
-def test_tiles_round_trip_is_exact(value_type: ValueType, n: int) -> None:
-    before = tiles(value_type, n)
+@pytest.mark.parametrize(
+    ("n", "m", "columns"), [(1, 16, 64), (3, 16, 64), (6, 16, 64), (15, 16, 64), (2, 4, 48), (1, 4, 48)]
+)
+def test_tiles_round_trip_is_exact(value_type: ValueType, n: int, m: int, columns: int) -> None:
+    before = tiles(value_type, n, m, columns)
+    assert (before.params["n"], before.params["m"]) == (n, m)
     blob = to_blob(before)
     check_round_trip(before)
     assert blob_bytes("tiled", unpack(before).mask, PackOptions(value_type, 32)) == len(blob)
@@ -118,6 +121,25 @@ def test_tiles_round_trip_is_exact(value_type: ValueType, n: int) -> None:
 def test_a_lie_about_tiles_is_refused(at: int, new: bytes, message: str) -> None:
     blob = bytearray(to_blob(tiles("i4")))
     blob[at : at + len(new)] = new
+    with pytest.raises(ValueError, match=message):
+        from_blob(bytes(blob))
+
+
+@pytest.mark.parametrize(
+    ("n", "at", "new", "message"),
+    [
+        (2, 11, b"\x03", "3:4"),
+        (2, 12, b"\x10", "bytes"),
+        (2, 24, struct.pack("<Q", 7), "as many"),
+        (2, 128, b"\x00", "ascend"),  # both slots of a row at position 0
+        (1, 128 + 32, b"\x10", "ascend"),  # beyond the steps of 48 columns
+    ],
+)
+def test_a_lie_about_quads_is_refused(n: int, at: int, new: bytes, message: str) -> None:
+    blob = bytearray(to_blob(tiles("i4", n, 4, 48)))
+    blob[at : at + len(new)] = new
+    if at == 128:
+        blob[at + 1] = 0
     with pytest.raises(ValueError, match=message):
         from_blob(bytes(blob))
 

@@ -98,24 +98,32 @@ def test_every_n_of_m_round_trips(data: st.DataObject, options: PackOptions, see
 
 @settings(max_examples=100, deadline=None)
 @given(
-    n=st.integers(1, 15),
+    pattern=st.sampled_from([(1, 4), (2, 4), *((n, 16) for n in range(1, 16))]),
     tiles=st.integers(1, 3),
     groups=st.integers(1, 10),
     options=options_strategy,
     seed=st.integers(0, 2**16),
 )
-def test_tiles_round_trip(n: int, tiles: int, groups: int, options: PackOptions, seed: int) -> None:
+def test_tiles_round_trip(
+    pattern: tuple[int, int], tiles: int, groups: int, options: PackOptions, seed: int
+) -> None:
     rows, columns = 16 * tiles, 16 * groups
-    mask, weight = nm_mask(rows, columns, n, 16, seed), weight_of(rows, columns, seed)
+    mask, weight = nm_mask(rows, columns, *pattern, seed), weight_of(rows, columns, seed)
     options = replace(options, value_type=("i8", "i4")[seed % 2])
     check_round_trip("tiled", weight, mask, options)
-    other = unpack(LAYOUTS["nm"].pack(weight, mask, replace(options, pattern=(n, 16))))
+    other = unpack(LAYOUTS["nm"].pack(weight, mask, replace(options, pattern=pattern)))
     assert other.weight.tobytes() == unpack(LAYOUTS["tiled"].pack(weight, mask, options)).weight.tobytes()
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "n", "m", "value_type"),
-    [(8, 32, 4, 16, "i8"), (16, 40, 4, 16, "i8"), (16, 32, 4, 8, "i8"), (16, 32, 4, 16, "f16")],
+    [
+        (8, 32, 4, 16, "i8"),
+        (16, 40, 4, 16, "i8"),
+        (16, 32, 4, 8, "i8"),
+        (16, 32, 4, 16, "f16"),
+        (24, 32, 2, 4, "i8"),
+    ],
 )
 def test_tiles_refuse_what_they_cannot_store(
     rows: int, columns: int, n: int, m: int, value_type: ValueType
@@ -197,8 +205,12 @@ def test_values_that_do_not_fit_are_refused(bad: float) -> None:
         (6, 16, "f16", 64, "bitmask"),
         (6, 16, "i4", 40, "bitmask"),  # no multiple of 16 rows
         (2, 8, "i4", 64, "tiled"),  # as 4:16, not larger than nm
-        (2, 4, "i8", 64, "nm"),
-        (1, 4, "i4", 64, "nm"),
+        (2, 4, "i8", 64, "tiled"),
+        (1, 4, "i4", 64, "tiled"),
+        (2, 4, "i8", 40, "nm"),
+        (1, 4, "f16", 64, "nm"),
+        (3, 4, "i8", 64, "nm"),
+        (4, 8, "i4", 64, "nm"),
     ],
 )
 def test_choice_of_tiles(n: int, m: int, value_type: ValueType, rows: int, layout: str) -> None:
@@ -213,10 +225,11 @@ def test_choice_of_tiles(n: int, m: int, value_type: ValueType, rows: int, layou
 
 def test_forced_tiles_name_what_they_cannot_store() -> None:
     linear, options = "layers.0.mlp.up_proj", PackOptions("i4")
-    assert forced("tiled", linear, nm_mask(32, 64, 2, 4, 0), options).options.pattern == (8, 16)
+    assert forced("tiled", linear, nm_mask(32, 64, 2, 4, 0), options).options.pattern == (2, 4)
+    assert forced("tiled", linear, nm_mask(32, 64, 3, 4, 0), options).options.pattern == (12, 16)
     assert forced("tiled", linear, np.ones((32, 64), np.bool_), options).layout == "dense"
     for mask in (nm_mask(24, 64, 6, 16, 0), nm_mask(32, 64, 5, 12, 0)):
-        with pytest.raises(UsageError, match=rf"{linear} \({mask.shape[0]} x 64\): it needs N of every 16"):
+        with pytest.raises(UsageError, match=rf"{linear} \({mask.shape[0]} x 64\): it needs 1:4, 2:4 or N"):
             forced("tiled", linear, mask, options)
     with pytest.raises(UsageError, match="not f16"):
         forced("tiled", linear, nm_mask(32, 64, 6, 16, 0), PackOptions("f16"))
@@ -232,9 +245,10 @@ def test_choice_saves_bytes_or_stays_dense() -> None:
     choice = choose(almost_full, options)
     assert choice.layout == "dense" and "bitmask takes 1" in choice.reason
     one_of_four = choose(nm_mask(64, 576, 1, 4, 0), options)
-    assert (one_of_four.layout, one_of_four.options.pattern) == ("nm", (1, 4))
+    assert (one_of_four.layout, one_of_four.options.pattern) == ("tiled", (1, 4))
     two_of_four = choose(nm_mask(64, 576, 2, 4, 0), options)
-    assert two_of_four.layout == "nm"  # the same bytes as a bitmask, and the faster layout wins
+    assert two_of_four.layout == "tiled"  # the same bytes as a bitmask, and the faster layout wins
+    assert choose(nm_mask(63, 576, 2, 4, 0), options).layout == "nm"
     for mask in (half, almost_full, nm_mask(64, 576, 1, 4, 0)):
         choice = choose(mask, options)
         packed = LAYOUTS[choice.layout].pack(weight_of(64, 576, 2), mask, choice.options)

@@ -26,7 +26,7 @@ enum { LOSA_HEADER_BYTES = 128, LOSA_ALIGNMENT = 64, LOSA_STREAM_SLACK = 64 };
 // Callers that split rows among threads cut at multiples of this, so that row pairs and tiles stay together.
 enum { LOSA_ROW_STEP = 16 };
 
-// LOSA_TILED: rows of a tile, and positions of a group.
+// LOSA_TILED: rows of a tile; its columns are a multiple of it too.
 enum { LOSA_TILE = 16 };
 
 enum losa_status {
