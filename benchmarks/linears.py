@@ -62,7 +62,7 @@ class Linear(Protocol):
 
 
 class Ours:
-    """Operators of `ai.losa`, run by our library; the head is dense i8, and may be the tied embedding.
+    """Operators of `ai.losa`, run by our library; a dense i8 head may be the tied embedding.
 
     As in an exported model, linears with the same input share one node, and dense f32 is a plain MatMul.
     """
@@ -88,8 +88,11 @@ class Ours:
         tensors = [site.weight.pack(storage) for site in sites]
         operator = op_type(tensors[0], len(sites))
         self.operators[operator] = (tensors[0], len(sites))
+        as_embedding = storage.value_type == "i8"  # of embeddings, which a tied head shares
         inputs = [
-            site.shared[part] if part in site.shared else graph.tensor(f"{site.name}.{part}", array)
+            site.shared[part]
+            if part in site.shared and as_embedding
+            else graph.tensor(f"{site.name}.{part}", array)
             for site, tensor in zip(sites, tensors, strict=True)
             for part, array in tensor.arrays.items()
         ]

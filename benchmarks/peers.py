@@ -19,6 +19,7 @@ import psutil
 from losa_deploy.artifact import require_disk
 from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
+from losa_deploy.layouts.base import ValueType
 from losa_deploy.plugins import load_runtime
 
 from . import ggufs
@@ -34,7 +35,6 @@ from .workloads import prompt_tokens
 
 OURS = Ours.name
 LLAMACPP = "llamacpp"
-HEAD = Storage("dense", "i8")
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
 """Of the free memory that open models may fill together."""
@@ -101,18 +101,22 @@ def build_contenders(
     folder: Path,
     runtime: Runtime,
     *,
+    head: ValueType = "i8",
     threads: int = 0,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Contender]:
     """Ours, pruned and stored as `storage` says, and the dense peers of the runtime (`known_peers`).
 
-    Written into `folder` or reused from it. Raises `ResourceError` if the disk cannot hold them.
+    Our head is stored as `head`; in llama.cpp it is Q8_0. Written into `folder` or reused from it. Raises
+    `ResourceError` if the disk cannot hold them.
     """
     if runtime.name == LLAMACPP:
         return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
+    ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
+    pruning = Pruning(storage.sparsity, storage.pattern, seed)
     made: list[tuple[Linear, Pruning, str]] = [
-        (Ours(storage, HEAD), Pruning(storage.sparsity, storage.pattern, seed), f"ours-{_slug(storage)}")
+        (ours, pruning, label if head == "i8" else f"{label}-head-{head}")
     ]
     made += [(PEERS[name](), Pruning(0.0, seed=seed), name) for name in peers]
     places = [folder / f"{geometry.name}-{label}" for _, _, label in made]

@@ -73,6 +73,8 @@ class StandardView:
     header: bytes
     pieces: tuple[Piece, ...]
     total_bytes: int
+    blobs: int
+    """Tensors that are packed weights."""
 
 
 def declared_type(value_type: ValueType, shape: tuple[int, int], blob_bytes: int) -> int | None:
@@ -141,7 +143,8 @@ def standard_view(path: Path) -> StandardView:
     for new, tensor in zip(shown, file.tensors, strict=True):
         pieces.append(Piece(at, tensor.offset, tensor.bytes))
         at += _up(new.bytes, file.alignment)
-    return StandardView(header, tuple(pieces), at)
+    blobs = sum(new.name != tensor.name for new, tensor in zip(shown, file.tensors, strict=True))
+    return StandardView(header, tuple(pieces), at, blobs)
 
 
 def write_expanded(path: Path, target: Path) -> None:

@@ -170,7 +170,9 @@ def _decode_dense(body: Body, value_type: ValueType, unpadded: bool) -> str:
         return whole
     tail = body.op("Transpose", rest, perm=[0, 2, 1])
     width = body.op("Mul", body.size(tail, 2), body.ints(2))
-    return body.op("Concat", whole, body.reshape(tail, rows, width), axis=1)
+    # Another tensor of the model may have no tail: then the width is zero, and means it.
+    flat = body.op("Reshape", tail, body.op("Concat", rows, width, axis=0), allowzero=1)
+    return body.op("Concat", whole, flat, axis=1)
 
 
 def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:

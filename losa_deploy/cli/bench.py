@@ -30,6 +30,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "value_type": (GEOMETRY,),
     "layout": (GEOMETRY,),
     "pattern": (GEOMETRY,),
+    "head": (GEOMETRY,),
     "peers": (GEOMETRY, PEERS),
     "keep": (GEOMETRY, PEERS),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
@@ -72,6 +73,9 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
         help="our layout (auto: as the pattern)",
     )
     group.add_argument("--pattern", metavar="N:M", help="N kept of every M, instead of --sparsity")
+    group.add_argument(
+        "--head", choices=("i8", "i4"), help="our head, in ONNX Runtime (i8; ort-int4 has int4)"
+    )
     group.add_argument(
         "--peers",
         metavar="NAMES",

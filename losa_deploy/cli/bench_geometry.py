@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from losa_deploy.benchmarks.decoder import Geometry
     from losa_deploy.benchmarks.peers import Contender, Load
     from losa_deploy.benchmarks.tensors import Storage
+    from losa_deploy.layouts.base import ValueType
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
                 peers,
                 Path(folder),
                 runtime,
+                head=chosen_head(args, runtime.name),
                 threads=threads,
                 seed=args.seed,
                 progress=progress,
@@ -59,6 +61,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
         workload = {
             "geometry": geometry.name,
             **dataclasses.asdict(storage),
+            "head": chosen_head(args, runtime.name),
             **dataclasses.asdict(load),
             "runtime": runtime.name,
             "threads": threads,
@@ -96,6 +99,16 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
     check_sparsity(given[0])
     sparsity = 0.0 if layout == "dense" else float(given[0])
     return Storage(layout, args.value_type or "i4", sparsity, None if layout == "dense" else pattern)
+
+
+def chosen_head(args: argparse.Namespace, runtime: str) -> ValueType:
+    """Value type of our head; `UsageError` where llama.cpp computes it."""
+    if args.head and runtime != "ort":
+        raise UsageError(
+            f"--head chooses our head in ONNX Runtime; {runtime} computes its own.",
+            hint="Leave out --head, or add --runtime ort.",
+        )
+    return args.head or "i8"
 
 
 def chosen_peers(text: str | None, known: Sequence[str]) -> tuple[str, ...]:

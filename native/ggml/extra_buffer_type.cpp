@@ -39,17 +39,35 @@ class SparseType : public ExtraBufferType {
   Traits traits_;
 };
 
+// The CPU device copies the list when the first model asks for it, and never looks at ours again.
+bool is_asked(const BufferType *ours) {
+  if (ggml.extra_types_of == nullptr) {
+    return true;
+  }
+  for (BufferType **type = ggml.extra_types_of(ggml.cpu); type != nullptr && *type != nullptr; ++type) {
+    if (*type == ours) {
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
-bool install_extra_buffer_type() {
+std::string install_extra_buffer_type() {
   if (ggml.extra_buffer_types == nullptr || ggml.barrier == nullptr) {
-    return false;
+    return "does not export what route a needs";
   }
   static SparseType type;
   auto &types = ggml.extra_buffer_types();
+  BufferType *ours = weight_buffers(ggml.cpu, static_cast<ExtraBufferType *>(&type));
   // In front: the one that repacks stock weights would take them first.
-  types.insert(types.begin(), weight_buffers(ggml.cpu, static_cast<ExtraBufferType *>(&type)));
-  return true;
+  types.insert(types.begin(), ours);
+  if (!is_asked(ours)) {
+    types.erase(types.begin());
+    return "has loaded a model before, which route a has to precede";
+  }
+  return "";
 }
 
 }  // namespace losa::ggml

@@ -46,11 +46,12 @@ std::string install(const void *near) {
   if (!reason.empty()) {
     return reason;
   }
-  if (wanted != "b" && install_extra_buffer_type()) {
+  const std::string obstacle = wanted == "b" ? wanted : install_extra_buffer_type();
+  if (obstacle.empty()) {
     route = "a";
     status = "route a (extra buffer type), ";
   } else if (wanted == "a") {
-    return ggml.text + " does not export what route a needs; unset LOSA_GGML, or set it to b";
+    return ggml.text + " " + obstacle + "; unset LOSA_GGML, or set it to b";
   } else {
     registry = accelerator();
     route = "b";

@@ -2,6 +2,8 @@
 #ifndef LOSA_GGML_ROUTES_H
 #define LOSA_GGML_ROUTES_H
 
+#include <string>
+
 #include "symbols.h"
 #include "weight.h"
 
@@ -21,8 +23,8 @@ const Weight *weight_of(const Tensor *op);
 // MUL_MAT by a weight of ours, or by one that we would take: asked before any weight is loaded.
 bool can_compute(const Tensor *op);
 
-// Route a: our buffer type among the extra ones of the CPU backend. False if it does not export them.
-bool install_extra_buffer_type();
+// Route a: our buffer type among the extra ones of the CPU backend. Empty, or why that cannot be.
+std::string install_extra_buffer_type();
 
 // Route b: an accelerator device. Its registry is to be registered by the caller.
 Registry *accelerator();

@@ -172,6 +172,8 @@ std::string find_symbols(void *handle, const void *near, Symbols *symbols) {
   find(cpu, "ggml_barrier", &s.barrier);
   s.extra_buffer_types =
       reinterpret_cast<ExtraBufferTypes>(dlsym(cpu, "_Z39ggml_backend_cpu_get_extra_buffer_typesv"));
+  s.extra_types_of = reinterpret_cast<BufferType **(*)(Device *)>(
+      s.cpu->registry->calls.function(s.cpu->registry, "ggml_backend_dev_get_extra_bufts"));
   *symbols = s;
   return "";
 }

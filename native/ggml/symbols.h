@@ -22,6 +22,7 @@ struct Symbols {
   const CpuTypeTraits *(*cpu_type_traits)(int type);
   void (*barrier)(ThreadPool *);
   ExtraBufferTypes extra_buffer_types;
+  BufferType **(*extra_types_of)(Device *);  // what models are loaded with: made once; may be null
   Device *cpu;
   int mul_mat;       // number of the operation in this version
   std::string text;  // "ggml 0.25.3 (0c1e570)"

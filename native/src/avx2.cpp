@@ -2,6 +2,8 @@
 // put up to 8 kept values in their places.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "avx2_panel.h"
 #include "avx2_rows.h"
 #include "target.h"
@@ -37,12 +39,13 @@ inline int32_t start(const Activations &a, size_t g) {
   return Narrow ? a.bias[g] >> 4 : 0;
 }
 
-// One row times one token, groups of 64 or 128. Sums of four products of narrow levels fit 16 bits.
+// One row times one token, groups of 64 or 128, from a block on that starts a group. Sums of four products of
+// narrow levels fit 16 bits.
 template <bool Narrow, size_t PerGroup, typename Row>
-float dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a) {
+__m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a, size_t block = 0) {
   const size_t blocks = row.blocks();
   __m256 total = _mm256_setzero_ps();
-  for (size_t block = 0, g = 0; block < blocks; ++g) {
+  for (size_t g = block / PerGroup; block < blocks; ++g) {
     __m256i acc = _mm256_setzero_si256();
     for (size_t i = 0; i < PerGroup && block < blocks; ++i, ++block) {
       const Block w = row.next(block);
@@ -54,14 +57,14 @@ float dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a) 
     const __m256 sums = Narrow ? widened(acc, start<Narrow>(a, g)) : _mm256_cvtepi32_ps(acc);
     total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
   }
-  return sum(total);
+  return total;
 }
 
 // Groups of 32: each half of a block has its own scale.
 template <bool Narrow, typename Row>
-float dot_row_32(Row row, const RowScales<true> &scales, const Activations &a) {
+__m256 dot_row_32(Row row, const RowScales<true> &scales, const Activations &a, size_t block = 0) {
   __m256 total = _mm256_setzero_ps();
-  for (size_t block = 0, blocks = row.blocks(); block < blocks; ++block) {
+  for (const size_t blocks = row.blocks(); block < blocks; ++block) {
     const Block w = row.next(block);
     const int8_t *x = a.q + block * kBlock;
     const size_t g = 2 * block;
@@ -70,7 +73,39 @@ float dot_row_32(Row row, const RowScales<true> &scales, const Activations &a) {
     total = _mm256_fmadd_ps(low, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
     total = _mm256_fmadd_ps(high, _mm256_set1_ps(a.scale[g + 1] * scales.group(g + 1)), total);
   }
-  return sum(total);
+  return total;
+}
+
+// The first `runs` times 128 positions of a dense i4 row: 64 bytes hold two blocks, so that nothing is loaded
+// or decided twice.
+template <bool Narrow, size_t Group>
+__m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
+                const Activations &a) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256 total = _mm256_setzero_ps();
+  for (size_t run = 0; run < runs; ++run, bytes += kPadding / 2) {
+    const __m256i first = load_step(bytes), second = load_step(bytes + 32);
+    const __m256i codes[4] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low),
+                              _mm256_and_si256(_mm256_srli_epi16(first, 4), low),
+                              _mm256_and_si256(_mm256_srli_epi16(second, 4), low)};
+    const int8_t *x = a.q + run * kPadding;
+    __m256i pairs[4];
+    for (size_t i = 0; i < 4; ++i) {
+      pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
+    }
+    constexpr size_t kGroups = kPadding / Group, kEach = 4 / kGroups;
+    for (size_t k = 0; k < kGroups; ++k) {
+      const size_t g = run * kGroups + k;
+      __m256i acc = Narrow ? pairs[k * kEach] : sums_of_two(pairs[k * kEach]);
+      for (size_t i = 1; i < kEach; ++i) {
+        const __m256i next = pairs[k * kEach + i];
+        acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
+      }
+      const __m256 sums = Narrow ? widened(acc, start<Narrow>(a, g)) : _mm256_cvtepi32_ps(acc);
+      total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+    }
+  }
+  return total;
 }
 
 template <bool Narrow, size_t Group, typename Row>
@@ -78,11 +113,19 @@ void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t
               float *y) {
   for (size_t r = begin; r < end; ++r) {
     const RowScales<Row::kI4> scales(p, r, m.groups);
-    if constexpr (Group == 32) {
-      y[r] = dot_row_32<Narrow>(Row(m, r), scales, a);
-    } else {
-      y[r] = dot_row<Narrow, Group / kBlock>(Row(m, r), scales, a);
+    __m256 total = _mm256_setzero_ps();
+    size_t block = 0;
+    if constexpr (std::is_same_v<Row, DenseRow<true>>) {
+      const size_t runs = m.columns / kPadding;
+      total = dot_runs<Narrow, Group>(m, m.values + r * ((m.columns + 1) / 2), runs, scales, a);
+      block = runs * (kPadding / kBlock);
     }
+    if constexpr (Group == 32) {
+      total = _mm256_add_ps(total, dot_row_32<Narrow>(Row(m, r), scales, a, block));
+    } else {
+      total = _mm256_add_ps(total, dot_row<Narrow, Group / kBlock>(Row(m, r), scales, a, block));
+    }
+    y[r] = sum(total);
   }
 }
 

@@ -29,7 +29,8 @@ def load_file(path: Path, *, float_cache: bool, mapped: bool = True) -> Model:
 def load_packed(path: Path, backend: Backend, *, float_cache: bool) -> Model:
     """Show llama.cpp the standard view of a packed file, whose weights the plug-in takes as they are.
 
-    Raises `MissingError` without the plug-in, `InputError` if the file is damaged.
+    Raises `MissingError` without the plug-in or if llama.cpp does not ask it for its weights, `InputError` if
+    the file is damaged.
     """
     library, plugin = load(), backend.plugin
     if plugin is None:
@@ -42,6 +43,7 @@ def load_packed(path: Path, backend: Backend, *, float_cache: bool) -> Model:
     parameters.n_gpu_layers = 0
     parameters.load_mode = library.LLAMA_LOAD_MODE_NONE
     pieces = [(piece.at, piece.offset, piece.bytes) for piece in view.pieces]
+    before = plugin.statistics().tensors
     file = plugin.virtual_open(path, view.header, pieces, view.total_bytes)
     try:
         with backend.accepting(True), logged_errors() as lines:
@@ -55,5 +57,12 @@ def load_packed(path: Path, backend: Backend, *, float_cache: bool) -> Model:
         model.free()
         raise InputError(
             f"{path} is damaged: {damage}.", hint="Copy the file again, or export the model again."
+        )
+    if (taken := plugin.statistics().tensors - before) < view.blobs:
+        model.free()
+        raise MissingError(
+            f"llama.cpp left {view.blobs - taken} of {view.blobs} packed weights of {path} to itself, "
+            "which cannot read them.",
+            hint="Set LOSA_GGML=b, or use the portable file of the same export.",
         )
     return model

@@ -190,6 +190,29 @@ def test_both_routes_give_the_tokens_of_torch(
     assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
 
 
+LATE = """
+import sys, llama_cpp
+from pathlib import Path
+portable = next(p for p in Path(sys.argv[1]).parent.glob("*.gguf") if "LOSA" not in p.name)
+llama_cpp.Llama(str(portable), n_ctx=64, verbose=False)
+"""
+
+
+def test_after_a_model_of_stock_llama_cpp_the_other_route_is_taken(
+    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+) -> None:
+    """llama.cpp notes its buffer types when it loads its first model, and never asks for ours again."""
+    packed = one_file(exported["f32"], "packed")
+    done = in_a_process("", packed, tokens[:12], LATE + GREEDY)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["route"], found["taken"], found["fallback"]) == ("b", 21, "")
+    assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
+    done = in_a_process("a", packed, tokens[:12], LATE + GREEDY)
+    assert done.returncode != 0
+    assert "has loaded a model before, which route a has to precede; unset LOSA_GGML" in done.stderr
+
+
 def test_switched_off_runs_portable_files_and_refuses_packed_ones(
     exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
 ) -> None:

@@ -15,10 +15,10 @@ from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
-SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576))
+SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576), (5, 256))
 
 
-def one_node_model(packed: PackedTensor) -> onnx.ModelProto:
+def one_node_model(packed: PackedTensor, *, unpadded: bool) -> onnx.ModelProto:
     """Y = X @ W.T with the packed weight."""
     components = [numpy_helper.from_array(a, name) for name, a in packed.arrays.items()]
     node = helper.make_node(
@@ -36,7 +36,7 @@ def one_node_model(packed: PackedTensor) -> onnx.ModelProto:
     model = helper.make_model(
         graph,
         opset_imports=imports,
-        functions=[function(packed, unpadded=exact(packed))],
+        functions=[function(packed, unpadded=unpadded)],
         ir_version=10,
     )
     onnx.checker.check_model(model)
@@ -60,7 +60,13 @@ def mask_of(layout: str, rows: int, columns: int) -> NDArray[np.bool_]:
 
 
 def check(packed: PackedTensor, *, reference: bool) -> None:
-    model, weight = one_node_model(packed), unpack(packed).weight
+    """An exact tensor with both functions: in a model that has others too, only the general one is there."""
+    for unpadded in {False, exact(packed)}:
+        check_model(one_node_model(packed, unpadded=unpadded), packed, reference=reference)
+
+
+def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool) -> None:
+    weight = unpack(packed).weight
     x = np.random.default_rng(0).standard_normal((2, 3, packed.shape[1])).astype(np.float32)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
     tolerance = 1e-6 * (np.abs(x.astype(np.float64)) @ np.abs(weight.T.astype(np.float64))) + 1e-12
@@ -118,7 +124,7 @@ def test_decoding_is_folded_at_load(layout: str, value_type: ValueType, tmp_path
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = f"{tmp_path}/folded.onnx"
-    ort.InferenceSession(one_node_model(packed).SerializeToString(), options)
+    ort.InferenceSession(one_node_model(packed, unpadded=exact(packed)).SerializeToString(), options)
     folded = onnx.load(f"{tmp_path}/folded.onnx")
     left = {node.op_type for node in folded.graph.node}
     assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})

@@ -59,13 +59,18 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Storage("bitmask", "i4", 0.5, group_size=32),
         Storage("bitmask", "i8", 0.5),
         Storage("nm", "i8", 0.5, (2, 4)),
+        Storage("tiled", "i4", 0.5, (2, 4)),
     ],
     ids=lambda storage: storage.label,
 )
-def test_ours_computes_what_the_dense_peer_computes(storage: Storage, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_ours_computes_what_the_dense_peer_computes(
+    storage: Storage, tied: bool, dense: Path, tmp_path: Path
+) -> None:
     pruning = Pruning(storage.sparsity, storage.pattern)
-    kind, folder = Ours(storage, Storage("dense", "i8")), tmp_path / "ours"
-    assert build(TINY, kind, folder, pruning) == model_bytes(folder) <= TINY.estimate(kind)
+    geometry, head = replace(TINY, tied=tied), "i4" if storage.value_type == "i4" else "i8"
+    kind, folder = Ours(storage, Storage("dense", head)), tmp_path / "ours"  # type: ignore[arg-type]
+    assert build(geometry, kind, folder, pruning) == model_bytes(folder) <= TINY.estimate(kind)
     if storage.pattern:
         dense = tmp_path / "dense"
         build(TINY, OrtFp32(), dense, pruning)
@@ -209,6 +214,8 @@ def test_the_command_prints_the_document_of_the_issue(
         (["--geometry", "tiny", "--layout", "nm"], "needs a pattern"),
         (["--geometry", "tiny", "--sparsity", "0.5", "0.6"], "one --sparsity"),
         (["--geometry", "tiny", "--sparsity", "60"], "no fraction"),
+        (["--geometry", "tiny", "--runtime", "llamacpp", "--head", "i4"], "computes its own"),
+        (["some/model", "--head", "i4"], "--head says nothing about model folders"),
         (["--geometry", "tiny", "--prefill-tokens", "9999"], "do not fit the models' context"),
         (["--geometry", "tiny", "--plot", "x.svg"], "--plot says nothing about --geometry"),
         (["some/model", "--value-type", "i4"], "--value-type says nothing about model folders"),
