@@ -40,65 +40,97 @@ class Factors {
   float whole_;
 };
 
-// `Rows` rows in step, times one token: two independent chains of addresses keep more loads in flight.
-template <int Rows, bool Narrow, typename Row>
-void dot_rows(const losa_parts &p, Row (&rows)[Rows], size_t r, const Activations &a, float *y) {
-  const size_t group = activation_group(p), blocks = rows[0].blocks();
-  const size_t groups = (blocks * kBlock + group - 1) / group;
-  __m512 total[Rows];
-  for (auto &v : total) {
-    v = _mm512_setzero_ps();
-  }
-  size_t block = 0;
-  for (size_t first = 0; first < groups; first += kChunk) {
-    const size_t count = groups - first < kChunk ? groups - first : kChunk;
-    float factor[Rows][kChunk];
-    for (int i = 0; i < Rows; ++i) {
-      Factors(p, r + static_cast<size_t>(i)).fill(a.scale, first, count, factor[i]);
-    }
-    for (size_t g = 0; g < count; g += Narrow ? 2 : 1) {
-      const size_t end = Narrow ? block + 1 : (first + g + 1) * group / kBlock;
-      const size_t stop = end < blocks ? end : blocks;
-      __m512i acc[Rows];
-      for (auto &v : acc) {
-        v = Narrow ? start_halves(a.bias[first + g], a.bias[first + g + 1]) : start(a.bias[first + g]);
-      }
-      for (; block < stop; ++block) {
-        const __m512i x = load512(a.q + block * kBlock);
-        for (int i = 0; i < Rows; ++i) {
-          acc[i] = dot(acc[i], as_factor(rows[i].next(block)), x);
-        }
-      }
-      for (int i = 0; i < Rows; ++i) {
-        const __m512 scale = Narrow ? _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(factor[i][g]),
-                                                           _mm512_set1_ps(factor[i][g + 1]))
-                                    : _mm512_set1_ps(factor[i][g]);
-        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i]), scale, total[i]);
-      }
-    }
-  }
-  for (int i = 0; i < Rows; ++i) {
-    y[r + static_cast<size_t>(i)] = _mm512_reduce_add_ps(total[i]);
-  }
+// One block of two rows times one token: two independent chains of addresses keep more loads in flight.
+template <bool Second, typename A, typename B>
+inline void add_block(A &first, B &second, size_t block, const int8_t *q, __m512i *acc0, __m512i *acc1) {
+  const __m512i x = load512(q + block * kBlock);
+  *acc0 = dot(*acc0, first.template next<Second>(block), x);
+  *acc1 = dot(*acc1, second.template next<Second>(block), x);
 }
 
-template <bool Narrow, typename Row>
-void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
+// total += sums * factor; groups of 32 have two factors for a block.
+template <bool Narrow>
+inline __m512 scaled(__m512 total, __m512i sums, const float *factor) {
+  const __m512 scale =
+      Narrow ? _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(factor[0]), _mm512_set1_ps(factor[1]))
+             : _mm512_set1_ps(factor[0]);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, total);
+}
+
+template <size_t Group>
+inline __m512i start_of(const int32_t *bias) {
+  return Group == 32 ? start_halves(bias[0], bias[1]) : start(bias[0]);
+}
+
+// Two rows times one token, 128 positions at a time: y [2].
+template <size_t Group, typename A, typename B>
+void dot_two(A first, B second, const Factors (&factors)[2], size_t blocks, const Activations &a, float *y) {
+  constexpr size_t kPerRun = kPadding / Group, kRuns = kChunk / kPerRun;
+  constexpr bool kNarrow = Group == 32;
+  __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
+  const size_t runs = (blocks + 1) / 2;
+  for (size_t done = 0; done < runs; done += kRuns) {
+    const size_t count = runs - done < kRuns ? runs - done : kRuns;
+    float factor[2][kChunk];
+    factors[0].fill(a.scale, done * kPerRun, count * kPerRun, factor[0]);
+    factors[1].fill(a.scale, done * kPerRun, count * kPerRun, factor[1]);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t block = 2 * (done + i), g = i * kPerRun, half = kPerRun / 2;
+      const int32_t *bias = a.bias + (done + i) * kPerRun;
+      __m512i acc0 = start_of<Group>(bias), acc1 = acc0;
+      add_block<false>(first, second, block, a.q, &acc0, &acc1);
+      const bool more = block + 1 < blocks;
+      if (Group != kPadding) {
+        total0 = scaled<kNarrow>(total0, acc0, factor[0] + g);
+        total1 = scaled<kNarrow>(total1, acc1, factor[1] + g);
+        if (!more) {
+          break;
+        }
+        acc0 = acc1 = start_of<Group>(bias + half);
+      }
+      if (more) {
+        add_block<true>(first, second, block + 1, a.q, &acc0, &acc1);
+      }
+      total0 = scaled<kNarrow>(total0, acc0, factor[0] + g + half);
+      total1 = scaled<kNarrow>(total1, acc1, factor[1] + g + half);
+    }
+  }
+  y[0] = _mm512_reduce_add_ps(total0);
+  y[1] = _mm512_reduce_add_ps(total1);
+}
+
+template <size_t Group, typename Row>
+void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, size_t begin, size_t end,
+                 float *y) {
+  using Even = typename Row::Even;
+  using Odd = typename Row::Odd;
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {
-    Row rows[2] = {Row(t, row), Row(t, row + 1)};
-    dot_rows<2, Narrow>(t.parts, rows, row, a, y);
+    const Factors factors[2] = {Factors(p, row), Factors(p, row + 1)};
+    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, m.blocks, a, y + row);
   }
-  if (row < end) {
-    Row rows[1] = {Row(t, row)};
-    dot_rows<1, Narrow>(t.parts, rows, row, a, y);
+  if (row < end) {  // alone: the second result is dropped
+    const Factors factors[2] = {Factors(p, row), Factors(p, row)};
+    float twice[2];
+    dot_two<Group>(Even(m, row), Even(m, row), factors, m.blocks, a, twice);
+    y[row] = twice[0];
   }
 }
 
-template <typename Row>
-void matvec_as(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
-  const bool narrow = activation_group(t.parts) == 32;
-  (narrow ? matvec_levels<true, Row> : matvec_levels<false, Row>)(t, a, begin, end, y);
+void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
+  const losa_parts &p = t.parts;
+  const Matrix512 matrix(t);
+  with_rows(p, [&](auto tag) {
+    using Row = typename decltype(tag)::Row;
+    switch (activation_group(p)) {
+      case 32:
+        return matvec_rows<32, Row>(p, matrix, a, begin, end, y);
+      case 64:
+        return matvec_rows<64, Row>(p, matrix, a, begin, end, y);
+      default:
+        return matvec_rows<128, Row>(p, matrix, a, begin, end, y);
+    }
+  });
 }
 
 template <bool Half>
@@ -134,7 +166,7 @@ void each_sixteen(const losa_tensor &t, size_t row, Use use) {
     uint64_t word = positions.word(block);
     for (size_t i = 0; i < 4; ++i, word >>= 16) {
       const auto mask = static_cast<__mmask16>(word & 0xffff);
-      use(block * kBlock + 16 * i, _mm512_maskz_expand_ps(mask, load_floats<Half>(at)));
+      use(block * kBlock + 16 * i, _mm512_maskz_expand_ps(mask, loaded(load_floats<Half>(at))));
       at += size * static_cast<unsigned>(__builtin_popcountll(word & 0xffff));
     }
   }
@@ -163,12 +195,8 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
       return matvec_values<false>(t, a, begin, end, y);
     case LOSA_F16:
       return matvec_values<true>(t, a, begin, end, y);
-    case LOSA_I8:
-      return p.layout == LOSA_DENSE ? matvec_as<DenseRow<false>>(t, a, begin, end, y)
-                                    : matvec_as<SparseRow<false>>(t, a, begin, end, y);
     default:
-      return p.layout == LOSA_DENSE ? matvec_as<DenseRow<true>>(t, a, begin, end, y)
-                                    : matvec_as<SparseRow<true>>(t, a, begin, end, y);
+      return matvec_levels(t, a, begin, end, y);
   }
 }
 
@@ -176,32 +204,39 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
 // 4 positions. One 32-bit broadcast of a token then meets 16 rows, and a lane is a row to the end.
 constexpr size_t kLanes = 16;
 
-template <typename Row>
-void expand_lane(Row row, size_t lane, size_t padded, uint8_t *panel) {
-  const size_t blocks = row.blocks();
+inline void store_lane(__m512i factors, size_t block, size_t lane, uint8_t *panel) {
   alignas(64) uint32_t four[kLanes];
-  for (size_t block = 0; block * kBlock < padded; ++block) {
-    _mm512_store_si512(four, as_factor(block < blocks ? row.next(block) : _mm512_setzero_si512()));
-    uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
-    for (size_t i = 0; i < kLanes; ++i) {
-      std::memcpy(out + i * 4 * kLanes, four + i, 4);
-    }
+  _mm512_store_si512(four, factors);
+  uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
+  for (size_t i = 0; i < kLanes; ++i) {
+    std::memcpy(out + i * 4 * kLanes, four + i, 4);
   }
 }
 
-void expand_panel(const losa_tensor &t, size_t first, size_t rows, size_t padded, uint8_t *panel) {
-  const losa_parts &p = t.parts;
-  for (size_t lane = 0; lane < kLanes; ++lane) {
-    // Lanes without a row repeat the last one; their results are not stored.
-    const size_t row = first + (lane < rows ? lane : rows - 1);
-    if (p.layout == LOSA_DENSE) {
-      p.value_type == LOSA_I4 ? expand_lane(DenseRow<true>(t, row), lane, padded, panel)
-                              : expand_lane(DenseRow<false>(t, row), lane, padded, panel);
-    } else {
-      p.value_type == LOSA_I4 ? expand_lane(SparseRow<true>(t, row), lane, padded, panel)
-                              : expand_lane(SparseRow<false>(t, row), lane, padded, panel);
-    }
+template <typename Row>
+void expand_lane(Row row, size_t blocks, size_t lane, size_t padded, uint8_t *panel) {
+  for (size_t block = 0; block < padded / kBlock; block += 2) {  // `padded` is a multiple of two blocks
+    const __m512i nothing = as_factor(_mm512_setzero_si512());
+    store_lane(block < blocks ? row.template next<false>(block) : nothing, block, lane, panel);
+    const size_t second = block + 1;
+    store_lane(second < blocks ? row.template next<true>(second) : nothing, second, lane, panel);
   }
+}
+
+void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t rows, size_t padded,
+                  uint8_t *panel) {
+  with_rows(t.parts, [&](auto tag) {
+    using Row = typename decltype(tag)::Row;
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      // Lanes without a row repeat the last one; their results are not stored.
+      const size_t row = first + (lane < rows ? lane : rows - 1);
+      if (row % 2 == 0) {
+        expand_lane(typename Row::Even(m, row), m.blocks, lane, padded, panel);
+      } else {
+        expand_lane(typename Row::Odd(m, row), m.blocks, lane, padded, panel);
+      }
+    }
+  });
 }
 
 // Weight scales of 16 rows for one group.
@@ -276,15 +311,16 @@ void tiles(const uint8_t *const panel[2], const float *scales, size_t group, con
 void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
                    uint8_t *scratch) {
   const losa_parts &p = t.parts;
+  const Matrix512 matrix(t);
   const size_t group = activation_group(p);
   auto *scales = reinterpret_cast<float *>(scratch + kPanelRows * a.padded);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;
     const size_t upper = rows > kLanes ? rows - kLanes : 0;
     const uint8_t *panel[2] = {scratch, scratch + (upper ? kLanes * a.padded : 0)};
-    expand_panel(t, first, rows < kLanes ? rows : kLanes, a.padded, scratch);
+    expand_panel(t, matrix, first, rows < kLanes ? rows : kLanes, a.padded, scratch);
     if (upper) {
-      expand_panel(t, first + kLanes, upper, a.padded, scratch + kLanes * a.padded);
+      expand_panel(t, matrix, first + kLanes, upper, a.padded, scratch + kLanes * a.padded);
     }
     for (size_t g = 0; g < a.groups; ++g) {
       const __m512 low = lane_scales(p, first, rows < kLanes ? rows : kLanes, g);

@@ -13,6 +13,16 @@ namespace {
 
 inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
 
+// In a register before it is expanded: the form of these instructions that reads memory looks at the mask to
+// know what it may read, which some CPUs do slowly (and an emulator wrongly). All 64 bytes are there.
+template <typename Vector>
+inline Vector loaded(Vector v) {
+#if !defined(LOSA_EMULATED_AVX512)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 #if defined(LOSA_VNNI)
 
 constexpr const char *kName = "avx512vnni";
@@ -28,7 +38,7 @@ inline __m512i start_lanes(int32_t bias) { return _mm512_set1_epi32(bias); }
 
 inline __m512i scatter512(uint64_t word, const uint8_t *p, unsigned *used) {
   *used = static_cast<unsigned>(__builtin_popcountll(word));
-  return _mm512_maskz_expand_epi8(word, load512(p));
+  return _mm512_maskz_expand_epi8(word, loaded(load512(p)));
 }
 
 #else
@@ -62,73 +72,140 @@ inline __m512i nibbles512(__m512i bytes, bool high) {
   return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, low_bits);
 }
 
-// One sparse row, 64 positions at a time, as levels.
-template <bool I4>
+// What the rows of a tensor share, found once: a row of a small model takes no longer than finding it does.
+struct Matrix512 {
+  explicit Matrix512(const losa_tensor &t)
+      : values(static_cast<const uint8_t *>(t.parts.values.data)),
+        starts(t.starts),
+        columns(t.parts.columns),
+        blocks((row_width(t.parts) + kBlock - 1) / kBlock),
+        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0),
+        count(fixed_count(t.parts) ? static_cast<unsigned>(kBlock / t.parts.m * t.parts.n) : 0),
+        levels(t.parts.value_type == LOSA_I4 ? as_factor(table512(t.parts)) : _mm512_setzero_si512()) {
+    if (t.parts.layout != LOSA_DENSE) {
+      positions = Positions(t.parts, 0);
+      position_bytes = position_row_bytes(t.parts);
+    }
+  }
+
+  Positions positions_of(size_t row) const {
+    Positions found = positions;
+    found.bytes += row * position_bytes;
+    return found;
+  }
+
+  // First value of a row; two rows share the bytes of i4.
+  size_t start(size_t row, bool i4) const {
+    const size_t line = i4 ? row / 2 : row;
+    return slots ? slots * line : starts[line];
+  }
+
+  const uint8_t *values;
+  const uint64_t *starts;
+  size_t columns, blocks, slots, position_bytes = 0;
+  unsigned count;  // values of a block, if that is the same for all
+  __m512i levels;  // of the codes of i4, as factors
+  Positions positions;
+};
+
+enum class Places { kCounted, kFixed, kCodes };  // how a block's values are found and how many they are
+
+// Factors of one sparse row, 64 positions at a time. High: its codes are the high nibbles of a pair of rows.
+// All that differs is known when this is compiled, because a branch in this loop is felt.
+template <bool I4, bool High, Places Where>
 class SparseRow {
  public:
-  SparseRow(const losa_tensor &t, size_t row)
-      : positions_(t.parts, row),
-        at_(static_cast<const uint8_t *>(t.parts.values.data) + row_start(t, row)),
-        high_(row % 2 != 0),
-        levels_(I4 ? table512(t.parts) : _mm512_setzero_si512()),
-        fixed_(fixed_count(t.parts) ? static_cast<unsigned>(kBlock / t.parts.m * t.parts.n) : 0) {}
+  using Even = SparseRow<I4, false, Where>;
+  using Odd = SparseRow<I4, I4, Where>;
 
-  size_t blocks() const { return positions_.blocks; }
+  SparseRow(const Matrix512 &m, size_t row)
+      : positions_(m.positions_of(row)),
+        at_(m.values + m.start(row, I4)),
+        count_(m.count),
+        levels_(m.levels) {}
 
+  // Blocks in their order; Second: of two that start at a multiple of 128.
+  template <bool Second>
   __m512i next(size_t block) {
+    const uint64_t word =
+        Where == Places::kCodes ? positions_.word(block) : load_word(positions_.bytes + 8 * block);
     unsigned used;
-    const __m512i found = scatter512(positions_.word(block), at_, &used);
+    const __m512i found = scatter512(word, at_, &used);
     // A fixed count keeps the address of the next block from waiting for this one's mask.
-    at_ += fixed_ ? fixed_ : used;
-    return I4 ? _mm512_shuffle_epi8(levels_, nibbles512(found, high_)) : found;
+    at_ += Where == Places::kCounted ? used : count_;
+    return I4 ? _mm512_shuffle_epi8(levels_, nibbles512(found, High)) : as_factor(found);
   }
 
  private:
   Positions positions_;
   const uint8_t *at_;
-  bool high_;
+  unsigned count_;
   __m512i levels_;
-  unsigned fixed_;
 };
 
+// Factors of one dense row.
 template <bool I4>
 class DenseRow {
  public:
-  DenseRow(const losa_tensor &t, size_t row)
-      : columns_(t.parts.columns),
-        row_(static_cast<const uint8_t *>(t.parts.values.data) + row * (I4 ? (columns_ + 1) / 2 : columns_)),
-        levels_(I4 ? table512(t.parts) : _mm512_setzero_si512()) {}
+  using Even = DenseRow<I4>;
+  using Odd = DenseRow<I4>;
 
-  size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
+  DenseRow(const Matrix512 &m, size_t row)
+      : columns_(m.columns), row_(m.values + row * (I4 ? (columns_ + 1) / 2 : columns_)), levels_(m.levels) {}
 
-  __m512i next(size_t block) {
+  template <bool Second>
+  __m512i next(size_t block) const {
     const size_t first = block * kBlock;
     if (I4) {
-      return _mm512_shuffle_epi8(levels_, codes(first));
+      return _mm512_shuffle_epi8(levels_, codes<Second>(first - (Second ? kBlock : 0)));
     }
     if (first + kBlock <= columns_) {
-      return load512(row_ + first);
+      return as_factor(load512(row_ + first));
     }
     alignas(64) uint8_t copy[kBlock] = {};
     std::memcpy(copy, row_ + first, columns_ - first);
-    return load512(copy);
+    return as_factor(load512(copy));
   }
 
  private:
-  __m512i codes(size_t start) const {
-    const size_t first = start / kPadding * kPadding;
+  template <bool Second>
+  __m512i codes(size_t first) const {
     if (first + kPadding <= columns_) {
-      return nibbles512(load512(row_ + first / 2), start != first);
+      return nibbles512(load512(row_ + first / 2), Second);
     }
     alignas(64) uint8_t copy[kPadding] = {};
     split_dense_tail(row_ + first / 2, columns_ - first, copy);
-    return load512(copy + (start - first));
+    return load512(copy + (Second ? kBlock : 0));
   }
 
   size_t columns_;
   const uint8_t *row_;
   __m512i levels_;
 };
+
+template <typename T>
+struct Tag {
+  using Row = T;
+};
+
+// Calls use(tag) with a tag of the class that reads the rows of an integer tensor.
+template <bool I4, typename Use>
+void with_rows_of(const losa_parts &p, Use use) {
+  if (p.layout == LOSA_DENSE) {
+    use(Tag<DenseRow<I4>>());
+  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
+    use(Tag<SparseRow<I4, false, Places::kCodes>>());
+  } else if (fixed_count(p)) {
+    use(Tag<SparseRow<I4, false, Places::kFixed>>());
+  } else {
+    use(Tag<SparseRow<I4, false, Places::kCounted>>());
+  }
+}
+
+template <typename Use>
+void with_rows(const losa_parts &p, Use use) {
+  p.value_type == LOSA_I4 ? with_rows_of<true>(p, use) : with_rows_of<false>(p, use);
+}
 
 }  // namespace
 }  // namespace losa
