@@ -1,6 +1,9 @@
 #include "rows.h"
 
 #include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "abi.h"
 
@@ -44,6 +47,17 @@ bool is_zero(int type, const uint8_t *codes, size_t at) {
 
 uint64_t word_of(int type, const uint8_t *codes, size_t positions) {
   uint64_t word = 0;
+#if defined(__SSE2__)
+  if (positions == 64 && type != kF32 && type != kF16) {
+    const __m128i zero = _mm_setzero_si128();
+    for (unsigned i = 0; i < 64; i += 16) {
+      const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i));
+      const auto zeros = static_cast<unsigned>(_mm_movemask_epi8(_mm_cmpeq_epi8(here, zero)));
+      word |= uint64_t{~zeros & 0xffff} << i;
+    }
+    return word;
+  }
+#endif
   if (positions == 64 && type != kF32) {
     const unsigned step = type == kF16 ? 4 : 8;
     for (unsigned i = 0; i < 64; i += step, codes += 8) {
@@ -108,9 +122,12 @@ bool read_q4(const uint8_t *stock, size_t blocks, uint8_t *codes, uint16_t *scal
   for (size_t b = 0; b < blocks; ++b, stock += kQ4Bytes, codes += kBlock) {
     scales[b] = load<uint16_t>(stock);
     sound = sound && (scales[b] & 0x7c00) != 0x7c00;
-    for (size_t i = 0; i < kBlock / 2; ++i) {
-      codes[i] = (stock[2 + i] & 15) ^ 8;
-      codes[i + kBlock / 2] = static_cast<uint8_t>((stock[2 + i] >> 4) ^ 8);
+    for (size_t i = 0; i < kBlock / 2; i += 8) {  // eight bytes at once
+      constexpr uint64_t nibbles = 0x0f0f0f0f0f0f0f0f, sign = 0x0808080808080808;
+      const auto both = load<uint64_t>(stock + 2 + i);
+      const uint64_t low = (both & nibbles) ^ sign, high = (both >> 4 & nibbles) ^ sign;
+      std::memcpy(codes + i, &low, 8);
+      std::memcpy(codes + i + kBlock / 2, &high, 8);
     }
   }
   return sound;

@@ -23,9 +23,17 @@ struct RowSlots {
   int shift;
 };
 
-// The lowest `n` positions that are kept, completed with the lowest others.
+// Without the instruction, which not every CPU has, the compiler's own count is a call.
+size_t count_bits(unsigned mask) {
+  mask -= mask >> 1 & 0x5555;
+  mask = (mask & 0x3333) + (mask >> 2 & 0x3333);
+  mask = (mask + (mask >> 4)) & 0x0f0f;
+  return (mask + (mask >> 8)) & 31;
+}
+
+// The lowest `n` of 16 positions that are kept, completed with the lowest others.
 unsigned complete(unsigned kept, size_t n) {
-  auto count = static_cast<size_t>(__builtin_popcount(kept));
+  size_t count = count_bits(kept);
   for (unsigned bit = 1; count < n; bit <<= 1) {
     count += (kept & bit) == 0;
     kept |= bit;
@@ -88,20 +96,73 @@ struct RowQuads {
   bool i4;
 };
 
-void store_quads(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
-                 uint8_t *positions, uint8_t *values) {
-  const RowQuads quads(shape, row);
-  size_t slot = 0;
-  for (size_t quad = 0; quad < shape.columns / kQuad; ++quad, codes += kQuad) {
-    unsigned kept = complete(words[quad / 16] >> (quad % 16 * kQuad) & 15, shape.n);
-    for (size_t k = 0; k < shape.n; ++k, ++slot, kept &= kept - 1) {
-      const size_t step = slot / 2, at = static_cast<size_t>(__builtin_ctz(kept));
-      uint8_t &position = positions[quads.position(step) + slot % 2];
-      position = static_cast<uint8_t>(position | at << step % 4 * 2);
-      uint8_t &value = values[quads.value(step) + slot % 2];
-      value = static_cast<uint8_t>(value | codes[at] << (shape.i4 ? step % 2 * 4 : 0));
+// For each mask of a quad its lowest positions, two bits each, completed with the lowest others.
+struct QuadTable {
+  uint8_t positions[16];
+
+  explicit constexpr QuadTable(unsigned n) : positions{} {
+    for (unsigned mask = 0; mask < 16; ++mask) {
+      unsigned kept = mask, count = 0, found = 0;
+      for (unsigned at = 0; at < kQuad; ++at) {
+        count += kept >> at & 1;
+      }
+      for (unsigned at = 0; at < kQuad && count < n; ++at) {
+        count += (kept >> at & 1) == 0;
+        kept |= 1u << at;
+      }
+      for (unsigned at = 0; at < kQuad && found < n; ++at) {
+        if ((kept >> at & 1) != 0) {
+          positions[mask] = static_cast<uint8_t>(positions[mask] | at << 2 * found++);
+        }
+      }
     }
   }
+};
+constexpr QuadTable kOneOfQuad(1), kTwoOfQuad(2);
+
+// A line of a row: up to eight slots, the first bytes of which are at `position` and `value`.
+template <size_t N, bool I4>
+void store_line(const uint8_t *codes, uint64_t kept, size_t slots, uint8_t *position, uint8_t *value) {
+  const QuadTable &table = N == 1 ? kOneOfQuad : kTwoOfQuad;
+  unsigned places[2] = {};
+  uint8_t levels[8] = {};
+  for (size_t slot = 0; slot < slots; ++slot) {
+    const size_t quad = slot / N;
+    const unsigned at = table.positions[kept >> quad * kQuad & 15] >> slot % N * 2 & 3;
+    places[slot % 2] |= at << slot / 2 * 2;
+    levels[slot] = codes[quad * kQuad + at];
+  }
+  for (size_t k = 0; k < 2; ++k) {
+    position[k] = static_cast<uint8_t>(places[k]);
+    for (size_t step = 0; step < slots / 2; step += I4 ? 2 : 1) {
+      const uint8_t low = levels[2 * step + k];
+      value[(I4 ? step / 2 : step) * 2 * kTile + k] =
+          I4 ? static_cast<uint8_t>(low | levels[2 * step + 2 + k] << 4) : low;
+    }
+  }
+}
+
+template <size_t N, bool I4>
+void store_lines(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                 uint8_t *positions, uint8_t *values) {
+  constexpr size_t kColumns = 8 / N * kQuad;
+  const RowQuads quads(shape, row);
+  for (size_t column = 0, step = 0; column < shape.columns; column += kColumns, step += 4) {
+    const uint64_t kept = words[column / 64] >> column % 64;
+    uint8_t *position = positions + quads.position(step), *value = values + quads.value(step);
+    if (column + kColumns <= shape.columns) {
+      store_line<N, I4>(codes + column, kept, 8, position, value);
+    } else {
+      store_line<N, I4>(codes + column, kept, 4, position, value);  // half a line of 1:4
+    }
+  }
+}
+
+void store_quads(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                 uint8_t *positions, uint8_t *values) {
+  const auto store = shape.n == 1 ? (shape.i4 ? store_lines<1, true> : store_lines<1, false>)
+                                  : (shape.i4 ? store_lines<2, true> : store_lines<2, false>);
+  store(shape, row, codes, words, positions, values);
 }
 
 void load_quads(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
@@ -123,18 +184,20 @@ TileShape find_tiles(const std::vector<uint64_t> &words, size_t per_row, size_t 
   if (rows % kTile != 0 || columns % kTile != 0 || words.size() != rows * per_row) {
     return wide;
   }
-  unsigned most = 0, most_of_quad = 0;
+  unsigned most = 0;
+  uint64_t two = 0, three = 0;  // bits where a quad keeps at least so many
   for (const uint64_t word : words) {
     const uint64_t pairs = word - (word >> 1 & 0x5555555555555555u);  // bits of two, of four, ... positions
     const uint64_t fours = (pairs & 0x3333333333333333u) + (pairs >> 2 & 0x3333333333333333u);
-    for (unsigned at = 0; at < 64; at += 4) {
-      most_of_quad = std::max(most_of_quad, static_cast<unsigned>(fours >> at & 15));
-    }
+    two |= fours & 0x6666666666666666u;
+    three |= (fours & 0x4444444444444444u) | (fours & fours >> 1 & 0x1111111111111111u);
     const uint64_t eights = (fours + (fours >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    const uint64_t sixteens = eights + (eights >> 8);
     for (unsigned at = 0; at < 64; at += kTile) {
-      most = std::max(most, static_cast<unsigned>((eights >> at & 15) + (eights >> (at + 8) & 15)));
+      most = std::max(most, static_cast<unsigned>(sixteens >> at & 31));
     }
   }
+  const size_t most_of_quad = three != 0 ? 3 : two != 0 ? 2 : most != 0 ? 1 : 0;
   wide.n = most < kTile ? most : 0;
   quads.n = most_of_quad <= 2 ? most_of_quad : 0;
   return quads.n != 0 && quads.bytes() <= wide.bytes() ? quads : wide;

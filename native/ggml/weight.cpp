@@ -356,9 +356,10 @@ bool Weight::pack(const uint8_t *data) {
   const size_t positions = rows_ * per_row * 8, scale_bytes = 2 * rows_ * scales;
   const bool sparse = positions + sparse_values + starts.size() * 8 < dense_values;
 
-  const uint8_t m = sparse ? group_of(found.words, per_row, columns_) : uint8_t{0};
   const TileShape tiles = scales ? find_tiles(found.words, per_row, rows_, columns_, pairs) : TileShape{};
-  if (tiles.n != 0 && tiles.bytes() < dense_values && (m == 0 || tiles.quads()) &&
+  const bool quads = tiles.n != 0 && tiles.quads();
+  const uint8_t m = sparse && !quads ? group_of(found.words, per_row, columns_) : uint8_t{0};
+  if (tiles.n != 0 && tiles.bytes() < dense_values && m == 0 &&
       static_cast<double>(tiles.bytes()) < kTilesMayCost * static_cast<double>(positions + sparse_values)) {
     pack_tiles(data, tiles, found.words, found.scales);
     return true;
