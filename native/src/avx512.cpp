@@ -1,5 +1,7 @@
 // AVX-512: many rows times one token from registers, and panels of 16 rows side by side for several tokens.
 // Compiled twice, see avx512_rows.h.
+#include <utility>
+
 #include "avx512_rows.h"
 #include "target.h"
 #include "tiled_x86.h"
@@ -253,47 +255,58 @@ inline __m512 lane_scales(const losa_parts &p, size_t first, size_t rows, size_t
   return _mm512_load_ps(scales);
 }
 
-// Two panels of 16 rows times `Tokens` tokens, all groups.
+template <typename Use, size_t... Index>
+inline __attribute__((always_inline)) void unroll(std::index_sequence<Index...>, Use use) {
+  (use(std::integral_constant<size_t, Index>()), ...);
+}
+
+// use(0), use(1), ...: written out, because the compiler keeps an array that a loop walks in memory.
+template <int Count, typename Use>
+inline __attribute__((always_inline)) void unrolled(Use use) {
+  unroll(std::make_index_sequence<Count>(), use);
+}
+
+// Two panels of 16 rows times `Tokens` tokens, all groups: total [2, Tokens, 16]. The totals stay in memory,
+// and this function by itself, because the sums of a group take all registers.
 template <int Tokens>
-void tile(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
-          size_t token, __m512 total[2][Tokens]) {
-  for (int k = 0; k < Tokens; ++k) {
-    total[0][k] = total[1][k] = _mm512_setzero_ps();
-  }
+__attribute__((noinline)) void tile(const uint8_t *const panel[2], const float *scales, size_t group,
+                                    const Activations &a, size_t token, float *total) {
+  std::memset(total, 0, 2 * Tokens * kLanes * sizeof(float));
   for (size_t g = 0; g < a.groups; ++g) {
     __m512i acc[2][Tokens];
-    for (int k = 0; k < Tokens; ++k) {
-      acc[0][k] = acc[1][k] = start_lanes(a.bias[(token + static_cast<size_t>(k)) * a.groups + g]);
-    }
+    unrolled<Tokens>(
+        [&](auto k) { acc[0][k] = acc[1][k] = start_lanes(a.bias[(token + k) * a.groups + g]); });
     for (size_t i = g * group; i < (g + 1) * group; i += 4) {
       const __m512i w0 = load512(panel[0] + i * kLanes), w1 = load512(panel[1] + i * kLanes);
-      for (int k = 0; k < Tokens; ++k) {
+      unrolled<Tokens>([&](auto k) {
         int32_t four;
-        std::memcpy(&four, a.q + (token + static_cast<size_t>(k)) * a.padded + i, 4);
+        std::memcpy(&four, a.q + (token + k) * a.padded + i, 4);
         const __m512i x = _mm512_set1_epi32(four);
         acc[0][k] = dot(acc[0][k], w0, x);
         acc[1][k] = dot(acc[1][k], w1, x);
-      }
+      });
     }
     const __m512 s0 = _mm512_loadu_ps(scales + 2 * g * kLanes),
                  s1 = _mm512_loadu_ps(scales + (2 * g + 1) * kLanes);
-    for (int k = 0; k < Tokens; ++k) {
-      const __m512 x = _mm512_set1_ps(a.scale[(token + static_cast<size_t>(k)) * a.groups + g]);
-      total[0][k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[0][k]), _mm512_mul_ps(s0, x), total[0][k]);
-      total[1][k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[1][k]), _mm512_mul_ps(s1, x), total[1][k]);
-    }
+    unrolled<Tokens>([&](auto k) {
+      const __m512 x = _mm512_set1_ps(a.scale[(token + k) * a.groups + g]);
+      float *t0 = total + k * kLanes, *t1 = t0 + Tokens * kLanes;
+      const __m512 low = _mm512_cvtepi32_ps(acc[0][k]), high = _mm512_cvtepi32_ps(acc[1][k]);
+      _mm512_storeu_ps(t0, _mm512_fmadd_ps(low, _mm512_mul_ps(s0, x), _mm512_loadu_ps(t0)));
+      _mm512_storeu_ps(t1, _mm512_fmadd_ps(high, _mm512_mul_ps(s1, x), _mm512_loadu_ps(t1)));
+    });
   }
 }
 
 // Stores the tile of rows [first, first + rows) and `Tokens` tokens.
 template <int Tokens>
-void store(const __m512 total[2][Tokens], size_t first, size_t rows, size_t token, float *y, size_t ldy) {
-  for (int k = 0; k < Tokens; ++k) {
-    float *out = y + (token + static_cast<size_t>(k)) * ldy + first;
+void store(const float *total, size_t first, size_t rows, size_t token, float *y, size_t ldy) {
+  for (size_t k = 0; k < Tokens; ++k) {
+    float *out = y + (token + k) * ldy + first;
     for (size_t half = 0; half < 2 && half * kLanes < rows; ++half) {
       const size_t left = rows - half * kLanes;
-      const auto used = static_cast<__mmask16>(left < kLanes ? (1u << left) - 1u : 0xffffu);
-      _mm512_mask_storeu_ps(out + half * kLanes, used, total[half][k]);
+      std::memcpy(out + half * kLanes, total + (half * Tokens + k) * kLanes,
+                  (left < kLanes ? left : kLanes) * sizeof(float));
     }
   }
 }
@@ -302,7 +315,7 @@ template <int Tokens>
 void tiles(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
            size_t *token, size_t first, size_t rows, float *y, size_t ldy) {
   for (; *token + Tokens <= a.tokens; *token += Tokens) {
-    __m512 total[2][Tokens];
+    alignas(64) float total[2 * Tokens * kLanes];
     tile<Tokens>(panel, scales, group, a, *token, total);
     store<Tokens>(total, first, rows, *token, y, ldy);
   }

@@ -29,7 +29,14 @@ constexpr const char *kName = "avx512vnni";
 
 // The dot product takes unsigned by signed bytes: weights are levels + 128, and the sums start at the bias.
 inline __m512i as_factor(__m512i levels) { return _mm512_xor_si512(levels, _mm512_set1_epi8(-128)); }
-inline __m512i dot(__m512i acc, __m512i factor, __m512i x) { return _mm512_dpbusd_epi32(acc, factor, x); }
+inline __m512i dot(__m512i acc, __m512i factor, __m512i x) {
+#if defined(LOSA_EMULATED_AVX512)
+  return _mm512_dpbusd_epi32(acc, factor, x);
+#else
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(factor), "v"(x));  // GCC 12 moves every sum to and fro
+  return acc;
+#endif
+}
 inline __m512i start(int32_t bias) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(bias)); }
 inline __m512i start_halves(int32_t low, int32_t high) {
   return _mm512_inserti64x4(start(low), _mm256_zextsi128_si256(_mm_cvtsi32_si128(high)), 1);
