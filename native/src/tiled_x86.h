@@ -228,10 +228,15 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
     levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
     levels = Linear ? _mm256_abs_epi8(levels) : levels;
   }
+  // Tokens at once: sums of i8, widened in every step, take two registers for each.
+  constexpr int kTokens = Linear ? 4 : 3;
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
-    for (; token + 4 <= a.tokens; token += 4) {
-      multiply_tile<I4, Linear, Quads, 4>(p, tiles, tile, a, token, levels, y, ldy);
+    for (; token + kTokens <= a.tokens; token += kTokens) {
+      multiply_tile<I4, Linear, Quads, kTokens>(p, tiles, tile, a, token, levels, y, ldy);
+    }
+    for (; token + 2 <= a.tokens; token += 2) {
+      multiply_tile<I4, Linear, Quads, 2>(p, tiles, tile, a, token, levels, y, ldy);
     }
     for (; token < a.tokens; ++token) {
       multiply_tile<I4, Linear, Quads, 1>(p, tiles, tile, a, token, levels, y, ldy);

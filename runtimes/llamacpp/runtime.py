@@ -45,7 +45,7 @@ class StockLlamaCppRuntime:
 
     def _load(self, folder: Path) -> Model:
         path = choose_file(folder, packed=False)
-        # Even here, because the plug-in can be put in before the first model only.
+        # Even here, because route a can be taken before the first model only.
         with attach().accepting(False):
             return load_file(path, float_cache=has_float_weights(path))
 
