@@ -13,12 +13,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from losa_deploy.layouts.operator_names import DOMAIN
+
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 PAGE = 4096
 INLINE_BYTES = 16384
 IR_VERSION = 10
-OPSETS = (("", 22), ("com.microsoft", 1), ("ai.losa", 1))
+OPSETS = (("", 22), ("com.microsoft", 1), (DOMAIN, 1))
 F32, F16, I64, I32 = (
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,

@@ -143,7 +143,7 @@ def standard_view(path: Path) -> StandardView:
     for new, tensor in zip(shown, file.tensors, strict=True):
         pieces.append(Piece(at, tensor.offset, tensor.bytes))
         at += _up(new.bytes, file.alignment)
-    blobs = sum(new.name != tensor.name for new, tensor in zip(shown, file.tensors, strict=True))
+    blobs = sum(map(_is_blob, file.tensors))
     return StandardView(header, tuple(pieces), at, blobs)
 
 

@@ -35,6 +35,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     geometry: Geometry = pick(args.geometry, GEOMETRIES, "geometry", "--geometry")
     runtime, threads = plugins.load_runtime(args.runtime or "ort"), thread_count(args)
     storage, load = chosen_storage(args), chosen_load(args, runtime.name)
+    head = chosen_head(args, runtime.name)
     peers = chosen_peers(args.peers, known_peers(runtime.name))
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
@@ -44,7 +45,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
                 peers,
                 Path(folder),
                 runtime,
-                head=chosen_head(args, runtime.name),
+                head=head,
                 threads=threads,
                 seed=args.seed,
                 progress=progress,
@@ -61,7 +62,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
         workload = {
             "geometry": geometry.name,
             **dataclasses.asdict(storage),
-            "head": chosen_head(args, runtime.name),
+            "head": head,
             **dataclasses.asdict(load),
             "runtime": runtime.name,
             "threads": threads,

@@ -32,7 +32,7 @@ class PackOptions:
     table: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
     """i4 only: the level of each of the 16 codes; level 0 must be at code 0."""
     pattern: tuple[int, int] | None = None
-    """(N, M) for the nm layout: N kept of every M positions along the input dimension."""
+    """(N, M) for the layouts nm and tiled: N kept of every M positions along the input dimension."""
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
     """Stored bytes; raises `ValueError` if the mask cannot be stored."""
     rows, columns = mask.shape
     found = shapes((rows, columns), _pattern(mask, options), options)
-    slots = sum(int(np.prod(found[name])) for name in ("positions", "values") if name in found)
-    return slots + scale_bytes((rows, columns), options)
+    stored = sum(int(np.prod(found[name])) for name in ("positions", "values") if name in found)
+    return stored + scale_bytes((rows, columns), options)
 
 
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:

@@ -46,7 +46,7 @@ std::string install(const void *near) {
   if (!reason.empty()) {
     return reason;
   }
-  const std::string obstacle = wanted == "b" ? wanted : install_extra_buffer_type();
+  const std::string obstacle = wanted == "b" ? "is not to take route a" : install_extra_buffer_type();
   if (obstacle.empty()) {
     route = "a";
     status = "route a (extra buffer type), ";

@@ -7,48 +7,26 @@
 namespace losa {
 namespace {
 
-// What the rows of a tensor share, found once: a row of a small model takes no longer than finding it does.
-struct Matrix {
+// What the rows of a tensor share.
+struct Matrix : RowPlaces {
   explicit Matrix(const losa_tensor &t)
-      : values(static_cast<const uint8_t *>(t.parts.values.data)),
-        starts(t.starts),
-        columns(t.parts.columns),
-        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0),
+      : RowPlaces(t),
         groups(t.parts.value_type == LOSA_I4 ? weight_groups(t.parts) : 0),
         shuffles(code_shuffles(t.parts)),
         count(shuffles ? 16u / t.parts.m * t.parts.n : count_per_byte(t.parts)),
         levels(t.parts.value_type == LOSA_I4 ? load_table(t.parts) : _mm256_setzero_si256()) {
-    if (t.parts.layout != LOSA_DENSE) {
-      positions = Positions(t.parts, 0);
-      position_bytes = position_row_bytes(t.parts);
-    }
     const __m256i second =
         _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(static_cast<char>(count)), 1);
     offsets = shuffles ? second : fixed_offsets(count);
   }
 
-  Positions positions_of(size_t row) const {
-    Positions found = positions;
-    found.bytes += row * position_bytes;
-    return found;
-  }
-
-  // First value of a row; two rows share the bytes of i4.
-  size_t start(size_t row, bool i4) const {
-    const size_t line = i4 ? row / 2 : row;
-    return slots ? slots * line : starts[line];
-  }
-
   // Makes every level larger by `offset`, that of pruned positions too.
   void raise(int offset) { levels = _mm256_add_epi8(levels, _mm256_set1_epi8(static_cast<char>(offset))); }
 
-  const uint8_t *values;
-  const uint64_t *starts;
-  size_t columns, slots, groups, position_bytes = 0;
+  size_t groups;
   const CodeShuffles *shuffles;
   unsigned count;  // values of a mask byte, or of a code byte, where that is the same for all
   __m256i levels, offsets;
-  Positions positions;
 };
 
 // Levels of one sparse row, 64 positions at a time. Codes: mask bits are made from the codes of N:M. All that

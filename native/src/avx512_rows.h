@@ -79,40 +79,17 @@ inline __m512i nibbles512(__m512i bytes, bool high) {
   return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, low_bits);
 }
 
-// What the rows of a tensor share, found once: a row of a small model takes no longer than finding it does.
-struct Matrix512 {
+// What the rows of a tensor share.
+struct Matrix512 : RowPlaces {
   explicit Matrix512(const losa_tensor &t)
-      : values(static_cast<const uint8_t *>(t.parts.values.data)),
-        starts(t.starts),
-        columns(t.parts.columns),
+      : RowPlaces(t),
         blocks((row_width(t.parts) + kBlock - 1) / kBlock),
-        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0),
         count(fixed_count(t.parts) ? static_cast<unsigned>(kBlock / t.parts.m * t.parts.n) : 0),
-        levels(t.parts.value_type == LOSA_I4 ? as_factor(table512(t.parts)) : _mm512_setzero_si512()) {
-    if (t.parts.layout != LOSA_DENSE) {
-      positions = Positions(t.parts, 0);
-      position_bytes = position_row_bytes(t.parts);
-    }
-  }
+        levels(t.parts.value_type == LOSA_I4 ? as_factor(table512(t.parts)) : _mm512_setzero_si512()) {}
 
-  Positions positions_of(size_t row) const {
-    Positions found = positions;
-    found.bytes += row * position_bytes;
-    return found;
-  }
-
-  // First value of a row; two rows share the bytes of i4.
-  size_t start(size_t row, bool i4) const {
-    const size_t line = i4 ? row / 2 : row;
-    return slots ? slots * line : starts[line];
-  }
-
-  const uint8_t *values;
-  const uint64_t *starts;
-  size_t columns, blocks, slots, position_bytes = 0;
+  size_t blocks;
   unsigned count;  // values of a block, if that is the same for all
   __m512i levels;  // of the codes of i4, as factors
-  Positions positions;
 };
 
 enum class Places { kCounted, kFixed, kCodes };  // how a block's values are found and how many they are

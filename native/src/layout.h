@@ -223,6 +223,37 @@ static inline size_t scale_index(const losa_parts &p, size_t row, size_t group) 
 
 namespace {
 
+// Where the rows of a tensor are found, computed once: a row of a small model takes no longer than that does.
+struct RowPlaces {
+  explicit RowPlaces(const losa_tensor &t)
+      : values(static_cast<const uint8_t *>(t.parts.values.data)),
+        starts(t.starts),
+        columns(t.parts.columns),
+        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0) {
+    if (t.parts.layout != LOSA_DENSE) {
+      first_positions = Positions(t.parts, 0);
+      position_bytes = position_row_bytes(t.parts);
+    }
+  }
+
+  Positions positions_of(size_t row) const {
+    Positions found = first_positions;
+    found.bytes += row * position_bytes;
+    return found;
+  }
+
+  // First value of a row; two rows share the bytes of i4.
+  size_t start(size_t row, bool i4) const {
+    const size_t line = i4 ? row / 2 : row;
+    return slots ? slots * line : starts[line];
+  }
+
+  const uint8_t *values;
+  const uint64_t *starts;
+  size_t columns, slots, position_bytes = 0;
+  Positions first_positions;
+};
+
 constexpr uint8_t kQuad = 4;  // LOSA_TILED: positions of a group of the short kind
 
 // LOSA_TILED: a step holds two slots of each row of a tile. Bytes 4 i + 2 h and the next belong to row
