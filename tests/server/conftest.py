@@ -103,7 +103,7 @@ def running(engine: Engine, folder: Path, *, key: str = "") -> Iterator[Running]
     engine.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for `condition`; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -30,6 +30,7 @@ class Checked:
         self.slots, self.batch = slots, batch
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.passes: list[list[Row]] = []
+        self.begun = 0
         self.gate = threading.Event()
         self.gate.set()
         self.fail = False
@@ -39,7 +40,8 @@ class Checked:
 
     def decode(self, rows: Sequence[Row]) -> list[NDArray[np.float32]]:
         assert 0 < len(rows) <= self.batch
-        self.gate.wait(20)
+        self.begun += 1
+        self.gate.wait(60)
         if self.fail:
             raise RuntimeError("out of order")
         self.passes.append(list(rows))
@@ -134,10 +136,11 @@ def test_a_long_prompt_does_not_hold_up_replies(make: Make) -> None:
     engine, session, _ = make(2, 512)
 
     async def scene() -> None:
+        session.gate.clear()  # else a busy machine might end the first reply before the second request
         (first,) = engine.submit([request((1, 2, 3), 200)])
-        stream = aiter(first)
-        await anext(stream)
+        await asyncio.to_thread(until, lambda: session.begun == 1)
         (second,) = engine.submit([request(prompts(1, 92)[0] * 4, 2)])
+        session.gate.set()
         async for _ in second:
             pass
         first.cancel()
