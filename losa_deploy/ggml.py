@@ -39,7 +39,7 @@ class Statistics:
     dense: int
     """Kept without a mask, because packing would not have made them smaller."""
     dense_bytes: int
-    """Bytes of all of them in the types llama.cpp declares."""
+    """Bytes of all of them in llama.cpp's types for such values."""
     packed_bytes: int
     """Bytes of all of them in memory."""
     pack_nanoseconds: int
@@ -112,7 +112,8 @@ class Plugin:
         """Address of a `FILE *` of `total_bytes` that shows `header`, then `pieces` of the file at `path`.
 
         A piece is its position in the virtual file, its position in the real one, and its bytes; they
-        ascend and do not overlap; what lies between them reads as zero. Raises `InputError` if the real
+        ascend and do not overlap; what lies between them reads as zero. Of a piece that is a packed weight
+        only the header is shown, which tells the plug-in where the rest is. Raises `InputError` if the real
         file cannot be opened or a piece lies outside of it. Close it with `virtual_close`.
         """
         array = (_Piece * max(1, len(pieces)))(*(_Piece(*piece) for piece in pieces))

@@ -1,8 +1,9 @@
 """What llama.cpp is shown of a packed GGUF: the standard model that it means (docs/formats.md, "In GGUF").
 
 A packed file has an architecture and tensors that no stock tool opens. Its standard view has the real
-architecture and, for each packed weight, a tensor of the usual name, shape and type whose bytes are the
-blob, filled with zeros. A virtual file that shows it needs the new header and a list of copied ranges.
+architecture and, for each packed weight, a tensor of the usual name and shape whose bytes are the
+header of the blob, filled with zeros. A virtual file that shows it needs the new header and a list of
+ranges.
 """
 
 from __future__ import annotations
@@ -44,20 +45,19 @@ PACKED = "losa-packed"
 PREFIX = "losa."
 """Of the tensors that are blobs."""
 FORMAT = 1
-CANDIDATES: dict[ValueType, tuple[int, ...]] = {
-    "i8": (Q8_0, F16, F32),
-    "i4": (Q4_0, Q8_0, F16, F32),
-    "f16": (F16, F32),
-    "f32": (F32,),
-}
-"""Value type → declared types, smallest first."""
+DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
+"""Value type → type of a dense tensor."""
+Q1_0 = 41
+VIEW_BLOCKS = {Q1_0: (128, 18), Q4_0: BLOCKS[Q4_0], F16: BLOCKS[F16], F32: BLOCKS[F32]}
+"""Types that a view declares, smallest first → weights and bytes of a block. llama.cpp sets up memory for
+every declared byte when it loads, so the fewer the better."""
 CHUNK = 1 << 22
 """Weights that are expanded at once."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of the packed file as they appear in the view."""
+    """Bytes of the packed file as they appear in the view; of a blob, only its header is shown."""
 
     at: int
     """Position in the view."""
@@ -77,18 +77,18 @@ class StandardView:
     """Tensors that are packed weights."""
 
 
-def declared_type(value_type: ValueType, shape: tuple[int, int], blob_bytes: int) -> int | None:
-    """The smallest type as which a weight [out, in] can hold its blob; None if none is large enough."""
-    for kind in CANDIDATES[value_type]:
-        size = dense_bytes(kind, (shape[1], shape[0]))
-        if size is not None and size >= blob_bytes:
-            return kind
+def declared(shape: tuple[int, int]) -> tuple[int, int] | None:
+    """The smallest type as which a view can show a packed weight [out, in], and its bytes, or None."""
+    for kind, (weights, size) in VIEW_BLOCKS.items():
+        total = prod(shape) // weights * size
+        if shape[1] % weights == 0 and total >= HEADER_BYTES:
+            return kind, total
     return None
 
 
 def dense_type(value_type: ValueType, columns: int) -> int:
     """Type of a dense weight in a portable file: F16 where rows are no whole blocks of 32."""
-    kind = CANDIDATES[value_type][0]
+    kind = DENSE_TYPES[value_type]
     return kind if columns % BLOCKS[kind][0] == 0 else F16
 
 
@@ -234,11 +234,10 @@ def _shown(file: GgufFile, tensor: Tensor) -> Tensor:
         return tensor
     header = blob_header(file, tensor)
     dims = (header.shape[1], header.shape[0])
-    kind = declared_type(header.value_type, header.shape, tensor.bytes)
-    size = None if kind is None else dense_bytes(kind, dims)
-    if kind is None or size is None:
-        raise damaged(file.path, f"{tensor.name} takes {tensor.bytes} bytes, more than dense weights would")
-    return Tensor(tensor.name.removeprefix(PREFIX), dims, kind, 0, size)
+    found = declared(header.shape)
+    if found is None:
+        raise damaged(file.path, f"{tensor.name} has {prod(dims)} weights, fewer than are packed")
+    return Tensor(tensor.name.removeprefix(PREFIX), dims, found[0], 0, found[1])
 
 
 def blob_header(file: GgufFile, tensor: Tensor) -> BlobHeader:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.gguf_file import F32, TYPE_NAMES, dense_bytes
-from losa_deploy.gguf_view import declared_type, dense_type
+from losa_deploy.gguf_view import declared, dense_type
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.base import ValueType
@@ -125,8 +125,10 @@ class Job:
         size = blob_bytes(picked.layout, mask, picked.options)
         if picked.layout == "dense" and self.recipe.layout != "dense":
             return self._dense(source, name, matrix, kind, kept, picked.reason)
-        if declared_type(picked.options.value_type, matrix, size) is None:
-            return self._dense(source, name, matrix, kind, kept, "no room for a packed tensor in a dense one")
+        if declared(matrix) is None:
+            return self._dense(
+                source, name, matrix, kind, kept, "fewer weights than the header of a packed one"
+            )
         return Entry(source, f"losa.{name}", shape, size, F32, picked, kept, picked.reason)
 
     def _dense(

@@ -12,7 +12,7 @@ namespace losa::ggml {
 
 using Unused = void (*)();
 
-enum Type : int { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ8_0 = 8 };
+enum Type : int { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ8_0 = 8, kQ1_0 = 41 };
 enum Status : int { kOutOfMemory = -2, kFailed = -1, kSuccess = 0 };
 enum DeviceType : int { kCpu = 0, kAccelerator = 3 };
 enum Usage : int { kUsageAny = 0, kUsageWeights = 1 };

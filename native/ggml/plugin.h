@@ -33,7 +33,8 @@ LOSA_EXPORT void losa_ggml_accept(int on);
 LOSA_EXPORT void losa_ggml_statistics(losa_ggml_counts *out);  // since the library was loaded
 
 // A FILE * of total_bytes: the header, then pieces of the file at path at their positions, zeros between
-// them. Null and errno if the file cannot be opened or a piece lies outside of it or overlaps another.
+// them. Of a piece that is a blob only the header is shown: it refers to the blob in the mapped file. Null
+// and errno if the file cannot be opened or mapped, or a piece lies outside of it or overlaps another.
 LOSA_EXPORT void *losa_ggml_virtual_open(const char *path, const uint8_t *header, uint64_t header_bytes,
                                          const losa_ggml_piece *pieces, uint64_t count, uint64_t total_bytes);
 LOSA_EXPORT void losa_ggml_virtual_close(void *file);

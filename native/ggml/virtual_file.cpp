@@ -19,12 +19,18 @@ namespace {
 // glibc reads such files by the bufferful, however much is asked for; after a seek the buffer is filled anew.
 constexpr size_t kBuffer = size_t{1} << 16;
 
+// Of a blob only the header is shown, which refers to the mapping; what follows it in the view is zero.
+struct Piece : losa_ggml_piece {
+  bool blob;
+  uint64_t shown;
+};
+
 struct View {
   int file;
   std::vector<uint8_t> header;
-  std::vector<losa_ggml_piece> pieces;
+  std::vector<Piece> pieces;
   uint64_t total, at = 0;
-  std::shared_ptr<losa::ggml::Mapping> mapping;  // null: everything is read
+  std::shared_ptr<losa::ggml::Mapping> mapping;
 
   ~View() {
     if (file >= 0) {
@@ -33,15 +39,18 @@ struct View {
   }
 };
 
-// Ascending, without overlap, behind the header, inside of the view and of the file.
-bool is_sound(const View &view, uint64_t file_bytes) {
+bool lies_in_file(const losa_ggml_piece &p, uint64_t file_bytes) {
+  return p.offset <= file_bytes && p.bytes <= file_bytes - p.offset;
+}
+
+// Ascending, without overlap, behind the header, inside of the view.
+bool is_sound(const View &view) {
   uint64_t end = view.header.size();
-  for (const losa_ggml_piece &p : view.pieces) {
-    if (p.at < end || p.at > view.total || p.bytes > view.total - p.at || p.offset > file_bytes ||
-        p.bytes > file_bytes - p.offset) {
+  for (const Piece &p : view.pieces) {
+    if (p.at < end || p.at > view.total || p.shown > view.total - p.at) {
       return false;
     }
-    end = p.at + p.bytes;
+    end = p.at + p.shown;
   }
   return end <= view.total;
 }
@@ -64,21 +73,6 @@ bool read_all(int file, uint8_t *out, uint64_t bytes, uint64_t offset) {
   return true;
 }
 
-// The bytes [first, last) of a blob as the view shows it: a header that refers to the mapping, then zeros.
-// False if the piece is no blob or the file is not mapped.
-bool show_blob(const View &view, const losa_ggml_piece &piece, uint64_t first, uint64_t last, uint8_t *out) {
-  if (!view.mapping || !losa::ggml::starts_as_blob(view.mapping->data() + piece.offset, piece.bytes)) {
-    return false;
-  }
-  std::memset(out, 0, last - first);
-  if (first < LOSA_HEADER_BYTES) {
-    uint8_t header[LOSA_HEADER_BYTES];
-    losa::ggml::refer(*view.mapping, piece.offset, piece.bytes, header);
-    std::memcpy(out, header + first, std::min<uint64_t>(last, LOSA_HEADER_BYTES) - first);
-  }
-  return true;
-}
-
 bool read_range(const View &view, uint8_t *out, uint64_t begin, uint64_t bytes) {
   const uint64_t end = begin + bytes;
   uint64_t done = begin;  // up to here `out` is written
@@ -87,15 +81,17 @@ bool read_range(const View &view, uint8_t *out, uint64_t begin, uint64_t bytes) 
     std::memcpy(out, view.header.data() + begin, done - begin);
   }
   auto piece = std::partition_point(view.pieces.begin(), view.pieces.end(),
-                                    [&](const losa_ggml_piece &p) { return p.at + p.bytes <= begin; });
+                                    [&](const Piece &p) { return p.at + p.shown <= begin; });
   for (; piece != view.pieces.end() && piece->at < end; ++piece) {
-    const uint64_t first = std::max(begin, piece->at), last = std::min(end, piece->at + piece->bytes);
+    const uint64_t first = std::max(begin, piece->at), last = std::min(end, piece->at + piece->shown);
     std::memset(out + (done - begin), 0, first - done);
     done = last;
-    if (show_blob(view, *piece, first - piece->at, last - piece->at, out + (first - begin))) {
-      continue;
-    }
-    if (!read_all(view.file, out + (first - begin), last - first, piece->offset + (first - piece->at))) {
+    if (piece->blob) {
+      uint8_t shown[LOSA_HEADER_BYTES];
+      losa::ggml::refer(*view.mapping, piece->offset, piece->bytes, shown);
+      std::memcpy(out + (first - begin), shown + (first - piece->at), last - first);
+    } else if (!read_all(view.file, out + (first - begin), last - first,
+                         piece->offset + (first - piece->at))) {
       return false;
     }
   }
@@ -165,14 +161,25 @@ extern "C" void *losa_ggml_virtual_open(const char *path, const uint8_t *header,
     if (view->file < 0 || fstat(view->file, &facts) != 0) {
       return nullptr;
     }
+    const auto file_bytes = static_cast<uint64_t>(facts.st_size);
     view->header.assign(header, header + header_bytes);
-    view->pieces.assign(pieces, pieces + count);
     view->total = total_bytes;
-    if (!is_sound(*view, static_cast<uint64_t>(facts.st_size))) {
+    view->mapping = losa::ggml::Mapping::of(view->file, file_bytes);
+    if (!view->mapping) {
+      return nullptr;
+    }
+    for (const losa_ggml_piece *p = pieces; p != pieces + count; ++p) {
+      if (!lies_in_file(*p, file_bytes)) {
+        errno = EINVAL;
+        return nullptr;
+      }
+      const bool blob = losa::ggml::starts_as_blob(view->mapping->data() + p->offset, p->bytes);
+      view->pieces.push_back({*p, blob, blob ? uint64_t{LOSA_HEADER_BYTES} : p->bytes});
+    }
+    if (!is_sound(*view)) {
       errno = EINVAL;
       return nullptr;
     }
-    view->mapping = losa::ggml::Mapping::of(view->file, static_cast<size_t>(facts.st_size));
     FILE *file = open_view(view.get());
     if (file != nullptr) {
       setvbuf(file, nullptr, _IOFBF, kBuffer);

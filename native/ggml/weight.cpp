@@ -79,6 +79,16 @@ uint8_t group_of(const std::vector<uint64_t> &words, size_t per_row, size_t colu
   return 0;
 }
 
+// Bytes of a weight in the type of ggml that has such values: what a view declares is smaller.
+uint64_t dense_bytes(const losa_parts &p) {
+  const int type = p.value_type == LOSA_F32   ? kF32
+                   : p.value_type == LOSA_F16 ? kF16
+                   : p.value_type == LOSA_I8  ? kQ8_0
+                                              : kQ4_0;
+  const size_t row = row_bytes(type, p.columns);
+  return uint64_t{p.rows} * (row != 0 ? row : row_bytes(kF16, p.columns));
+}
+
 }  // namespace
 
 size_t row_bytes(int type, uint64_t columns) {
@@ -91,6 +101,8 @@ size_t row_bytes(int type, uint64_t columns) {
       return columns % kBlock ? 0 : columns / kBlock * 34;
     case kQ4_0:
       return columns % kBlock ? 0 : columns / kBlock * 18;
+    case kQ1_0:  // the smallest: views of packed files declare it; a weight of this type stays as it is
+      return columns % 128 ? 0 : columns / 128 * 18;
     default:
       return 0;
   }
@@ -163,7 +175,7 @@ void Weight::to_stock() {
     get(copy.get(), 0, bytes_);
     keep_stock(copy.get());
   } else if (blob_.mapping) {
-    std::memcpy(place_, blob_.data, blob_.bytes);
+    std::memcpy(place_, blob_.data, blob_.bytes < bytes_ ? blob_.bytes : bytes_);
     blob_ = {};
   }
   form_ = Form::kStock;  // a copied blob's bytes are at the place as they came
@@ -195,7 +207,7 @@ void Weight::take(const uint8_t *data) {
   const auto begin = std::chrono::steady_clock::now();
   bool done = take_blob(data);
   try {
-    done = done || pack(data);
+    done = done || (type_ != kQ1_0 && pack(data));
   } catch (const std::exception &) {
     done = false;  // no memory or no threads: the stock form needs neither
   }
@@ -203,17 +215,18 @@ void Weight::take(const uint8_t *data) {
     keep_stock(data);
   }
   const bool sparse = form_ == Form::kBlob || (form_ == Form::kPacked && tensor_.parts.layout != LOSA_DENSE);
-  uint64_t held = bytes_;
+  uint64_t held = bytes_, dense = bytes_;
   if (done && form_ != Form::kDamaged) {
     const losa_parts &p = tensor_.parts;
     held = p.positions.bytes + p.values.bytes + p.scale.bytes + p.table.bytes + starts_.size() * 8;
+    dense = form_ == Form::kBlob ? dense_bytes(p) : dense;
   }
   const auto spent = std::chrono::steady_clock::now() - begin;
   unreported = true;
   const std::lock_guard<std::mutex> lock(guard);
   total.tensors += 1;
   (sparse ? total.packed : total.dense) += 1;
-  total.dense_bytes += bytes_;
+  total.dense_bytes += dense;
   total.packed_bytes += held;
   total.pack_nanoseconds +=
       static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count());
@@ -241,9 +254,6 @@ bool Weight::take_blob(const uint8_t *data) {
   }
   own_.reset();
   blob_ = referred(data);
-  if (blob_.bytes > bytes_) {
-    blob_ = {};  // not what a view shows
-  }
   losa_parts parts = {};
   int status =
       losa_blob_parts(blob_.mapping ? blob_.data : data, blob_.mapping ? blob_.bytes : bytes_, &parts);

@@ -139,63 +139,71 @@ int check_nm(const losa_parts &p, losa_tensor *tensor) {
   return has(p.values, stream_bytes(raw)) ? LOSA_OK : LOSA_BAD_SIZE;
 }
 
-// Positions of a step of tiles, two of a row in each element, the first one in the low byte.
-void step_positions(const losa_parts &p, const Tiles &tiles, size_t step, uint16_t at[kTile]) {
+// Eight slots in a word: the first slots of pairs are the even bytes, the second ones the odd bytes.
+constexpr uint64_t kEach = 0x0101010101010101, kFirst = 0x00ff00ff00ff00ff, kSecond = ~kFirst;
+constexpr size_t kWords = Tiles::kStep / 8;
+
+// Positions of the slots of a step of N:16.
+void step_positions(const losa_parts &p, const Tiles &tiles, size_t step, uint64_t at[kWords]) {
+  constexpr uint64_t low = 15 * kEach;
   if (p.value_type == LOSA_I4) {
-    std::memcpy(at, tiles.values + step * Tiles::kStep, Tiles::kStep);
-    for (size_t j = 0; j < kTile; ++j) {
-      at[j] &= 0x0f0f;
+    for (size_t j = 0; j < kWords; ++j) {
+      at[j] = load_word(tiles.values + step * Tiles::kStep + 8 * j) & low;
     }
     return;
   }
-  uint16_t pairs[kTile / 2];
-  std::memcpy(pairs, tiles.positions + step * kTile, kTile);
-  for (size_t j = 0; j < kTile / 2; ++j) {
-    at[j] = pairs[j] & 0x0f0f;
-    at[j + kTile / 2] = (pairs[j] >> 4) & 0x0f0f;
+  for (size_t j = 0; j < kWords / 2; ++j) {
+    const uint64_t pairs = load_word(tiles.positions + step * kTile + 8 * j);
+    at[j] = pairs & low;
+    at[j + kWords / 2] = pairs >> 4 & low;
   }
 }
 
-// Positions of a group ascend. Differences that must not be negative are collected, without a branch: a
-// compiler computes eight at a time.
-bool positions_ascend(const losa_parts &p, const Tiles &tiles, size_t first_step) {
-  uint16_t last[kTile], negative = 0, at[kTile];
-  std::memset(last, 0xff, sizeof last);
-  const size_t pairs = p.n / 2u;
+// Positions of a group ascend, and the free slots of an odd N are zero. Without a branch: a compiler computes
+// several words at a time.
+bool group_is_sound(const losa_parts &p, const Tiles &tiles, size_t first_step) {
+  constexpr uint64_t top = 128 * kEach;
+  uint64_t before[kWords] = {}, at[kWords], wrong = 0;
   for (size_t s = 0; s < tiles.steps; ++s) {
     step_positions(p, tiles, first_step + s, at);
-    for (size_t j = 0; j < kTile; ++j) {
-      const auto low = static_cast<uint16_t>(at[j] & 255), high = static_cast<uint16_t>(at[j] >> 8);
-      const auto second = static_cast<uint16_t>(s < pairs ? high - low - 1 : -high);  // free: zero
-      negative |= static_cast<uint16_t>(second | (low - last[j] - 1));
-      last[j] = high;
+    const uint64_t bound = s == 0 ? kFirst & top : 0;                     // below it is nothing
+    const uint64_t free = p.n % 2 && s + 1 == tiles.steps ? kSecond : 0;  // only the first slots are taken
+    for (size_t j = 0; j < kWords; ++j) {
+      // A byte of 128 + position - 1 - (the one before it) keeps its highest bit if the position is larger.
+      const uint64_t larger = (at[j] | top) - kEach - ((at[j] << 8 & kSecond) | (before[j] >> 8 & kFirst));
+      wrong |= (~(larger | bound | free) & top) | (at[j] & free);
+      before[j] = at[j];
     }
   }
-  return (negative & 0x8000) == 0;
-}
-
-// The second slots of the last step of a group are zero where N is odd.
-bool free_slots_are_zero(const losa_parts &p, const Tiles &tiles, size_t group) {
-  uint8_t any = 0;
-  const uint8_t *last = tiles.values + ((group + 1) * tiles.steps - 1) * Tiles::kStep;
-  for (size_t j = 1; p.n % 2 && j < Tiles::kStep; j += 2) {
-    any |= last[j];
-  }
-  return any == 0;
-}
-
-// Positions of a line of up to four steps ascend in their quads, and bits of further steps are zero.
-bool line_is_sound(const losa_parts &p, const uint8_t *line, size_t steps) {
-  uint8_t beyond = 0, wrong = 0;
-  for (size_t j = 0; j < Tiles::kStep; ++j) {
-    beyond |= static_cast<uint8_t>(line[j] >> (2 * steps));
-  }
-  for (size_t shift = 0; p.n == 2 && shift < 8; shift += 2) {
-    for (size_t j = 0; j < Tiles::kStep; j += 2) {
-      wrong |= static_cast<uint8_t>((line[j] >> shift & 3) >= (line[j + 1] >> shift & 3));
+  if (p.n % 2) {
+    const uint8_t *last = tiles.values + (first_step + tiles.steps - 1) * Tiles::kStep;
+    for (size_t j = 0; j < kWords; ++j) {
+      wrong |= load_word(last + 8 * j) & kSecond;
     }
   }
-  return (steps == Tiles::kPerLine || beyond == 0) && wrong == 0;
+  return wrong == 0;
+}
+
+// Both positions of every quad of a line of 2:4 ascend: fields of two bits are compared in place.
+bool quads_ascend(const uint8_t *line) {
+  uint64_t wrong = 0;
+  for (size_t j = 0; j < kWords; ++j) {
+    const uint64_t word = load_word(line + 8 * j), second = word >> 8;
+    const uint64_t differs = word ^ second, above = second & differs;
+    const uint64_t larger = above >> 1 | (above & ~(differs >> 1));
+    wrong |= ~larger & kFirst & 0x55 * kEach;
+  }
+  return wrong == 0;
+}
+
+// Bits behind the first `steps` steps of a line are zero.
+bool rest_is_zero(const uint8_t *line, size_t steps) {
+  const uint64_t rest = (0xff << 2 * steps & 0xff) * kEach;
+  uint64_t found = 0;
+  for (size_t j = 0; j < kWords; ++j) {
+    found |= load_word(line + 8 * j) & rest;
+  }
+  return found == 0;
 }
 
 int check_quads(const losa_parts &p, losa_tensor *tensor) {
@@ -206,10 +214,14 @@ int check_quads(const losa_parts &p, losa_tensor *tensor) {
       !has(p.positions, count * lines * Tiles::kStep)) {
     return LOSA_BAD_SIZE;
   }
-  for (uint64_t i = 0; i < count * lines; ++i) {
-    const uint64_t left = steps - i % lines * Tiles::kPerLine;
-    if (!line_is_sound(p, tiles.positions + i * Tiles::kStep,
-                       left < Tiles::kPerLine ? left : Tiles::kPerLine)) {
+  const auto *at = tiles.positions;
+  for (uint64_t i = 0; p.n == 2 && i < count * lines; ++i) {
+    if (!quads_ascend(at + i * Tiles::kStep)) {
+      return LOSA_BAD_POSITIONS;
+    }
+  }
+  for (uint64_t tile = 1; steps % Tiles::kPerLine && tile <= count; ++tile) {
+    if (!rest_is_zero(at + (tile * lines - 1) * Tiles::kStep, steps % Tiles::kPerLine)) {
       return LOSA_BAD_POSITIONS;
     }
   }
@@ -228,7 +240,7 @@ int check_tiled(const losa_parts &p, losa_tensor *tensor) {
     return LOSA_BAD_SIZE;
   }
   for (size_t group = 0; group < groups; ++group) {
-    if (!positions_ascend(p, tiles, group * tiles.steps) || !free_slots_are_zero(p, tiles, group)) {
+    if (!group_is_sound(p, tiles, group * tiles.steps)) {
       return LOSA_BAD_POSITIONS;
     }
   }

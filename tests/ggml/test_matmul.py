@@ -109,9 +109,10 @@ def run(
 ) -> tuple[list[tuple[Floats, Bytes]], list[dict[str, Any]]]:
     """y and weight of each case, and the child's notes."""
     arrays: dict[str, NDArray[np.generic]] = {}
+    numbers = {**TYPES, "Q1_0": 41}
     for i, c in enumerate(cases):
         arrays[f"w_{i}"], arrays[f"x_{i}"] = c.stock, c.x
-        arrays[f"spec_{i}"] = np.array([TYPES[c.kind], len(c.weight), c.threads, c.lie, c.chunks])
+        arrays[f"spec_{i}"] = np.array([numbers[c.kind], len(c.weight), c.threads, c.lie, c.chunks])
     np.savez(folder / "cases.npz", **arrays)
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder / "cases.npz"), str(folder / "results.npz")],
@@ -177,6 +178,24 @@ def test_stock_bytes_where_our_types_do_not_hold_them(route: str, tmp_path: Path
             stock = changed.reshape(-1)
             weight = values_of("Q8_0", stock, 24, 96)
             cases.append(Case("Q8_0", stock, weight, plain.x, group=32, extra=2.0**-10))
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert notes[-1]["statistics"]["dense"] == len(cases)
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+def test_weights_of_the_type_that_views_declare_stay_as_they_are(route: str, tmp_path: Path) -> None:
+    """Q1_0: per 128 positions an f16 scale, then a bit per position that is its sign."""
+    rng = np.random.default_rng(8)
+    cases = []
+    for tokens in (1, 9):
+        scale = rng.uniform(0.01, 0.1, (24, 3, 1)).astype(np.float16)
+        bits = rng.integers(0, 256, (24, 3, 16), dtype=np.uint8)
+        signs = np.unpackbits(bits, axis=2, bitorder="little").astype(np.float64) * 2 - 1
+        stock = np.concatenate([scale.view(np.uint8), bits], axis=2).reshape(-1)
+        weight = (signs * scale.astype(np.float64)).reshape(24, 384)
+        x = rng.standard_normal((1, tokens, 384)).astype(np.float32)
+        cases.append(Case("Q1_0", stock, weight, x, group=32, extra=2.0**-10))
     results, notes = run(cases, tmp_path, route)
     check(cases, results)
     assert notes[-1]["statistics"]["dense"] == len(cases)

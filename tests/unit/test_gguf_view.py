@@ -15,22 +15,23 @@ from losa_deploy.benchmarks.decoder import Geometry
 from losa_deploy.benchmarks.geometry import GEOMETRIES
 from losa_deploy.benchmarks.tensors import RandomWeight, Storage
 from losa_deploy.errors import InputError
-from losa_deploy.gguf_file import F16, F32, Q4_0, Q8_0
+from losa_deploy.gguf_file import F16, F32, Q4_0
 from losa_deploy.layouts import unpack
+from losa_deploy.layouts.blob import HEADER_BYTES
 
 TINY = GEOMETRIES["tiny"]
 STORAGES = {
-    "i8": (Storage("bitmask", "i8", 0.6), "Q8_0"),
-    "i4": (Storage("bitmask", "i4", 0.6), "Q4_0"),
-    "f16": (Storage("nm", "f16", 0.5, (2, 4)), "F16"),
-    "f32": (Storage("bitmask", "f32", 0.6), "F32"),
+    "i8": Storage("bitmask", "i8", 0.6),
+    "i4": Storage("bitmask", "i4", 0.6),
+    "f16": Storage("nm", "f16", 0.5, (2, 4)),
+    "f32": Storage("bitmask", "f32", 0.6),
 }
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
-    ggufs.build_ours(TINY, STORAGES["i4"][0], folder / "ours", seed=3)
+    ggufs.build_ours(TINY, STORAGES["i4"], folder / "ours", seed=3)
     return folder / "ours" / "model.gguf"
 
 
@@ -42,17 +43,18 @@ def materialized(path: Path, target: Path) -> Path:
     end = len(view.header)
     for piece in view.pieces:
         assert piece.at >= end
-        end = piece.at + piece.bytes
-        content[piece.at : end] = data[piece.offset : piece.offset + piece.bytes]
+        start = data[piece.offset : piece.offset + piece.bytes]
+        shown = start[:HEADER_BYTES] if start.startswith(b"LOSA") else start
+        end = piece.at + len(shown)
+        content[piece.at : end] = shown
     assert end <= view.total_bytes
     target.write_bytes(content)
     return target
 
 
 @pytest.mark.parametrize("name", list(STORAGES))
-def test_view_is_a_standard_file_whose_tensors_start_with_the_blobs(name: str, tmp_path: Path) -> None:
-    storage, kind = STORAGES[name]
-    ggufs.build_ours(TINY, storage, tmp_path / "ours", seed=3)
+def test_view_is_a_standard_file_whose_tensors_start_with_the_headers(name: str, tmp_path: Path) -> None:
+    ggufs.build_ours(TINY, STORAGES[name], tmp_path / "ours", seed=3)
     path = tmp_path / "ours" / "model.gguf"
     assert gguf_view.is_packed(path)
     shown = GGUFReader(materialized(path, tmp_path / "view.gguf"))
@@ -63,10 +65,10 @@ def test_view_is_a_standard_file_whose_tensors_start_with_the_blobs(name: str, t
     assert not any(tensor.startswith("losa.") for tensor in standard)
     assert len(standard) == len(blobs)
     query = standard["blk.1.ffn_down.weight"]
-    assert (query.tensor_type, tuple(query.shape)) == (GGMLQuantizationType[kind], (256, 128))
+    assert (query.tensor_type, tuple(query.shape)) == (GGMLQuantizationType.Q1_0, (256, 128))
     blob = blobs["losa.blk.1.ffn_down.weight"].data.tobytes()
     data = query.data.tobytes()
-    assert data.startswith(blob) and not any(data[len(blob) :])
+    assert data.startswith(blob[:HEADER_BYTES]) and not any(data[HEADER_BYTES:])
     assert standard["output.weight"].data.tobytes() == blobs["output.weight"].data.tobytes()
 
 
@@ -74,7 +76,7 @@ def test_view_is_a_standard_file_whose_tensors_start_with_the_blobs(name: str, t
 def test_expanded_holds_what_the_bytes_mean_and_opens_in_llama_cpp(name: str, tmp_path: Path) -> None:
     import llama_cpp
 
-    storage, _ = STORAGES[name]
+    storage = STORAGES[name]
     ggufs.build_ours(TINY, storage, tmp_path / "ours", seed=3)
     target = tmp_path / "plain.gguf"
     gguf_view.write_expanded(tmp_path / "ours" / "model.gguf", target)
@@ -110,13 +112,13 @@ def test_types_that_we_do_not_write_are_refused(tmp_path: Path) -> None:
         gguf_view.write_expanded(tmp_path / "tiny-q4_k_m" / "model.gguf", tmp_path / "plain.gguf")
 
 
-def test_declared_type_is_the_smallest_that_holds_the_blob() -> None:
-    assert gguf_view.declared_type("i4", (64, 64), 64 * 64 // 32 * 18) == Q4_0
-    assert gguf_view.declared_type("i4", (64, 64), 64 * 64 // 32 * 18 + 1) == Q8_0
-    assert gguf_view.declared_type("i8", (64, 64), 64 * 64 // 32 * 34) == Q8_0
-    assert gguf_view.declared_type("i8", (64, 72), 1000) == F16  # 72 columns are no whole blocks
-    assert gguf_view.declared_type("f16", (64, 64), 64 * 64 * 2 + 1) == F32
-    assert gguf_view.declared_type("f32", (64, 64), 64 * 64 * 4 + 1) is None
+def test_a_view_declares_the_fewest_bytes_that_hold_a_header() -> None:
+    assert gguf_view.declared((64, 256)) == (gguf_view.Q1_0, 64 * 2 * 18)
+    assert gguf_view.declared((64, 96)) == (Q4_0, 64 * 3 * 18)
+    assert gguf_view.declared((64, 72)) == (F16, 64 * 72 * 2)  # 72 columns are no whole blocks
+    assert gguf_view.declared((7, 128)) == (Q4_0, 7 * 4 * 18)  # 126 bytes of Q1_0 are too few
+    assert gguf_view.declared((4, 12)) == (F32, 192)
+    assert gguf_view.declared((3, 10)) is None
 
 
 def patched(path: Path, target: Path, at: int, new: bytes) -> Path:
@@ -182,4 +184,4 @@ def test_columns_that_are_no_whole_blocks_are_shown_as_f16(tmp_path: Path) -> No
     ggufs.build_ours(odd, Storage("bitmask", "i8", 0.6), tmp_path / "ours", seed=0)
     shown = GGUFReader(materialized(tmp_path / "ours" / "model.gguf", tmp_path / "view.gguf"))
     types = {t.name: t.tensor_type.name for t in shown.tensors}
-    assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q4_0"
