@@ -28,50 +28,56 @@ inline __m256i products(__m256i w, const int8_t *x) {
                 : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(load_x(x), w));
 }
 
-inline __m256 widened(__m256i pairs, int32_t bias) {
-  const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(bias));
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(start, sums_of_two(pairs)));
-}
-
-// What takes the offset of narrow levels off again; others have none.
+// Sums of a group, in eight parts. Narrow: the bias takes the offset of the levels off again.
 template <bool Narrow>
-inline int32_t start(const Activations &a, size_t g) {
-  return Narrow ? a.bias[g] >> 4 : 0;
+inline __m256 widened(__m256i pairs, const Activations &a, size_t g) {
+  const __m128i bias = Narrow ? _mm_srai_epi32(_mm_cvtsi32_si128(a.bias[g]), 4) : _mm_setzero_si128();
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_zextsi128_si256(bias), sums_of_two(pairs)));
 }
 
-// One row times one token, groups of 64 or 128, from a block on that starts a group. Sums of four products of
-// narrow levels fit 16 bits.
+// One or two blocks, which are a group of a row. Sums of four products of narrow levels fit 16 bits.
+template <bool Narrow, size_t Count, typename Row>
+inline __m256 dot_group(Row &row, const Activations &a, size_t g, size_t first) {
+  __m256i acc = _mm256_setzero_si256();
+  for (size_t block = first; block < first + Count; ++block) {
+    const Block w = row.next(block);
+    const int8_t *x = a.q + block * kBlock;
+    const __m256i low = products<Narrow>(w.low, x), high = products<Narrow>(w.high, x + 32);
+    acc = Narrow ? _mm256_add_epi16(acc, _mm256_add_epi16(low, high))
+                 : _mm256_add_epi32(acc, _mm256_add_epi32(sums_of_two(low), sums_of_two(high)));
+  }
+  return Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
+}
+
+// One row times one token, groups of 64 or 128, from a block on that starts a group.
 template <bool Narrow, size_t PerGroup, typename Row>
-__m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a, size_t block = 0) {
+__m256 dot_row(Row row, const RowScales<Row::kI4> &row_scales, const Activations &a, size_t block) {
   const size_t blocks = row.blocks();
+  GroupScales<Row::kI4> scales(row_scales, a, block / PerGroup);
   __m256 total = _mm256_setzero_ps();
-  for (size_t g = block / PerGroup; block < blocks; ++g) {
-    __m256i acc = _mm256_setzero_si256();
-    for (size_t i = 0; i < PerGroup && block < blocks; ++i, ++block) {
-      const Block w = row.next(block);
-      const int8_t *x = a.q + block * kBlock;
-      const __m256i low = products<Narrow>(w.low, x), high = products<Narrow>(w.high, x + 32);
-      acc = Narrow ? _mm256_add_epi16(acc, _mm256_add_epi16(low, high))
-                   : _mm256_add_epi32(acc, _mm256_add_epi32(sums_of_two(low), sums_of_two(high)));
-    }
-    const __m256 sums = Narrow ? widened(acc, start<Narrow>(a, g)) : _mm256_cvtepi32_ps(acc);
-    total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+  for (; block + PerGroup <= blocks; block += PerGroup) {
+    const __m256 sums = dot_group<Narrow, PerGroup>(row, a, block / PerGroup, block);
+    total = _mm256_fmadd_ps(sums, scales.next(), total);
+  }
+  if (PerGroup == 2 && block < blocks) {
+    const __m256 sums = dot_group<Narrow, 1>(row, a, block / PerGroup, block);
+    total = _mm256_fmadd_ps(sums, scales.next(), total);
   }
   return total;
 }
 
 // Groups of 32: each half of a block has its own scale.
 template <bool Narrow, typename Row>
-__m256 dot_row_32(Row row, const RowScales<true> &scales, const Activations &a, size_t block = 0) {
+__m256 dot_row_32(Row row, const RowScales<true> &row_scales, const Activations &a, size_t block) {
+  GroupScales<true> scales(row_scales, a, 2 * block);
   __m256 total = _mm256_setzero_ps();
   for (const size_t blocks = row.blocks(); block < blocks; ++block) {
     const Block w = row.next(block);
     const int8_t *x = a.q + block * kBlock;
-    const size_t g = 2 * block;
-    const __m256 low = widened(products<Narrow>(w.low, x), start<Narrow>(a, g));
-    const __m256 high = widened(products<Narrow>(w.high, x + 32), start<Narrow>(a, g + 1));
-    total = _mm256_fmadd_ps(low, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
-    total = _mm256_fmadd_ps(high, _mm256_set1_ps(a.scale[g + 1] * scales.group(g + 1)), total);
+    const __m256 low = widened<Narrow>(products<Narrow>(w.low, x), a, 2 * block);
+    const __m256 high = widened<Narrow>(products<Narrow>(w.high, x + 32), a, 2 * block + 1);
+    total = _mm256_fmadd_ps(low, scales.next(), total);
+    total = _mm256_fmadd_ps(high, scales.next(), total);
   }
   return total;
 }
@@ -101,7 +107,7 @@ __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowSca
         const __m256i next = pairs[k * kEach + i];
         acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
       }
-      const __m256 sums = Narrow ? widened(acc, start<Narrow>(a, g)) : _mm256_cvtepi32_ps(acc);
+      const __m256 sums = Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
       total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
     }
   }
@@ -125,7 +131,7 @@ void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t
     } else {
       total = _mm256_add_ps(total, dot_row<Narrow, Group / kBlock>(Row(m, r), scales, a, block));
     }
-    y[r] = sum(total);
+    y[r] = sum(total) * scales.whole();
   }
 }
 

@@ -38,6 +38,7 @@ class SparseRow {
 
   SparseRow(const Matrix &m, size_t row)
       : positions_(m.positions_of(row)),
+        mask_(positions_.bytes),
         at_(m.values + m.start(row, I4)),
         count_(m.count),
         offsets_(m.offsets),
@@ -47,7 +48,8 @@ class SparseRow {
   size_t blocks() const { return positions_.blocks; }
 
   Block next(size_t block) {
-    const uint8_t *mask = positions_.bytes + 8 * block;
+    const uint8_t *mask = mask_;
+    mask_ += 8;
     uint64_t word;
     if (Codes) {
       word = positions_.word(block);
@@ -67,6 +69,7 @@ class SparseRow {
 
  private:
   Positions positions_;
+  const uint8_t *mask_;
   const uint8_t *at_;
   unsigned count_;
   __m256i offsets_;
@@ -167,6 +170,9 @@ class RowScales {
         groups_(groups),
         whole_(I4 ? 1.0f : load_scale(p, row)) {}
 
+  size_t groups() const { return groups_; }
+  float whole() const { return whole_; }  // i8: the scale of the row; i4 has one per group only
+
   // Groups behind the last one hold no weights.
   float group(size_t g) const {
     if (!I4) {
@@ -179,10 +185,52 @@ class RowScales {
     return _cvtsh_ss(half);
   }
 
+  // Of the groups g to g + 7, which exist.
+  __m256 eight(size_t g) const {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves_ + 2 * g)));
+  }
+
  private:
   const uint8_t *halves_;
   size_t groups_;
   float whole_;
+};
+
+// What the sums of the groups of a row are multiplied with, one group after another: the scales of the token,
+// of i4 times those of the row, eight at a time.
+template <bool I4>
+class GroupScales {
+ public:
+  GroupScales(const RowScales<I4> &row, const Activations &a, size_t first)
+      : row_(row), token_(a.scale), groups_(a.groups), next_(first) {}
+
+  __m256 next() {
+    const size_t g = next_++;
+    if (!I4) {
+      return _mm256_broadcast_ss(token_ + g);
+    }
+    if (at_ == 8) {
+      fill(g);
+      at_ = 0;
+    }
+    return _mm256_broadcast_ss(&products_[at_++]);
+  }
+
+ private:
+  void fill(size_t g) {
+    if (g + 8 <= row_.groups()) {
+      _mm256_store_ps(products_, _mm256_mul_ps(row_.eight(g), _mm256_loadu_ps(token_ + g)));
+      return;
+    }
+    for (size_t i = 0; i < 8 && g + i < groups_; ++i) {
+      products_[i] = row_.group(g + i) * token_[g + i];
+    }
+  }
+
+  const RowScales<I4> row_;
+  const float *token_;
+  size_t groups_, next_, at_ = 8;
+  alignas(32) float products_[8];
 };
 
 // Calls use(tag) with a tag of the class that reads the rows of the tensor: SparseRow, CodesRow or DenseRow.

@@ -11,6 +11,26 @@
 namespace losa {
 namespace {
 
+// Shuffles of 16 positions are a sum of two: of what the first mask byte says, and the second one. The second
+// eight positions begin after the values of the first.
+struct PlaceTable {
+  alignas(64) uint8_t first[256][16], second[256][16];
+
+  explicit constexpr PlaceTable(const ShuffleTable &table) : first{}, second{} {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      uint8_t kept = 0;
+      for (unsigned i = 0; i < 8; ++i) {
+        first[byte][i] = second[byte][8 + i] = static_cast<uint8_t>(table.control[byte] >> (8 * i));
+        kept = static_cast<uint8_t>(kept + (byte >> i & 1));
+      }
+      for (unsigned i = 8; i < 16; ++i) {
+        first[byte][i] = kept;
+      }
+    }
+  }
+};
+constexpr PlaceTable kPlaces(kShuffle);
+
 inline __m128i load_pair(const uint8_t *low, const uint8_t *high) {
   const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(low));
   return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64 *>(high)));
@@ -29,23 +49,24 @@ struct Block {
   __m256i low, high;  // 64 bytes
 };
 
-// 32 positions with any count: bytes of the stream at `p` to the positions of four mask bytes.
-inline __m256i scatter_half(const uint8_t *mask, const uint8_t *p) {
-  const unsigned m0 = mask[0], m1 = mask[1], m2 = mask[2], m3 = mask[3];
-  const uint8_t *p1 = p + __builtin_popcount(m0), *p2 = p1 + __builtin_popcount(m1),
-                *p3 = p2 + __builtin_popcount(m2);
-  const __m256i second = _mm256_set_epi64x(0x0808080808080808, 0, 0x0808080808080808, 0);
-  const __m256i data = join(load_pair(p, p1), load_pair(p2, p3));
-  const __m256i control = join(shuffles(m0, m1), shuffles(m2, m3));
-  return _mm256_shuffle_epi8(data, _mm256_or_si256(control, second));
+inline __m128i load_line(const uint8_t *p) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p)); }
+
+// 32 positions with any count: the values at `p` go to the positions of two mask bytes, those at `p1` to the
+// positions of the two after them.
+inline __m256i scatter_half(const uint8_t *mask, const uint8_t *p, const uint8_t *p1) {
+  const __m256i first = join(load_line(kPlaces.first[mask[0]]), load_line(kPlaces.first[mask[2]]));
+  const __m256i second = join(load_line(kPlaces.second[mask[1]]), load_line(kPlaces.second[mask[3]]));
+  return _mm256_shuffle_epi8(join(load_line(p), load_line(p1)), _mm256_add_epi8(first, second));
 }
 
 // 64 positions; `used` bytes were taken.
 inline Block scatter(const uint8_t *mask, const uint8_t *p, unsigned *used) {
   const uint64_t word = load_word(mask);
+  const auto quarter = static_cast<unsigned>(__builtin_popcount(static_cast<uint16_t>(word)));
+  const auto half = static_cast<unsigned>(__builtin_popcount(static_cast<uint32_t>(word)));
+  const auto most = static_cast<unsigned>(__builtin_popcountll(word << 16));
   *used = static_cast<unsigned>(__builtin_popcountll(word));
-  const auto first = static_cast<unsigned>(__builtin_popcount(static_cast<uint32_t>(word)));
-  return {scatter_half(mask, p), scatter_half(mask + 4, p + first)};
+  return {scatter_half(mask, p, p + quarter), scatter_half(mask + 4, p + half, p + most)};
 }
 
 // The same count `c` <= 4 in every byte of the mask: 32 positions take their values from one load.
