@@ -49,35 +49,47 @@ inline __m256 dot_group(Row &row, const Activations &a, size_t g, size_t first) 
   return Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
 }
 
-// One row times one token, groups of 64 or 128, from a block on that starts a group.
-template <bool Narrow, size_t PerGroup, typename Row>
-__m256 dot_row(Row row, const RowScales<Row::kI4> &row_scales, const Activations &a, size_t block) {
-  const size_t blocks = row.blocks();
-  GroupScales<Row::kI4> scales(row_scales, a, block / PerGroup);
-  __m256 total = _mm256_setzero_ps();
-  for (; block + PerGroup <= blocks; block += PerGroup) {
-    const __m256 sums = dot_group<Narrow, PerGroup>(row, a, block / PerGroup, block);
-    total = _mm256_fmadd_ps(sums, scales.next(), total);
+// Blocks `first` to `last` of a row, which start a group; `scales` are those of their groups.
+template <bool Narrow, size_t Group, typename Row>
+inline __m256 dot_blocks(Row &row, const float *scales, const Activations &a, size_t first, size_t last,
+                         __m256 total) {
+  if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
+    for (size_t block = first; block < last; ++block) {
+      const Block w = row.next(block);
+      const int8_t *x = a.q + block * kBlock;
+      const __m256 low = widened<Narrow>(products<Narrow>(w.low, x), a, 2 * block);
+      const __m256 high = widened<Narrow>(products<Narrow>(w.high, x + 32), a, 2 * block + 1);
+      total = _mm256_fmadd_ps(low, _mm256_broadcast_ss(scales++), total);
+      total = _mm256_fmadd_ps(high, _mm256_broadcast_ss(scales++), total);
+    }
+    return total;
   }
-  if (PerGroup == 2 && block < blocks) {
-    const __m256 sums = dot_group<Narrow, 1>(row, a, block / PerGroup, block);
-    total = _mm256_fmadd_ps(sums, scales.next(), total);
+  constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1;
+  for (; first + kEach <= last; first += kEach) {
+    const __m256 sums = dot_group<Narrow, kEach>(row, a, first / kEach, first);
+    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales++), total);
+  }
+  if (kEach == 2 && first < last) {
+    const __m256 sums = dot_group<Narrow, 1>(row, a, first / kEach, first);
+    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales), total);
   }
   return total;
 }
 
-// Groups of 32: each half of a block has its own scale.
-template <bool Narrow, typename Row>
-__m256 dot_row_32(Row row, const RowScales<true> &row_scales, const Activations &a, size_t block) {
-  GroupScales<true> scales(row_scales, a, 2 * block);
+// One row times one token, from a block on that starts a group.
+template <bool Narrow, size_t Group, typename Row>
+__m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a, size_t block) {
+  const size_t blocks = row.blocks();
   __m256 total = _mm256_setzero_ps();
-  for (const size_t blocks = row.blocks(); block < blocks; ++block) {
-    const Block w = row.next(block);
-    const int8_t *x = a.q + block * kBlock;
-    const __m256 low = widened<Narrow>(products<Narrow>(w.low, x), a, 2 * block);
-    const __m256 high = widened<Narrow>(products<Narrow>(w.high, x + 32), a, 2 * block + 1);
-    total = _mm256_fmadd_ps(low, scales.next(), total);
-    total = _mm256_fmadd_ps(high, scales.next(), total);
+  if constexpr (!Row::kI4) {  // the scale of the row is applied to the sum
+    return dot_blocks<Narrow, Group>(row, a.scale, a, block, blocks, total);
+  }
+  constexpr size_t kEight = 8 * Group / kBlock;  // blocks of eight groups
+  for (; block < blocks; block += kEight) {
+    alignas(32) float eight[8];
+    scales.times(a, block * kBlock / Group, eight);
+    const size_t last = blocks - block < kEight ? blocks : block + kEight;
+    total = dot_blocks<Narrow, Group>(row, eight, a, block, last, total);
   }
   return total;
 }
@@ -126,11 +138,7 @@ void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t
       total = dot_runs<Narrow, Group>(m, m.values + r * ((m.columns + 1) / 2), runs, scales, a);
       block = runs * (kPadding / kBlock);
     }
-    if constexpr (Group == 32) {
-      total = _mm256_add_ps(total, dot_row_32<Narrow>(Row(m, r), scales, a, block));
-    } else {
-      total = _mm256_add_ps(total, dot_row<Narrow, Group / kBlock>(Row(m, r), scales, a, block));
-    }
+    total = _mm256_add_ps(total, dot_row<Narrow, Group>(Row(m, r), scales, a, block));
     y[r] = sum(total) * scales.whole();
   }
 }

@@ -167,10 +167,10 @@ class RowScales {
  public:
   RowScales(const losa_parts &p, size_t row, size_t groups)
       : halves_(static_cast<const uint8_t *>(p.scale.data) + 2 * row * groups),
+        readable_((p.scale.bytes - 2 * row * groups) / 2),
         groups_(groups),
         whole_(I4 ? 1.0f : load_scale(p, row)) {}
 
-  size_t groups() const { return groups_; }
   float whole() const { return whole_; }  // i8: the scale of the row; i4 has one per group only
 
   // Groups behind the last one hold no weights.
@@ -185,52 +185,23 @@ class RowScales {
     return _cvtsh_ss(half);
   }
 
-  // Of the groups g to g + 7, which exist.
-  __m256 eight(size_t g) const {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(halves_ + 2 * g)));
+  // i4: times the scales of a token, of eight groups from g on. What lies behind the last group means
+  // nothing.
+  void times(const Activations &a, size_t g, float products[8]) const {
+    if (g + 8 <= readable_) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(halves_ + 2 * g));
+      _mm256_store_ps(products, _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_loadu_ps(a.scale + g)));
+      return;
+    }
+    for (size_t i = 0; i < 8; ++i) {
+      products[i] = g + i < a.groups ? group(g + i) * a.scale[g + i] : 0.0f;
+    }
   }
 
  private:
   const uint8_t *halves_;
-  size_t groups_;
+  size_t readable_, groups_;  // scales from there to the end of the tensor, and of the row
   float whole_;
-};
-
-// What the sums of the groups of a row are multiplied with, one group after another: the scales of the token,
-// of i4 times those of the row, eight at a time.
-template <bool I4>
-class GroupScales {
- public:
-  GroupScales(const RowScales<I4> &row, const Activations &a, size_t first)
-      : row_(row), token_(a.scale), groups_(a.groups), next_(first) {}
-
-  __m256 next() {
-    const size_t g = next_++;
-    if (!I4) {
-      return _mm256_broadcast_ss(token_ + g);
-    }
-    if (at_ == 8) {
-      fill(g);
-      at_ = 0;
-    }
-    return _mm256_broadcast_ss(&products_[at_++]);
-  }
-
- private:
-  void fill(size_t g) {
-    if (g + 8 <= row_.groups()) {
-      _mm256_store_ps(products_, _mm256_mul_ps(row_.eight(g), _mm256_loadu_ps(token_ + g)));
-      return;
-    }
-    for (size_t i = 0; i < 8 && g + i < groups_; ++i) {
-      products_[i] = row_.group(g + i) * token_[g + i];
-    }
-  }
-
-  const RowScales<I4> row_;
-  const float *token_;
-  size_t groups_, next_, at_ = 8;
-  alignas(32) float products_[8];
 };
 
 // Calls use(tag) with a tag of the class that reads the rows of the tensor: SparseRow, CodesRow or DenseRow.

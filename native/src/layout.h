@@ -145,6 +145,8 @@ struct Positions {
 
 }  // namespace
 
+constexpr size_t kScaleSlack = 32;  // bytes behind prepared activations: eight scales are read at once
+
 // Prepared activations. Integer weights: int8 [tokens, padded], then scales f32 and biases int32 [tokens,
 // groups], a bias being -128 * the sum of the group: what a kernel adds that multiplies by levels + 128.
 // Float weights: f32 [tokens, padded].

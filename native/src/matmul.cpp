@@ -17,7 +17,7 @@ extern "C" size_t losa_activation_bytes(const losa_tensor *tensor, size_t tokens
   if (!is_integer(p)) {
     return tokens * padded * sizeof(float);
   }
-  return tokens * (padded + 2 * sizeof(float) * (padded / activation_group(p)));
+  return tokens * (padded + 2 * sizeof(float) * (padded / activation_group(p))) + kScaleSlack;
 }
 
 extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t) {
