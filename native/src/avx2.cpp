@@ -250,7 +250,7 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     return;
   }
   if (p.layout == LOSA_TILED) {
-    multiply_tiles(p, a, begin, end, y, 0);
+    multiply_tiles(p, a, begin, end, y, 0, scratch);
     return;
   }
   Matrix matrix(t);
@@ -343,7 +343,7 @@ void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
   if (t.parts.layout == LOSA_TILED) {
-    multiply_tiles(t.parts, a, begin, end, y, ldy);
+    multiply_tiles(t.parts, a, begin, end, y, ldy, scratch);
     return;
   }
   if (is_integer(t.parts)) {

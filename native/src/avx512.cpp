@@ -186,10 +186,10 @@ void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, siz
   }
 }
 
-void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *) {
+void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
   const losa_parts &p = t.parts;
   if (p.layout == LOSA_TILED) {
-    multiply_tiles(p, a, begin, end, y, 0);
+    multiply_tiles(p, a, begin, end, y, 0, scratch);
     return;
   }
   switch (p.value_type) {
@@ -398,7 +398,7 @@ void values_panel(const float *panel, size_t first, size_t rows, const Activatio
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
   if (t.parts.layout == LOSA_TILED) {
-    multiply_tiles(t.parts, a, begin, end, y, ldy);
+    multiply_tiles(t.parts, a, begin, end, y, ldy, scratch);
     return;
   }
   if (is_integer(t.parts)) {

@@ -20,11 +20,14 @@ extern "C" size_t losa_activation_bytes(const losa_tensor *tensor, size_t tokens
   return tokens * (padded + 2 * sizeof(float) * (padded / activation_group(p))) + kScaleSlack;
 }
 
-extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t) {
-  const size_t padded = padded_columns(tensor->parts);
+extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t tokens) {
+  const losa_parts &p = tensor->parts;
+  const size_t padded = padded_columns(p);
   // A panel; for levels also its scales, at most one f32 for every 32 positions of every row.
   const size_t floats = kPanelRows * padded, scales = kPanelRows * (padded / 32);
-  return is_integer(tensor->parts) ? floats + scales * sizeof(float) : floats * sizeof(float);
+  const size_t panel = is_integer(p) ? floats + scales * sizeof(float) : floats * sizeof(float);
+  const size_t tile = p.layout == LOSA_TILED && tokens > 1 ? Tiles(p).all_steps() * Tiles::kExpanded : 0;
+  return tile > panel ? tile : panel;
 }
 
 extern "C" int losa_same_activations(const losa_tensor *a, const losa_tensor *b) {

@@ -157,6 +157,58 @@ inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end,
   sums.flush();
 }
 
+// For many tokens the slots of a tile are written to scratch memory once, step by step, whatever their
+// pattern.
+constexpr size_t kWorthExpanding = 16;  // tokens
+
+inline uint8_t *store_slots(const Slots &w, uint8_t *out) {
+  auto *at = reinterpret_cast<__m256i *>(out);
+  _mm256_storeu_si256(at, w.at);
+  _mm256_storeu_si256(at + 1, w.magnitude);
+  _mm256_storeu_si256(at + 2, w.sign);
+  return out + Tiles::kExpanded;
+}
+
+// Quads: N of N:4, else 0.
+template <bool I4, bool Linear, int Quads>
+void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) {
+  if constexpr (Quads == 0) {
+    const size_t first = tile * tiles.all_steps();
+    for (size_t step = first; step < first + tiles.all_steps(); ++step) {
+      out = store_slots(load_slots<I4, Linear>(tiles, step, levels), out);
+    }
+    return;
+  }
+  constexpr int N = Quads == 0 ? 1 : Quads;
+  const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
+  const uint8_t *values = tiles.values + tile * tiles.all_steps() * Tiles::kStep / (I4 ? 2 : 1);
+  for (size_t left = tiles.all_steps(); left > 0; left -= left < 4 ? left : 4) {
+    const __m256i four = load_step(line);
+    out = store_slots(load_short<I4, Linear, 0>(values, within_group<N, 0>(four), levels), out);
+    out = store_slots(load_short<I4, Linear, 1>(values, within_group<N, 1>(four), levels), out);
+    if (left > 2) {
+      out = store_slots(load_short<I4, Linear, 2>(values, within_group<N, 2>(four), levels), out);
+      out = store_slots(load_short<I4, Linear, 3>(values, within_group<N, 3>(four), levels), out);
+    }
+    line += Tiles::kStep;
+    values += (I4 ? 2 : 4) * Tiles::kStep;
+  }
+}
+
+template <bool Linear, int Tokens>
+inline void sum_expanded(const uint8_t *slots, size_t steps, size_t group, size_t end, const int8_t *const *x,
+                         __m256i wide[Tokens][2]) {
+  Sums<Linear, Tokens> sums(wide);
+  const uint8_t *at = slots + group * steps * Tiles::kExpanded;
+  for (; group < end; ++group) {
+    sums.load(x, group);
+    for (size_t s = 0; s < steps; ++s, at += Tiles::kExpanded) {
+      sums.add({load_step(at), load_step(at + 32), load_step(at + 64)});
+    }
+  }
+  sums.flush();
+}
+
 // Scales of the 16 rows of a tile: `at` is the first of them.
 inline void load_scales(const losa_parts &p, size_t at, __m256 scales[2]) {
   const auto *data = static_cast<const uint8_t *>(p.scale.data);
@@ -170,10 +222,12 @@ inline void load_scales(const losa_parts &p, size_t at, __m256 scales[2]) {
   }
 }
 
-// One tile times `Tokens` tokens: y [tokens, rows]. Quads: N of N:4, else 0.
-template <bool I4, bool Linear, int Quads, int Tokens>
+constexpr int kExpanded = -1;
+
+// One tile times `Tokens` tokens: y [tokens, rows]. Form: N of N:4, 0 for N:16, or kExpanded for `slots`.
+template <bool I4, bool Linear, int Form, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
-                   __m256i levels, float *y, size_t ldy) {
+                   __m256i levels, float *y, size_t ldy, const uint8_t *slots = nullptr) {
   const int8_t *x[Tokens];
   __m256 total[Tokens][2];
   for (int k = 0; k < Tokens; ++k) {
@@ -190,8 +244,10 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
     }
     while (group < end) {
       const size_t stop = group + chunk < end ? group + chunk : end;
-      if (Quads) {
-        sum_quads<I4, Linear, Quads ? Quads : 1, Tokens>(tiles, tile, group, stop, x, levels, sums);
+      if (Form == kExpanded) {
+        sum_expanded<Linear, Tokens>(slots, tiles.steps, group, stop, x, sums);
+      } else if (Form != 0) {
+        sum_quads<I4, Linear, Form == 1 ? 1 : 2, Tokens>(tiles, tile, group, stop, x, levels, sums);
       } else {
         sum_groups<I4, Linear, Tokens>(tiles, tile, group, stop, x, levels, sums);
       }
@@ -221,7 +277,7 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
 
 template <bool I4, bool Linear, int Quads>
 void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
-                       size_t ldy) {
+                       size_t ldy, uint8_t *scratch) {
   const Tiles tiles(p);
   __m256i levels = _mm256_setzero_si256();
   if (I4) {
@@ -232,6 +288,12 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
   constexpr int kTokens = Linear ? 4 : 3;
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
+    if (a.tokens >= kWorthExpanding) {
+      expand_tile<I4, Linear, Quads>(tiles, tile, levels, scratch);
+      for (; token + kTokens <= a.tokens; token += kTokens) {
+        multiply_tile<I4, Linear, kExpanded, kTokens>(p, tiles, tile, a, token, levels, y, ldy, scratch);
+      }
+    }
     for (; token + kTokens <= a.tokens; token += kTokens) {
       multiply_tile<I4, Linear, Quads, kTokens>(p, tiles, tile, a, token, levels, y, ldy);
     }
@@ -246,25 +308,26 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
 
 template <int Quads>
 void multiply_tiles_of(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
-                       size_t ldy) {
+                       size_t ldy, uint8_t *scratch) {
   if (p.value_type == LOSA_I8) {
-    multiply_tiles_as<false, false, Quads>(p, a, begin, end, y, ldy);
+    multiply_tiles_as<false, false, Quads>(p, a, begin, end, y, ldy, scratch);
   } else if (is_linear(p)) {
-    multiply_tiles_as<true, true, Quads>(p, a, begin, end, y, ldy);
+    multiply_tiles_as<true, true, Quads>(p, a, begin, end, y, ldy, scratch);
   } else {
-    multiply_tiles_as<true, false, Quads>(p, a, begin, end, y, ldy);
+    multiply_tiles_as<true, false, Quads>(p, a, begin, end, y, ldy, scratch);
   }
 }
 
 // Rows [begin, end) times all tokens.
 inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
-                           size_t ldy) {
+                           size_t ldy, void *scratch) {
+  auto *room = static_cast<uint8_t *>(scratch);
   if (p.m != kQuad) {
-    multiply_tiles_of<0>(p, a, begin, end, y, ldy);
+    multiply_tiles_of<0>(p, a, begin, end, y, ldy, room);
   } else if (p.n == 1) {
-    multiply_tiles_of<1>(p, a, begin, end, y, ldy);
+    multiply_tiles_of<1>(p, a, begin, end, y, ldy, room);
   } else {
-    multiply_tiles_of<2>(p, a, begin, end, y, ldy);
+    multiply_tiles_of<2>(p, a, begin, end, y, ldy, room);
   }
 }
 

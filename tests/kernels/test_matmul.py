@@ -137,8 +137,8 @@ def test_groups_and_tables_of_tiles(multiply: Multiply, pattern: tuple[int, int]
         for table in tables.values():
             options = {"pattern": pattern, "group_size": group_size, "table": table}
             packed = packed_of("tiled", "i4", 32, 304, **options)
-            check(multiply, packed, 1)
-            check(multiply, packed, 5)
+            for tokens in (1, 5, 18):
+                check(multiply, packed, tokens)
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask"])
@@ -180,7 +180,7 @@ def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: V
     weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
     for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3):
         packed = LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128))
-        for tokens in (1, 4):
+        for tokens in (1, 4, 16):
             for sign in (-3.0, 3.0):
                 x = np.full((tokens, 256), sign, np.float32)
                 assert np.allclose(multiply(packed, x, ALL), -sign * mask[0].sum(), rtol=1e-3)
