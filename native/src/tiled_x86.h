@@ -222,9 +222,10 @@ inline void load_scales(const losa_parts &p, size_t at, __m256 scales[2]) {
   }
 }
 
-constexpr int kExpanded = -1;
+constexpr int kFromScratch = -1;
 
-// One tile times `Tokens` tokens: y [tokens, rows]. Form: N of N:4, 0 for N:16, or kExpanded for `slots`.
+// One tile times `Tokens` tokens: y [tokens, rows]. Form: N of N:4, 0 for N:16, or kFromScratch for expanded
+// `slots`.
 template <bool I4, bool Linear, int Form, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
                    __m256i levels, float *y, size_t ldy, const uint8_t *slots = nullptr) {
@@ -244,7 +245,7 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
     }
     while (group < end) {
       const size_t stop = group + chunk < end ? group + chunk : end;
-      if (Form == kExpanded) {
+      if (Form == kFromScratch) {
         sum_expanded<Linear, Tokens>(slots, tiles.steps, group, stop, x, sums);
       } else if (Form != 0) {
         sum_quads<I4, Linear, Form == 1 ? 1 : 2, Tokens>(tiles, tile, group, stop, x, levels, sums);
@@ -291,7 +292,7 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
     if (a.tokens >= kWorthExpanding) {
       expand_tile<I4, Linear, Quads>(tiles, tile, levels, scratch);
       for (; token + kTokens <= a.tokens; token += kTokens) {
-        multiply_tile<I4, Linear, kExpanded, kTokens>(p, tiles, tile, a, token, levels, y, ldy, scratch);
+        multiply_tile<I4, Linear, kFromScratch, kTokens>(p, tiles, tile, a, token, levels, y, ldy, scratch);
       }
     }
     for (; token + kTokens <= a.tokens; token += kTokens) {
