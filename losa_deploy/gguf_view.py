@@ -48,6 +48,7 @@ FORMAT = 1
 DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
 """Value type → type of a dense tensor."""
 Q1_0 = 41
+"""Declared in views only: no file of ours has it."""
 VIEW_BLOCKS = {Q1_0: (128, 18), Q4_0: BLOCKS[Q4_0], F16: BLOCKS[F16], F32: BLOCKS[F32]}
 """Types that a view declares, smallest first → weights and bytes of a block. llama.cpp sets up memory for
 every declared byte when it loads, so the fewer the better."""

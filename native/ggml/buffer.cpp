@@ -156,7 +156,9 @@ bool can_compute(const Tensor *op) {
       (x.buffer != nullptr && !ggml.is_host(x.buffer->type))) {
     return false;
   }
-  return w.extra != nullptr || (accept && is_block_linear(w.name));
+  // Q1_0 is what views declare. A file that is really quantized so stays with stock.
+  const bool wanted = w.type != kQ1_0 || Mapping::any();
+  return w.extra != nullptr || (accept && wanted && is_block_linear(w.name));
 }
 
 }  // namespace losa::ggml

@@ -41,6 +41,11 @@ std::shared_ptr<Mapping> Mapping::of(int file, size_t bytes) {
   return mapping;
 }
 
+bool Mapping::any() {
+  const std::lock_guard<std::mutex> lock(guard);
+  return !mappings.empty();
+}
+
 Mapping::~Mapping() {
   munmap(const_cast<uint8_t *>(data_), bytes_);
   const std::lock_guard<std::mutex> lock(guard);

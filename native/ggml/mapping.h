@@ -15,6 +15,8 @@ class Mapping {
  public:
   // The whole file, which may be closed afterwards; null if the system does not map it.
   static std::shared_ptr<Mapping> of(int file, size_t bytes);
+  // True while a file is mapped: only then can a weight turn out to refer to a blob.
+  static bool any();
   ~Mapping();
   Mapping(const Mapping &) = delete;
   Mapping &operator=(const Mapping &) = delete;

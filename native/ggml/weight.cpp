@@ -101,7 +101,7 @@ size_t row_bytes(int type, uint64_t columns) {
       return columns % kBlock ? 0 : columns / kBlock * 34;
     case kQ4_0:
       return columns % kBlock ? 0 : columns / kBlock * 18;
-    case kQ1_0:  // the smallest: views of packed files declare it; a weight of this type stays as it is
+    case kQ1_0:  // the smallest, which views of packed files declare; never packed
       return columns % 128 ? 0 : columns / 128 * 18;
     default:
       return 0;

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the plug-in is 
 
 CHILD = Path(__file__).with_name("matmul_child.py")
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
+"""What the plug-in packs."""
+NUMBERS = {**TYPES, "Q1_0": 41}
 GROUP = {"Q4_0": 32, "Q8_0": 64}
 """Activations that share a scale when they are rounded to int8."""
 Bytes = NDArray[np.uint8]
@@ -109,10 +111,9 @@ def run(
 ) -> tuple[list[tuple[Floats, Bytes]], list[dict[str, Any]]]:
     """y and weight of each case, and the child's notes."""
     arrays: dict[str, NDArray[np.generic]] = {}
-    numbers = {**TYPES, "Q1_0": 41}
     for i, c in enumerate(cases):
         arrays[f"w_{i}"], arrays[f"x_{i}"] = c.stock, c.x
-        arrays[f"spec_{i}"] = np.array([numbers[c.kind], len(c.weight), c.threads, c.lie, c.chunks])
+        arrays[f"spec_{i}"] = np.array([NUMBERS[c.kind], len(c.weight), c.threads, c.lie, c.chunks])
     np.savez(folder / "cases.npz", **arrays)
     done = subprocess.run(
         [sys.executable, str(CHILD), str(folder / "cases.npz"), str(folder / "results.npz")],

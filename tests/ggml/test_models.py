@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from losa_deploy.benchmarks import ggufs
+from losa_deploy.benchmarks.geometry import GEOMETRIES
 from losa_deploy.ggml import load_plugin, plugin_path
 
 pytest.importorskip("llama_cpp")
@@ -64,6 +66,22 @@ def test_routes_agree_with_stock(kind: str, write_model: Callable[..., Path], tm
         assert error <= ROUNDING[kind] * spread * 6, "six spreads: the largest logits"
         if kind == "F32":
             assert ours.facts["tokens"] == stock.facts["tokens"]
+
+
+def test_a_file_of_the_type_that_views_declare_stays_with_stock(tmp_path: Path) -> None:
+    import llama_cpp
+
+    ggufs.build_peer(GEOMETRIES["tiny"], "f16", tmp_path / "tiny-f16", seed=0, threads=1)
+    target = tmp_path / "q1_0.gguf"
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q1_0
+    source = str(tmp_path / "tiny-f16" / "model.gguf").encode()
+    assert llama_cpp.llama_model_quantize(source, str(target).encode(), ctypes.byref(options)) == 0
+    stock = run(target, "stock", tmp_path)
+    for route in ("a", "b"):
+        ours = run(target, "start", tmp_path, LOSA_GGML=route)
+        assert ours.facts["statistics"]["tensors"] == 0
+        assert ours.facts["tokens"] == stock.facts["tokens"]
 
 
 def test_without_a_variable_the_first_route_is_taken(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -306,6 +307,46 @@ def test_damaged_quads_are_refused(value_type: ValueType) -> None:
     wrong = packed.arrays["positions"].copy()
     wrong[1, 2, 0] = wrong[1, 2, 1] = 3  # both slots of a row at one position
     assert "not N of every M" in refused(model_of([packed], changed={"positions": wrong}))
+
+
+def test_every_order_of_two_positions_of_a_quad_is_judged() -> None:
+    packed = pack("tiled 2:4", "i8", 16, 16)
+    for shift in (0, 2, 4, 6):
+        for first, second in itertools.product(range(4), repeat=2):
+            changed = packed.arrays["positions"].copy()
+            for byte, position in ((6, first), (7, second)):
+                changed[0, 0, byte] = changed[0, 0, byte] & (255 - (3 << shift)) | position << shift
+            model = model_of([packed], changed={"positions": changed})
+            if first < second:
+                open_native(model)
+            else:
+                assert "not N of every M" in refused(model)
+
+
+def test_positions_ascend_within_steps_of_tiles_and_from_one_to_the_next() -> None:
+    packed = pack("tiled 4:16", "i4", 16, 16)
+    for order in ((0, 1, 2, 3), (12, 13, 14, 15), (0, 5, 9, 15)):
+        open_native(model_of([packed], changed={"values": with_positions(packed, order)}))
+    for order in (
+        (3, 3, 5, 7),
+        (5, 3, 6, 7),
+        (3, 5, 5, 7),
+        (3, 5, 4, 7),
+        (3, 5, 7, 7),
+        (3, 5, 9, 8),
+        (8, 9, 0, 1),
+    ):
+        model = model_of([packed], changed={"values": with_positions(packed, order)})
+        assert "not N of every M" in refused(model)
+
+
+def with_positions(packed: PackedTensor, order: tuple[int, ...]) -> NDArray[np.generic]:
+    """Values of i4 tiles with other positions of the four slots of row 1."""
+    values = packed.arrays["values"].copy()
+    for slot, position in enumerate(order):
+        step, byte = slot // 2, 4 + slot % 2
+        values[0, 0, step, byte] = values[0, 0, step, byte] & 0xF0 | position
+    return values
 
 
 def test_bad_masks_are_refused() -> None:
