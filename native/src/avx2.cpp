@@ -102,6 +102,7 @@ __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowSca
   const __m256i low = _mm256_set1_epi8(15);
   __m256 total = _mm256_setzero_ps();
   for (size_t run = 0; run < runs; ++run, bytes += kPadding / 2) {
+    fetch_ahead(bytes);
     const __m256i first = load_step(bytes), second = load_step(bytes + 32);
     const __m256i codes[4] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low),
                               _mm256_and_si256(_mm256_srli_epi16(first, 4), low),
@@ -182,6 +183,7 @@ void each_eight(const losa_tensor &t, size_t row, Use use) {
     uint64_t word = positions.word(block);
     for (size_t i = 0; i < 8; ++i, word >>= 8) {
       const auto mask = static_cast<unsigned>(word & 255);
+      fetch_ahead(at);
       use(block * kBlock + 8 * i, scatter_floats(mask, load_floats<Half>(at)));
       at += size * static_cast<unsigned>(__builtin_popcount(mask));
     }

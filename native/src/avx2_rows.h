@@ -2,6 +2,7 @@
 #ifndef LOSA_AVX2_ROWS_H
 #define LOSA_AVX2_ROWS_H
 
+#include "ahead.h"
 #include "shuffle.h"
 
 namespace losa {
@@ -50,6 +51,8 @@ class SparseRow {
   Block next(size_t block) {
     const uint8_t *mask = mask_;
     mask_ += 8;
+    fetch_ahead(mask);
+    fetch_ahead(at_);
     uint64_t word;
     if (Codes) {
       word = positions_.word(block);
@@ -97,6 +100,8 @@ class CodesRow {
 
   Block next(size_t block) {
     const uint8_t *codes = positions_.bytes + 4 * block;
+    fetch_ahead(codes);
+    fetch_ahead(at_);
     const Block found = {scatter_codes(shuffles_, codes, at_, offsets_),
                          scatter_codes(shuffles_, codes + 2, at_ + 2 * slots_, offsets_)};
     at_ += 4 * slots_;
@@ -130,6 +135,7 @@ class DenseRow {
       return next_i4(start);
     }
     if (start + kBlock <= columns_) {
+      fetch_ahead(row_ + start);
       return load(row_ + start);
     }
     alignas(32) uint8_t copy[kBlock] = {};

@@ -2,6 +2,7 @@
 // Compiled twice, see avx512_rows.h.
 #include <utility>
 
+#include "ahead.h"
 #include "avx512_rows.h"
 #include "target.h"
 #include "tiled_x86.h"
@@ -34,12 +35,41 @@ class Factors {
     }
     const size_t left = groups_ - (first < groups_ ? first : groups_), there = count < left ? count : left;
     const auto used = static_cast<__mmask16>((1u << there) - 1u);
+    fetch_ahead(halves_ + 2 * first);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, halves_ + 2 * first));
   }
 
   const uint8_t *halves_;
   size_t groups_;
   float whole_;
+};
+
+// What comes after two rows, per run of 128 positions of theirs. After the last two there is nothing.
+class PairAhead {
+ public:
+  PairAhead(const losa_parts &p, const Matrix512 &m, size_t row) {
+    if (row + 2 >= p.rows) {
+      return;
+    }
+    const size_t runs = (m.blocks + 1) / 2;
+    const bool i4 = p.value_type == LOSA_I4;
+    if (p.layout == LOSA_DENSE) {
+      const size_t bytes = i4 ? (m.columns + 1) / 2 : m.columns;
+      values_ = Ahead(m.values + row * bytes, 2 * bytes, runs);
+      return;
+    }
+    const size_t first = m.start(row, i4), last = m.start(row + 2, i4);
+    values_ = Ahead(m.values + first, last - first, runs);
+    positions_ = Ahead(m.positions_of(row).bytes, 2 * m.position_bytes, runs);
+  }
+
+  void next() {
+    values_.next();
+    positions_.next();
+  }
+
+ private:
+  Ahead values_, positions_;
 };
 
 // One block of two rows times one token: two independent chains of addresses keep more loads in flight.
@@ -66,7 +96,8 @@ inline __m512i start_of(const int32_t *bias) {
 
 // Two rows times one token, 128 positions at a time: y [2].
 template <size_t Group, typename A, typename B>
-void dot_two(A first, B second, const Factors (&factors)[2], size_t blocks, const Activations &a, float *y) {
+void dot_two(A first, B second, const Factors (&factors)[2], PairAhead ahead, size_t blocks,
+             const Activations &a, float *y) {
   constexpr size_t kPerRun = kPadding / Group, kRuns = kChunk / kPerRun;
   constexpr bool kNarrow = Group == 32;
   __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
@@ -78,6 +109,7 @@ void dot_two(A first, B second, const Factors (&factors)[2], size_t blocks, cons
     factors[1].fill(a.scale, done * kPerRun, count * kPerRun, factor[1]);
     for (size_t i = 0; i < count; ++i) {
       const size_t block = 2 * (done + i), g = i * kPerRun, half = kPerRun / 2;
+      ahead.next();
       const int32_t *bias = a.bias + (done + i) * kPerRun;
       __m512i acc0 = start_of<Group>(bias), acc1 = acc0;
       add_block<false>(first, second, block, a.q, &acc0, &acc1);
@@ -109,12 +141,12 @@ void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, 
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {
     const Factors factors[2] = {Factors(p, row), Factors(p, row + 1)};
-    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, m.blocks, a, y + row);
+    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, PairAhead(p, m, row), m.blocks, a, y + row);
   }
   if (row < end) {  // alone: the second result is dropped
     const Factors factors[2] = {Factors(p, row), Factors(p, row)};
     float twice[2];
-    dot_two<Group>(Even(m, row), Even(m, row), factors, m.blocks, a, twice);
+    dot_two<Group>(Even(m, row), Even(m, row), factors, PairAhead(p, m, row), m.blocks, a, twice);
     y[row] = twice[0];
   }
 }
@@ -168,6 +200,7 @@ void each_sixteen(const losa_tensor &t, size_t row, Use use) {
     uint64_t word = positions.word(block);
     for (size_t i = 0; i < 4; ++i, word >>= 16) {
       const auto mask = static_cast<__mmask16>(word & 0xffff);
+      fetch_ahead(at);
       use(block * kBlock + 16 * i, _mm512_maskz_expand_ps(mask, loaded(load_floats<Half>(at))));
       at += size * static_cast<unsigned>(__builtin_popcountll(word & 0xffff));
     }

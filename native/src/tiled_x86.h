@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "ahead.h"
 #include "layout.h"
 
 namespace losa {
@@ -103,6 +104,10 @@ inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end
   for (; group < end; ++group) {
     sums.load(x, group);
     for (size_t s = 0; s < tiles.steps; ++s, ++step) {
+      fetch_ahead(tiles.values + step * Tiles::kStep);
+      if (!I4) {
+        fetch_ahead(tiles.positions + step * kTile);
+      }
       sums.add(load_slots<I4, Linear>(tiles, step, levels));
     }
   }
@@ -141,6 +146,11 @@ inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end,
   const uint8_t *line = tiles.positions + (tile * tiles.lines() + group * N / 2) * Tiles::kStep;
   const uint8_t *values = tiles.values + (tile * tiles.groups + group) * 2 * N * Tiles::kStep / (I4 ? 2 : 1);
   for (; group < end; group += 2 / N, line += Tiles::kStep, values += (I4 ? 2 : 4) * Tiles::kStep) {
+    fetch_ahead(line);
+    fetch_ahead(values);
+    if (!I4) {
+      fetch_ahead(values + kCacheLine);
+    }
     const __m256i four = load_step(line);
     sums.load(x, group);
     sums.add(load_short<I4, Linear, 0>(values, within_group<N, 0>(four), levels));

@@ -1,0 +1,47 @@
+// Weights are asked for before their turn. What a CPU fetches ahead by itself ends with each page and keeps
+// few lines on the way, which on servers with slow and distant memory is half of what they can deliver.
+#ifndef LOSA_AHEAD_H
+#define LOSA_AHEAD_H
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace losa {
+namespace {
+
+// Measured on memory with 150 ns and 15 GB/s per core: less than 2 KiB comes late, more than 4 KiB is pushed
+// out of the first cache again.
+constexpr uintptr_t kAhead = 3072;
+constexpr uintptr_t kCacheLine = 64;
+
+inline void fetch(uintptr_t address) { _mm_prefetch(reinterpret_cast<const char *>(address), _MM_HINT_T0); }
+
+// What is read in sequence: the line that follows `at` by kAhead bytes. Behind the end of a tensor it fetches
+// what is there, or nothing; that is no access.
+inline void fetch_ahead(const void *at) { fetch(reinterpret_cast<uintptr_t>(at) + kAhead); }
+
+// What two rows read side by side: they lie one after the other, so that neither of them can say what comes
+// after both. Their bytes are spread over the steps that both take.
+class Ahead {
+ public:
+  Ahead() = default;  // of a component that is not there
+  Ahead(const uint8_t *rows, size_t bytes, size_t steps)
+      : at_(reinterpret_cast<uintptr_t>(rows) + kAhead), step_((bytes + steps - 1) / steps) {}
+
+  void next() {
+    for (uintptr_t done = 0; done < step_; done += kCacheLine) {
+      fetch(at_ + done);
+    }
+    at_ += step_;
+  }
+
+ private:
+  uintptr_t at_ = 0, step_ = 0;
+};
+
+}  // namespace
+}  // namespace losa
+
+#endif
