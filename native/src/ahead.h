@@ -30,9 +30,16 @@ class Ahead {
   Ahead(const uint8_t *rows, size_t bytes, size_t steps)
       : at_(reinterpret_cast<uintptr_t>(rows) + kAhead), step_((bytes + steps - 1) / steps) {}
 
+  // As many lines as a step has; a loop that looked at the size would cost more than a line too many.
+  template <unsigned Lines>
   void next() {
-    for (uintptr_t done = 0; done < step_; done += kCacheLine) {
-      fetch(at_ + done);
+    fetch(at_);
+    if (Lines > 1) {
+      fetch(at_ + kCacheLine);
+    }
+    if (Lines > 2) {
+      fetch(at_ + 2 * kCacheLine);
+      fetch(at_ + 3 * kCacheLine);
     }
     at_ += step_;
   }

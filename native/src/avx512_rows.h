@@ -1,31 +1,11 @@
-// AVX-512 (F, BW, DQ, VL), compiled twice: with VBMI2 and VNNI, where bytes are expanded and multiplied by
-// single instructions, and without, where the shuffles of shuffle.h and 16-bit sums take their place.
+// Rows of levels in AVX-512 with VBMI2 and VNNI, where single instructions expand bytes and multiply them.
 #ifndef LOSA_AVX512_ROWS_H
 #define LOSA_AVX512_ROWS_H
 
-#include "shuffle.h"
-#if defined(LOSA_EMULATED_AVX512)
-#include "emulated_avx512.h"
-#endif
+#include "avx512_values.h"
 
 namespace losa {
 namespace {
-
-inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
-
-// In a register before it is expanded: the form of these instructions that reads memory looks at the mask to
-// know what it may read, which some CPUs do slowly (and an emulator wrongly). All 64 bytes are there.
-template <typename Vector>
-inline Vector loaded(Vector v) {
-#if !defined(LOSA_EMULATED_AVX512)
-  __asm__("" : "+v"(v));
-#endif
-  return v;
-}
-
-#if defined(LOSA_VNNI)
-
-constexpr const char *kName = "avx512vnni";
 
 // The dot product takes unsigned by signed bytes: weights are levels + 128, and the sums start at the bias.
 inline __m512i as_factor(__m512i levels) { return _mm512_xor_si512(levels, _mm512_set1_epi8(-128)); }
@@ -41,34 +21,6 @@ inline __m512i start(int32_t bias) { return _mm512_zextsi128_si512(_mm_cvtsi32_s
 inline __m512i start_halves(int32_t low, int32_t high) {
   return _mm512_inserti64x4(start(low), _mm256_zextsi128_si256(_mm_cvtsi32_si128(high)), 1);
 }
-inline __m512i start_lanes(int32_t bias) { return _mm512_set1_epi32(bias); }
-
-inline __m512i scatter512(uint64_t word, const uint8_t *p, unsigned *used) {
-  *used = static_cast<unsigned>(__builtin_popcountll(word));
-  return _mm512_maskz_expand_epi8(word, loaded(load512(p)));
-}
-
-#else
-
-constexpr const char *kName = "avx512f";
-
-inline __m512i as_factor(__m512i levels) { return levels; }
-inline __m512i dot(__m512i acc, __m512i factor, __m512i x) {
-  // |w| * sign(x, w): without the sign the levels would need 9 bits. Sums of two fit 16 bits.
-  const __m512i flipped = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(factor), _mm512_setzero_si512(), x);
-  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(factor), flipped);
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-inline __m512i start(int32_t) { return _mm512_setzero_si512(); }
-inline __m512i start_halves(int32_t, int32_t) { return _mm512_setzero_si512(); }
-inline __m512i start_lanes(int32_t) { return _mm512_setzero_si512(); }
-
-inline __m512i scatter512(uint64_t word, const uint8_t *p, unsigned *used) {
-  const Block found = scatter(reinterpret_cast<const uint8_t *>(&word), p, used);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(found.low), found.high, 1);
-}
-
-#endif
 
 inline __m512i table512(const losa_parts &p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
@@ -77,6 +29,43 @@ inline __m512i table512(const losa_parts &p) {
 inline __m512i nibbles512(__m512i bytes, bool high) {
   const __m512i low_bits = _mm512_set1_epi8(15);
   return _mm512_and_si512(high ? _mm512_srli_epi16(bytes, 4) : bytes, low_bits);
+}
+
+// The default table: codes are 4-bit two's complement.
+inline bool is_default_table(const losa_parts &p) {
+  const auto *table = static_cast<const int8_t *>(p.table.data);
+  bool same = p.value_type == LOSA_I4;
+  for (int code = 0; same && code < 16; ++code) {
+    same = table[code] == (code < 8 ? code : code - 16);
+  }
+  return same;
+}
+
+// Of the default table, level + 8 is a code with its highest bit flipped: one operation on any port, where
+// the table takes two, one of them on the port of the expansion.
+inline __m512i raised512(__m512i bytes, bool high) {
+  constexpr int kAndXor = 0x6a;
+  return _mm512_ternarylogic_epi32(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15),
+                                   _mm512_set1_epi8(8), kAndXor);
+}
+
+// How levels become factors: i8; i4 by table; i4 of the default table, as level + 8 instead of + 128.
+enum class Levels { kI8, kTable, kRaised };
+constexpr bool is_i4(Levels levels) { return levels != Levels::kI8; }
+
+// The bias of prepared activations is -128 * their sum.
+constexpr int bias_shift(Levels levels) { return levels == Levels::kRaised ? 4 : 0; }
+
+inline Levels levels_of(const losa_parts &p) {
+  return p.value_type == LOSA_I8 ? Levels::kI8 : is_default_table(p) ? Levels::kRaised : Levels::kTable;
+}
+
+template <Levels How>
+inline __m512i factors_of(__m512i bytes, bool high, __m512i table) {
+  if (How == Levels::kRaised) {
+    return raised512(bytes, high);
+  }
+  return How == Levels::kTable ? _mm512_shuffle_epi8(table, nibbles512(bytes, high)) : as_factor(bytes);
 }
 
 // What the rows of a tensor share.
@@ -96,11 +85,19 @@ enum class Places { kCounted, kFixed, kCodes };  // how a block's values are fou
 
 // Factors of one sparse row, 64 positions at a time. High: its codes are the high nibbles of a pair of rows.
 // All that differs is known when this is compiled, because a branch in this loop is felt.
-template <bool I4, bool High, Places Where>
+template <Levels How, bool High, Places Where>
 class SparseRow {
+  static constexpr bool I4 = is_i4(How);
+
  public:
-  using Even = SparseRow<I4, false, Where>;
-  using Odd = SparseRow<I4, I4, Where>;
+  using Even = SparseRow<How, false, Where>;
+  using Odd = SparseRow<How, I4, Where>;
+  static constexpr Levels kLevels = How;
+  static constexpr bool kMasked = true;
+  static constexpr unsigned kLines = I4 ? 1 : 2;  // of two rows and 128 positions, half of them kept
+
+  static size_t start(const Matrix512 &m, size_t row) { return m.start(row, I4); }
+  static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
 
   SparseRow(const Matrix512 &m, size_t row)
       : positions_(m.positions_of(row)),
@@ -108,16 +105,15 @@ class SparseRow {
         count_(m.count),
         levels_(m.levels) {}
 
-  // Blocks in their order; Second: of two that start at a multiple of 128.
-  template <bool Second>
+  // Blocks in their order. Second: of two that start at a multiple of 128. Whole: of whole_runs().
+  template <bool Second, bool Whole>
   __m512i next(size_t block) {
     const uint64_t word =
         Where == Places::kCodes ? positions_.word(block) : load_word(positions_.bytes + 8 * block);
-    unsigned used;
-    const __m512i found = scatter512(word, at_, &used);
+    const __m512i found = _mm512_maskz_expand_epi8(word, loaded(load512(at_)));
     // A fixed count keeps the address of the next block from waiting for this one's mask.
-    at_ += Where == Places::kCounted ? used : count_;
-    return I4 ? _mm512_shuffle_epi8(levels_, nibbles512(found, High)) : as_factor(found);
+    at_ += Where == Places::kCounted ? static_cast<unsigned>(__builtin_popcountll(word)) : count_;
+    return factors_of<How>(found, High, levels_);
   }
 
  private:
@@ -128,22 +124,30 @@ class SparseRow {
 };
 
 // Factors of one dense row.
-template <bool I4>
+template <Levels How>
 class DenseRow {
+  static constexpr bool I4 = is_i4(How);
+
  public:
-  using Even = DenseRow<I4>;
-  using Odd = DenseRow<I4>;
+  using Even = DenseRow<How>;
+  using Odd = DenseRow<How>;
+  static constexpr Levels kLevels = How;
+  static constexpr bool kMasked = false;
+  static constexpr unsigned kLines = I4 ? 2 : 4;
+
+  static size_t start(const Matrix512 &m, size_t row) { return row * (I4 ? (m.columns + 1) / 2 : m.columns); }
+  static size_t whole_runs(const Matrix512 &m) { return m.columns / kPadding; }
 
   DenseRow(const Matrix512 &m, size_t row)
-      : columns_(m.columns), row_(m.values + row * (I4 ? (columns_ + 1) / 2 : columns_)), levels_(m.levels) {}
+      : columns_(m.columns), row_(m.values + start(m, row)), levels_(m.levels) {}
 
-  template <bool Second>
+  template <bool Second, bool Whole>
   __m512i next(size_t block) const {
     const size_t first = block * kBlock;
     if (I4) {
-      return _mm512_shuffle_epi8(levels_, codes<Second>(first - (Second ? kBlock : 0)));
+      return next_i4<Second, Whole>(first - (Second ? kBlock : 0));
     }
-    if (first + kBlock <= columns_) {
+    if (Whole || first + kBlock <= columns_) {
       return as_factor(load512(row_ + first));
     }
     alignas(64) uint8_t copy[kBlock] = {};
@@ -152,14 +156,14 @@ class DenseRow {
   }
 
  private:
-  template <bool Second>
-  __m512i codes(size_t first) const {
-    if (first + kPadding <= columns_) {
-      return nibbles512(load512(row_ + first / 2), Second);
+  template <bool Second, bool Whole>
+  __m512i next_i4(size_t first) const {
+    if (Whole || first + kPadding <= columns_) {
+      return factors_of<How>(load512(row_ + first / 2), Second, levels_);
     }
     alignas(64) uint8_t copy[kPadding] = {};
     split_dense_tail(row_ + first / 2, columns_ - first, copy);
-    return load512(copy + (Second ? kBlock : 0));
+    return factors_of<How>(load512(copy + (Second ? kBlock : 0)), false, levels_);
   }
 
   size_t columns_;
@@ -173,22 +177,29 @@ struct Tag {
 };
 
 // Calls use(tag) with a tag of the class that reads the rows of an integer tensor.
-template <bool I4, typename Use>
+template <Levels How, typename Use>
 void with_rows_of(const losa_parts &p, Use use) {
   if (p.layout == LOSA_DENSE) {
-    use(Tag<DenseRow<I4>>());
+    use(Tag<DenseRow<How>>());
   } else if (p.layout == LOSA_NM && p.position_bits != 0) {
-    use(Tag<SparseRow<I4, false, Places::kCodes>>());
+    use(Tag<SparseRow<How, false, Places::kCodes>>());
   } else if (fixed_count(p)) {
-    use(Tag<SparseRow<I4, false, Places::kFixed>>());
+    use(Tag<SparseRow<How, false, Places::kFixed>>());
   } else {
-    use(Tag<SparseRow<I4, false, Places::kCounted>>());
+    use(Tag<SparseRow<How, false, Places::kCounted>>());
   }
 }
 
 template <typename Use>
 void with_rows(const losa_parts &p, Use use) {
-  p.value_type == LOSA_I4 ? with_rows_of<true>(p, use) : with_rows_of<false>(p, use);
+  switch (levels_of(p)) {
+    case Levels::kI8:
+      return with_rows_of<Levels::kI8>(p, use);
+    case Levels::kTable:
+      return with_rows_of<Levels::kTable>(p, use);
+    case Levels::kRaised:
+      return with_rows_of<Levels::kRaised>(p, use);
+  }
 }
 
 }  // namespace

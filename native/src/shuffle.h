@@ -1,5 +1,4 @@
 // Placing kept bytes without an expand instruction: a mask byte selects one of 256 byte shuffles.
-// Included by the AVX2 file and by the AVX-512 one for CPUs without VBMI2, each compiled with its own flags.
 #ifndef LOSA_SHUFFLE_H
 #define LOSA_SHUFFLE_H
 

@@ -25,7 +25,6 @@ struct Lanes {
 };
 using I8 = Lanes<int8_t, __m512i>;
 using U8 = Lanes<uint8_t, __m512i>;
-using I16 = Lanes<int16_t, __m512i>;
 using U16 = Lanes<uint16_t, __m512i>;
 using I32 = Lanes<int32_t, __m512i>;
 using F32 = Lanes<float, __m512>;
@@ -38,8 +37,6 @@ L each(F f) {
   }
   return out;
 }
-
-inline int saturate16(int v) { return v > 32767 ? 32767 : v < -32768 ? -32768 : v; }
 
 inline __m512i loadu_si512(const void *p) {
   __m512i v;
@@ -58,9 +55,6 @@ inline __m512 setzero_ps() { return F32(); }
 inline __m512i set1_epi8(int v) {
   return each<I8>([&](int) { return static_cast<int8_t>(v); });
 }
-inline __m512i set1_epi16(int v) {
-  return each<I16>([&](int) { return static_cast<int16_t>(v); });
-}
 inline __m512i set1_epi32(int v) {
   return each<I32>([&](int) { return v; });
 }
@@ -73,31 +67,18 @@ inline __m512i xor_si512(__m512i a, __m512i b) {
 inline __m512i and_si512(__m512i a, __m512i b) {
   return each<I32>([&](int i) { return I32(a).at[i] & I32(b).at[i]; });
 }
+inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
+  return each<I32>([&](int i) {
+    uint32_t out = 0;
+    for (int bit = 0; bit < 32; ++bit) {
+      const auto of = [&](__m512i v) { return static_cast<unsigned>(I32(v).at[i]) >> bit & 1u; };
+      out |= (static_cast<unsigned>(table) >> (of(a) << 2 | of(b) << 1 | of(c)) & 1u) << bit;
+    }
+    return static_cast<int32_t>(out);
+  });
+}
 inline __m512i add_epi32(__m512i a, __m512i b) {
   return each<I32>([&](int i) { return I32(a).at[i] + I32(b).at[i]; });
-}
-inline __m512i abs_epi8(__m512i a) {
-  return each<U8>([&](int i) { return I8(a).at[i] < 0 ? -I8(a).at[i] : I8(a).at[i]; });
-}
-inline __m512i mask_sub_epi8(__m512i src, uint64_t k, __m512i a, __m512i b) {
-  return each<I8>([&](int i) { return k >> i & 1 ? I8(a).at[i] - I8(b).at[i] : I8(src).at[i]; });
-}
-inline uint64_t movepi8_mask(__m512i a) {
-  uint64_t k = 0;
-  for (int i = 0; i < 64; ++i) {
-    k |= uint64_t{I8(a).at[i] < 0} << i;
-  }
-  return k;
-}
-inline __m512i maddubs_epi16(__m512i a, __m512i b) {
-  return each<I16>([&](int i) {
-    return saturate16(U8(a).at[2 * i] * I8(b).at[2 * i] + U8(a).at[2 * i + 1] * I8(b).at[2 * i + 1]);
-  });
-}
-inline __m512i madd_epi16(__m512i a, __m512i b) {
-  return each<I32>([&](int i) {
-    return I16(a).at[2 * i] * I16(b).at[2 * i] + I16(a).at[2 * i + 1] * I16(b).at[2 * i + 1];
-  });
 }
 inline __m512i dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
   return each<I32>([&](int i) {
@@ -130,11 +111,6 @@ inline __m512i zextsi128_si512(__m128i a) {
   std::memcpy(out.at, &a, sizeof a);
   return out;
 }
-inline __m512i castsi256_si512(__m256i a) {
-  I32 out;
-  std::memcpy(out.at, &a, sizeof a);
-  return out;
-}
 inline __m512i inserti64x4(__m512i a, __m256i b, int upper) {
   I32 out(a);
   std::memcpy(out.at + 8 * upper, &b, sizeof b);
@@ -149,13 +125,6 @@ inline __m512i broadcast_i32x4(__m128i a) {
 }
 inline __m512 maskz_loadu_ps(__mmask16 k, const float *p) {
   return each<F32>([&](int i) { return k >> i & 1 ? p[i] : 0.0f; });
-}
-inline void mask_storeu_ps(float *p, __mmask16 k, __m512 a) {
-  for (int i = 0; i < 16; ++i) {
-    if (k >> i & 1) {
-      p[i] = F32(a).at[i];
-    }
-  }
 }
 inline __m256i maskz_loadu_epi16(__mmask16 k, const void *p) {
   uint16_t out[16] = {};
@@ -242,29 +211,22 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_setzero_si512 losa_emulated::setzero_si512
 #define _mm512_setzero_ps losa_emulated::setzero_ps
 #define _mm512_set1_epi8 losa_emulated::set1_epi8
-#define _mm512_set1_epi16 losa_emulated::set1_epi16
 #define _mm512_set1_epi32 losa_emulated::set1_epi32
 #define _mm512_set1_ps losa_emulated::set1_ps
 #define _mm512_xor_si512 losa_emulated::xor_si512
 #define _mm512_and_si512 losa_emulated::and_si512
+#define _mm512_ternarylogic_epi32 losa_emulated::ternarylogic_epi32
 #define _mm512_add_epi32 losa_emulated::add_epi32
-#define _mm512_abs_epi8 losa_emulated::abs_epi8
-#define _mm512_mask_sub_epi8 losa_emulated::mask_sub_epi8
-#define _mm512_movepi8_mask losa_emulated::movepi8_mask
-#define _mm512_maddubs_epi16 losa_emulated::maddubs_epi16
-#define _mm512_madd_epi16 losa_emulated::madd_epi16
 #define _mm512_dpbusd_epi32 losa_emulated::dpbusd_epi32
 #define _mm512_srli_epi16 losa_emulated::srli_epi16
 #define _mm512_shuffle_epi8 losa_emulated::shuffle_epi8
 #define _mm512_maskz_expand_epi8 losa_emulated::maskz_expand_epi8
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
 #define _mm512_zextsi128_si512 losa_emulated::zextsi128_si512
-#define _mm512_castsi256_si512 losa_emulated::castsi256_si512
 #undef _mm512_inserti64x4  // a macro in clang's header
 #define _mm512_inserti64x4 losa_emulated::inserti64x4
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps
-#define _mm512_mask_storeu_ps losa_emulated::mask_storeu_ps
 #define _mm256_maskz_loadu_epi16 losa_emulated::maskz_loadu_epi16
 #define _mm512_mask_blend_ps losa_emulated::mask_blend_ps
 #define _mm512_mul_ps losa_emulated::mul_ps

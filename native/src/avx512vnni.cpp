@@ -1,10 +1,9 @@
-// AVX-512: many rows times one token from registers, and panels of 16 rows side by side for several tokens.
-// Compiled twice, see avx512_rows.h.
+// AVX-512 with VBMI2 and VNNI: many rows times one token from registers, and panels of 16 rows side by side
+// for several tokens.
 #include <utility>
 
-#include "ahead.h"
 #include "avx512_rows.h"
-#include "target.h"
+#include "avx512_values.h"
 #include "tiled_x86.h"
 
 namespace losa {
@@ -45,27 +44,25 @@ class Factors {
 };
 
 // What comes after two rows, per run of 128 positions of theirs. After the last two there is nothing.
+template <typename Row>
 class PairAhead {
  public:
   PairAhead(const losa_parts &p, const Matrix512 &m, size_t row) {
     if (row + 2 >= p.rows) {
       return;
     }
-    const size_t runs = (m.blocks + 1) / 2;
-    const bool i4 = p.value_type == LOSA_I4;
-    if (p.layout == LOSA_DENSE) {
-      const size_t bytes = i4 ? (m.columns + 1) / 2 : m.columns;
-      values_ = Ahead(m.values + row * bytes, 2 * bytes, runs);
-      return;
-    }
-    const size_t first = m.start(row, i4), last = m.start(row + 2, i4);
+    const size_t runs = (m.blocks + 1) / 2, first = Row::start(m, row), last = Row::start(m, row + 2);
     values_ = Ahead(m.values + first, last - first, runs);
-    positions_ = Ahead(m.positions_of(row).bytes, 2 * m.position_bytes, runs);
+    if (Row::kMasked) {
+      positions_ = Ahead(m.positions_of(row).bytes, 2 * m.position_bytes, runs);
+    }
   }
 
   void next() {
-    values_.next();
-    positions_.next();
+    values_.template next<Row::kLines>();
+    if (Row::kMasked) {
+      positions_.template next<1>();
+    }
   }
 
  private:
@@ -73,11 +70,11 @@ class PairAhead {
 };
 
 // One block of two rows times one token: two independent chains of addresses keep more loads in flight.
-template <bool Second, typename A, typename B>
+template <bool Second, bool Whole, typename A, typename B>
 inline void add_block(A &first, B &second, size_t block, const int8_t *q, __m512i *acc0, __m512i *acc1) {
   const __m512i x = load512(q + block * kBlock);
-  *acc0 = dot(*acc0, first.template next<Second>(block), x);
-  *acc1 = dot(*acc1, second.template next<Second>(block), x);
+  *acc0 = dot(*acc0, first.template next<Second, Whole>(block), x);
+  *acc1 = dot(*acc1, second.template next<Second, Whole>(block), x);
 }
 
 // total += sums * factor; groups of 32 have two factors for a block.
@@ -89,44 +86,65 @@ inline __m512 scaled(__m512 total, __m512i sums, const float *factor) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, total);
 }
 
-template <size_t Group>
+template <size_t Group, Levels How>
 inline __m512i start_of(const int32_t *bias) {
-  return Group == 32 ? start_halves(bias[0], bias[1]) : start(bias[0]);
+  constexpr int shift = bias_shift(How);
+  return Group == 32 ? start_halves(bias[0] >> shift, bias[1] >> shift) : start(bias[0] >> shift);
 }
 
-// Two rows times one token, 128 positions at a time: y [2].
+// What two rows are multiplied with, from a place on.
+struct Place {
+  const int8_t *q;
+  const int32_t *bias;
+  const float *factor[2];
+};
+
+// Blocks `block` and the one after it, which are a run of 128 positions. Whole: both lie inside of the rows.
+// Else the second may be missing.
+template <size_t Group, bool Whole, typename A, typename B>
+inline __attribute__((always_inline)) void add_run(A &first, B &second, size_t block, bool more,
+                                                   const Place &at, __m512 *total0, __m512 *total1) {
+  constexpr size_t half = kPadding / Group / 2;
+  constexpr bool kNarrow = Group == 32;
+  __m512i acc0 = start_of<Group, A::kLevels>(at.bias), acc1 = acc0;
+  add_block<false, Whole>(first, second, block, at.q, &acc0, &acc1);
+  if (Group != kPadding) {
+    *total0 = scaled<kNarrow>(*total0, acc0, at.factor[0]);
+    *total1 = scaled<kNarrow>(*total1, acc1, at.factor[1]);
+    acc0 = acc1 = start_of<Group, A::kLevels>(at.bias + half);
+  }
+  if (Whole || more) {
+    add_block<true, Whole>(first, second, block + 1, at.q, &acc0, &acc1);
+  } else if (Group != kPadding) {
+    return;
+  }
+  *total0 = scaled<kNarrow>(*total0, acc0, at.factor[0] + half);
+  *total1 = scaled<kNarrow>(*total1, acc1, at.factor[1] + half);
+}
+
+// Two rows times one token: y [2].
 template <size_t Group, typename A, typename B>
-void dot_two(A first, B second, const Factors (&factors)[2], PairAhead ahead, size_t blocks,
+void dot_two(A first, B second, const Factors (&factors)[2], PairAhead<A> ahead, const Matrix512 &m,
              const Activations &a, float *y) {
   constexpr size_t kPerRun = kPadding / Group, kRuns = kChunk / kPerRun;
-  constexpr bool kNarrow = Group == 32;
   __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
-  const size_t runs = (blocks + 1) / 2;
+  const size_t runs = (m.blocks + 1) / 2, whole = A::whole_runs(m);
   for (size_t done = 0; done < runs; done += kRuns) {
-    const size_t count = runs - done < kRuns ? runs - done : kRuns;
+    const size_t end = runs - done < kRuns ? runs : done + kRuns, last = end < whole ? end : whole;
     float factor[2][kChunk];
-    factors[0].fill(a.scale, done * kPerRun, count * kPerRun, factor[0]);
-    factors[1].fill(a.scale, done * kPerRun, count * kPerRun, factor[1]);
-    for (size_t i = 0; i < count; ++i) {
-      const size_t block = 2 * (done + i), g = i * kPerRun, half = kPerRun / 2;
+    factors[0].fill(a.scale, done * kPerRun, (end - done) * kPerRun, factor[0]);
+    factors[1].fill(a.scale, done * kPerRun, (end - done) * kPerRun, factor[1]);
+    Place at = {a.q, a.bias + done * kPerRun, {factor[0], factor[1]}};
+    size_t run = done;
+    for (; run < last; ++run) {
       ahead.next();
-      const int32_t *bias = a.bias + (done + i) * kPerRun;
-      __m512i acc0 = start_of<Group>(bias), acc1 = acc0;
-      add_block<false>(first, second, block, a.q, &acc0, &acc1);
-      const bool more = block + 1 < blocks;
-      if (Group != kPadding) {
-        total0 = scaled<kNarrow>(total0, acc0, factor[0] + g);
-        total1 = scaled<kNarrow>(total1, acc1, factor[1] + g);
-        if (!more) {
-          break;
-        }
-        acc0 = acc1 = start_of<Group>(bias + half);
-      }
-      if (more) {
-        add_block<true>(first, second, block + 1, a.q, &acc0, &acc1);
-      }
-      total0 = scaled<kNarrow>(total0, acc0, factor[0] + g + half);
-      total1 = scaled<kNarrow>(total1, acc1, factor[1] + g + half);
+      add_run<Group, true>(first, second, 2 * run, true, at, &total0, &total1);
+      at.bias += kPerRun;
+      at.factor[0] += kPerRun;
+      at.factor[1] += kPerRun;
+    }
+    if (run < end) {
+      add_run<Group, false>(first, second, 2 * run, 2 * run + 1 < m.blocks, at, &total0, &total1);
     }
   }
   y[0] = _mm512_reduce_add_ps(total0);
@@ -141,12 +159,12 @@ void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, 
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {
     const Factors factors[2] = {Factors(p, row), Factors(p, row + 1)};
-    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, PairAhead(p, m, row), m.blocks, a, y + row);
+    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, PairAhead<Even>(p, m, row), m, a, y + row);
   }
   if (row < end) {  // alone: the second result is dropped
     const Factors factors[2] = {Factors(p, row), Factors(p, row)};
     float twice[2];
-    dot_two<Group>(Even(m, row), Even(m, row), factors, PairAhead(p, m, row), m.blocks, a, twice);
+    dot_two<Group>(Even(m, row), Even(m, row), factors, PairAhead<Even>(p, m, row), m, a, twice);
     y[row] = twice[0];
   }
 }
@@ -167,71 +185,13 @@ void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
   });
 }
 
-template <bool Half>
-inline __m512 load_floats(const uint8_t *p) {
-  if (Half) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-  }
-  return _mm512_loadu_ps(p);
-}
-
-// Calls use(position, 16 values) for every 16 positions of a row. What a dense row lacks at the end is zero.
-template <bool Half, typename Use>
-void each_sixteen(const losa_tensor &t, size_t row, Use use) {
-  constexpr size_t size = Half ? 2 : 4;
-  const losa_parts &p = t.parts;
-  const auto *values = static_cast<const uint8_t *>(p.values.data);
-  if (p.layout == LOSA_DENSE) {
-    const uint8_t *from = values + size * row * p.columns;
-    size_t i = 0;
-    for (; i + 16 <= p.columns; i += 16) {
-      use(i, load_floats<Half>(from + size * i));
-    }
-    if (i < p.columns) {
-      alignas(64) uint8_t tail[64] = {};
-      std::memcpy(tail, from + size * i, size * (p.columns - i));
-      use(i, load_floats<Half>(tail));
-    }
-    return;
-  }
-  const Positions positions(p, row);
-  const uint8_t *at = values + size * row_start(t, row);
-  for (size_t block = 0; block < positions.blocks; ++block) {
-    uint64_t word = positions.word(block);
-    for (size_t i = 0; i < 4; ++i, word >>= 16) {
-      const auto mask = static_cast<__mmask16>(word & 0xffff);
-      fetch_ahead(at);
-      use(block * kBlock + 16 * i, _mm512_maskz_expand_ps(mask, loaded(load_floats<Half>(at))));
-      at += size * static_cast<unsigned>(__builtin_popcountll(word & 0xffff));
-    }
-  }
-}
-
-template <bool Half>
-void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
-  for (size_t row = begin; row < end; ++row) {
-    __m512 acc[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    each_sixteen<Half>(t, row, [&](size_t position, __m512 values) {
-      __m512 &sum = acc[position / 16 % 2];
-      sum = _mm512_fmadd_ps(values, _mm512_loadu_ps(a.x + position), sum);
-    });
-    y[row] = _mm512_reduce_add_ps(_mm512_add_ps(acc[0], acc[1]));
-  }
-}
-
 void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
-  const losa_parts &p = t.parts;
-  if (p.layout == LOSA_TILED) {
-    multiply_tiles(p, a, begin, end, y, 0, scratch);
-    return;
-  }
-  switch (p.value_type) {
-    case LOSA_F32:
-      return matvec_values<false>(t, a, begin, end, y);
-    case LOSA_F16:
-      return matvec_values<true>(t, a, begin, end, y);
-    default:
-      return matvec_levels(t, a, begin, end, y);
+  if (t.parts.layout == LOSA_TILED) {
+    multiply_tiles(t.parts, a, begin, end, y, 0, scratch);
+  } else if (is_integer(t.parts)) {
+    matvec_levels(t, a, begin, end, y);
+  } else {
+    matvec_values(t, a, begin, end, y);
   }
 }
 
@@ -249,12 +209,12 @@ inline void store_lane(__m512i factors, size_t block, size_t lane, uint8_t *pane
 }
 
 template <typename Row>
-void expand_lane(Row row, size_t blocks, size_t lane, size_t padded, uint8_t *panel) {
+void expand_lane(Row row, __m512i table, size_t blocks, size_t lane, size_t padded, uint8_t *panel) {
   for (size_t block = 0; block < padded / kBlock; block += 2) {  // `padded` is a multiple of two blocks
-    const __m512i nothing = as_factor(_mm512_setzero_si512());
-    store_lane(block < blocks ? row.template next<false>(block) : nothing, block, lane, panel);
+    const __m512i nothing = factors_of<Row::kLevels>(_mm512_setzero_si512(), false, table);
+    store_lane(block < blocks ? row.template next<false, false>(block) : nothing, block, lane, panel);
     const size_t second = block + 1;
-    store_lane(second < blocks ? row.template next<true>(second) : nothing, second, lane, panel);
+    store_lane(second < blocks ? row.template next<true, false>(second) : nothing, second, lane, panel);
   }
 }
 
@@ -266,9 +226,9 @@ void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t
       // Lanes without a row repeat the last one; their results are not stored.
       const size_t row = first + (lane < rows ? lane : rows - 1);
       if (row % 2 == 0) {
-        expand_lane(typename Row::Even(m, row), m.blocks, lane, padded, panel);
+        expand_lane(typename Row::Even(m, row), m.levels, m.blocks, lane, padded, panel);
       } else {
-        expand_lane(typename Row::Odd(m, row), m.blocks, lane, padded, panel);
+        expand_lane(typename Row::Odd(m, row), m.levels, m.blocks, lane, padded, panel);
       }
     }
   });
@@ -303,12 +263,13 @@ inline __attribute__((always_inline)) void unrolled(Use use) {
 // and this function by itself, because the sums of a group take all registers.
 template <int Tokens>
 __attribute__((noinline)) void tile(const uint8_t *const panel[2], const float *scales, size_t group,
-                                    const Activations &a, size_t token, float *total) {
+                                    int shift, const Activations &a, size_t token, float *total) {
   std::memset(total, 0, 2 * Tokens * kLanes * sizeof(float));
   for (size_t g = 0; g < a.groups; ++g) {
     __m512i acc[2][Tokens];
-    unrolled<Tokens>(
-        [&](auto k) { acc[0][k] = acc[1][k] = start_lanes(a.bias[(token + k) * a.groups + g]); });
+    unrolled<Tokens>([&](auto k) {
+      acc[0][k] = acc[1][k] = _mm512_set1_epi32(a.bias[(token + k) * a.groups + g] >> shift);
+    });
     for (size_t i = g * group; i < (g + 1) * group; i += 4) {
       const __m512i w0 = load512(panel[0] + i * kLanes), w1 = load512(panel[1] + i * kLanes);
       unrolled<Tokens>([&](auto k) {
@@ -345,11 +306,11 @@ void store(const float *total, size_t first, size_t rows, size_t token, float *y
 }
 
 template <int Tokens>
-void tiles(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
+void tiles(const uint8_t *const panel[2], const float *scales, size_t group, int shift, const Activations &a,
            size_t *token, size_t first, size_t rows, float *y, size_t ldy) {
   for (; *token + Tokens <= a.tokens; *token += Tokens) {
     alignas(64) float total[2 * Tokens * kLanes];
-    tile<Tokens>(panel, scales, group, a, *token, total);
+    tile<Tokens>(panel, scales, group, shift, a, *token, total);
     store<Tokens>(total, first, rows, *token, y, ldy);
   }
 }
@@ -359,6 +320,7 @@ void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
   const losa_parts &p = t.parts;
   const Matrix512 matrix(t);
   const size_t group = activation_group(p);
+  const int shift = bias_shift(levels_of(p));
   auto *scales = reinterpret_cast<float *>(scratch + kPanelRows * a.padded);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;
@@ -374,57 +336,9 @@ void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
       _mm512_storeu_ps(scales + (2 * g + 1) * kLanes, upper ? lane_scales(p, first + kLanes, upper, g) : low);
     }
     size_t token = 0;
-    tiles<8>(panel, scales, group, a, &token, first, rows, y, ldy);
-    tiles<4>(panel, scales, group, a, &token, first, rows, y, ldy);
-    tiles<1>(panel, scales, group, a, &token, first, rows, y, ldy);
-  }
-}
-
-void expand_values(const losa_tensor &t, size_t row, float *out) {
-  size_t end = 0;
-  const auto put = [&](size_t position, __m512 values) {
-    _mm512_storeu_ps(out + position, values);
-    end = position + 16;
-  };
-  t.parts.value_type == LOSA_F16 ? each_sixteen<true>(t, row, put) : each_sixteen<false>(t, row, put);
-  std::memset(out + end, 0, (padded_columns(t.parts) - end) * sizeof(float));
-}
-
-// Four expanded rows times four tokens.
-void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
-  constexpr size_t step = 4;
-  for (size_t token = 0; token < a.tokens; token += step) {
-    for (size_t r = 0; r < rows; r += step) {
-      // Past the ends the last row or token is repeated and its result not stored.
-      const float *w[step], *x[step];
-      for (size_t i = 0; i < step; ++i) {
-        w[i] = panel + (r + i < rows ? r + i : rows - 1) * a.padded;
-        x[i] = a.x + (token + i < a.tokens ? token + i : a.tokens - 1) * a.padded;
-      }
-      __m512 acc[step][step];
-      for (auto &line : acc) {
-        for (auto &v : line) {
-          v = _mm512_setzero_ps();
-        }
-      }
-      for (size_t i = 0; i < a.padded; i += 16) {
-        __m512 row[step];
-        for (size_t j = 0; j < step; ++j) {
-          row[j] = _mm512_loadu_ps(w[j] + i);
-        }
-        for (size_t k = 0; k < step; ++k) {
-          const __m512 v = _mm512_loadu_ps(x[k] + i);
-          for (size_t j = 0; j < step; ++j) {
-            acc[j][k] = _mm512_fmadd_ps(row[j], v, acc[j][k]);
-          }
-        }
-      }
-      for (size_t k = 0; k < step && token + k < a.tokens; ++k) {
-        for (size_t j = 0; j < step && r + j < rows; ++j) {
-          y[(token + k) * ldy + first + r + j] = _mm512_reduce_add_ps(acc[j][k]);
-        }
-      }
-    }
+    tiles<8>(panel, scales, group, shift, a, &token, first, rows, y, ldy);
+    tiles<4>(panel, scales, group, shift, a, &token, first, rows, y, ldy);
+    tiles<1>(panel, scales, group, shift, a, &token, first, rows, y, ldy);
   }
 }
 
@@ -432,45 +346,15 @@ void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end
             void *scratch) {
   if (t.parts.layout == LOSA_TILED) {
     multiply_tiles(t.parts, a, begin, end, y, ldy, scratch);
-    return;
-  }
-  if (is_integer(t.parts)) {
+  } else if (is_integer(t.parts)) {
     matmul_levels(t, a, begin, end, y, ldy, static_cast<uint8_t *>(scratch));
-    return;
+  } else {
+    matmul_values(t, a, begin, end, y, ldy, scratch);
   }
-  each_panel<float>(
-      t, a, begin, end, scratch, expand_values,
-      [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
-}
-
-void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int32_t *bias) {
-  __m512 peak = _mm512_setzero_ps();
-  for (size_t i = 0; i < length; i += 16) {
-    peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  }
-  const float top = _mm512_reduce_max_ps(peak);
-  *scale = top / 127.0f;
-  const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
-  __m512i total = _mm512_setzero_si512();
-  for (size_t i = 0; i < length; i += 16) {
-    const __m512i levels = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
-    total = _mm512_add_epi32(total, levels);
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(q + i), _mm512_cvtsepi32_epi8(levels));
-  }
-  *bias = -128 * _mm512_reduce_add_epi32(total);
-}
-
-void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
-              int32_t *bias) {
-  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
 }
 
 }  // namespace
 
-#if defined(LOSA_VNNI)
-const Target kAvx512Vnni = {kName, quantize, matvec, matmul};
-#else
-const Target kAvx512 = {kName, quantize, matvec, matmul};
-#endif
+const Target kAvx512Vnni = {"avx512vnni", quantize, matvec, matmul};
 
 }  // namespace losa
