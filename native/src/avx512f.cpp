@@ -19,9 +19,7 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
 
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
-  if (t.parts.layout == LOSA_TILED) {
-    multiply_tiles(t.parts, a, begin, end, y, ldy, scratch);
-  } else if (is_integer(t.parts)) {
+  if (is_integer(t.parts)) {
     kAvx2.matmul(t, a, begin, end, y, ldy, scratch);
   } else {
     matmul_values(t, a, begin, end, y, ldy, scratch);

@@ -2,9 +2,7 @@
 // for several tokens.
 #include <utility>
 
-#include "avx512_rows.h"
-#include "avx512_values.h"
-#include "tiled_x86.h"
+#include "avx512_tiles.h"
 
 namespace losa {
 namespace {
@@ -220,6 +218,10 @@ void expand_lane(Row row, __m512i table, size_t blocks, size_t lane, size_t padd
 
 void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t rows, size_t padded,
                   uint8_t *panel) {
+  if (t.parts.layout == LOSA_TILED) {
+    panel_of_tile(t.parts, first / kTile, padded, panel);
+    return;
+  }
   with_rows(t.parts, [&](auto tag) {
     using Row = typename decltype(tag)::Row;
     for (size_t lane = 0; lane < kLanes; ++lane) {
@@ -242,7 +244,7 @@ inline __m512 lane_scales(const losa_parts &p, size_t first, size_t rows, size_t
     if (p.value_type == LOSA_I8) {
       scales[lane] = load_scale(p, row);
     } else {
-      scales[lane] = g < weight_groups(p) ? load_scale(p, row * weight_groups(p) + g) : 0.0f;
+      scales[lane] = g < weight_groups(p) ? load_scale(p, scale_index(p, row, g)) : 0.0f;
     }
   }
   return _mm512_load_ps(scales);
@@ -320,7 +322,7 @@ void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
   const losa_parts &p = t.parts;
   const Matrix512 matrix(t);
   const size_t group = activation_group(p);
-  const int shift = bias_shift(levels_of(p));
+  const int shift = p.layout == LOSA_TILED ? 0 : bias_shift(levels_of(p));
   auto *scales = reinterpret_cast<float *>(scratch + kPanelRows * a.padded);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;
@@ -342,9 +344,11 @@ void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
   }
 }
 
+constexpr size_t kWorthPanels = 32;  // tokens; fewer multiply what is kept of a tile
+
 void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             void *scratch) {
-  if (t.parts.layout == LOSA_TILED) {
+  if (t.parts.layout == LOSA_TILED && a.tokens < kWorthPanels) {
     multiply_tiles(t.parts, a, begin, end, y, ldy, scratch);
   } else if (is_integer(t.parts)) {
     matmul_levels(t, a, begin, end, y, ldy, static_cast<uint8_t *>(scratch));

@@ -67,6 +67,38 @@ inline __m512i xor_si512(__m512i a, __m512i b) {
 inline __m512i and_si512(__m512i a, __m512i b) {
   return each<I32>([&](int i) { return I32(a).at[i] & I32(b).at[i]; });
 }
+inline __m512i or_si512(__m512i a, __m512i b) {
+  return each<I32>([&](int i) { return I32(a).at[i] | I32(b).at[i]; });
+}
+inline __m512i sub_epi32(__m512i a, __m512i b) {
+  return each<I32>([&](int i) { return I32(a).at[i] - I32(b).at[i]; });
+}
+inline __m512i slli_epi32(__m512i a, unsigned n) {
+  return each<I32>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(I32(a).at[i]) << n); });
+}
+inline __m512i srli_epi32(__m512i a, unsigned n) {
+  return each<I32>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(I32(a).at[i]) >> n); });
+}
+inline __m512i sllv_epi32(__m512i a, __m512i n) {
+  return each<I32>([&](int i) {
+    const auto count = static_cast<uint32_t>(I32(n).at[i]);
+    return count > 31 ? 0 : static_cast<int32_t>(static_cast<uint32_t>(I32(a).at[i]) << count);
+  });
+}
+inline __m512i cvtepu16_epi32(__m256i a) {
+  uint16_t words[16];
+  std::memcpy(words, &a, sizeof words);
+  return each<I32>([&](int i) { return words[i]; });
+}
+inline __m512i permutexvar_epi32(__m512i order, __m512i a) {
+  return each<I32>([&](int i) { return I32(a).at[I32(order).at[i] & 15]; });
+}
+template <typename... Int>
+inline __m512i setr_epi32(Int... at) {
+  const int32_t all[] = {at...};
+  static_assert(sizeof all == 64);
+  return loadu_si512(all);
+}
 inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
   return each<I32>([&](int i) {
     uint32_t out = 0;
@@ -215,6 +247,15 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_set1_ps losa_emulated::set1_ps
 #define _mm512_xor_si512 losa_emulated::xor_si512
 #define _mm512_and_si512 losa_emulated::and_si512
+#define _mm512_storeu_si512 losa_emulated::store_si512
+#define _mm512_or_si512 losa_emulated::or_si512
+#define _mm512_sub_epi32 losa_emulated::sub_epi32
+#define _mm512_slli_epi32 losa_emulated::slli_epi32
+#define _mm512_srli_epi32 losa_emulated::srli_epi32
+#define _mm512_sllv_epi32 losa_emulated::sllv_epi32
+#define _mm512_cvtepu16_epi32 losa_emulated::cvtepu16_epi32
+#define _mm512_permutexvar_epi32 losa_emulated::permutexvar_epi32
+#define _mm512_setr_epi32 losa_emulated::setr_epi32
 #define _mm512_ternarylogic_epi32 losa_emulated::ternarylogic_epi32
 #define _mm512_add_epi32 losa_emulated::add_epi32
 #define _mm512_dpbusd_epi32 losa_emulated::dpbusd_epi32

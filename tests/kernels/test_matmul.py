@@ -15,6 +15,8 @@ from losa_deploy.layouts.values import LINEAR_TABLE
 
 SHAPES = ((1, 1), (3, 7), (8, 64), (9, 65), (17, 127), (16, 128), (5, 129), (33, 172), (7, 576), (2, 1000))
 TOKENS = (1, 2, 4, 5, 17)
+PROMPT = 33
+"""So many tokens that tiles are expanded to panels (kWorthPanels)."""
 PATTERNS = (
     (1, 2),
     (2, 4),
@@ -120,7 +122,7 @@ def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: ValueT
 def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: ValueType) -> None:
     for rows, columns in ((16, 16), (32, 64), (48, 176), (16, 336)):
         packed = packed_of("tiled", value_type, rows, columns, pattern=pattern)
-        for tokens in TOKENS:
+        for tokens in (*TOKENS, PROMPT):
             check(multiply, packed, tokens)
     check(multiply, packed_of("tiled", value_type, 80, 160, pattern=pattern, scale_type="f16"), 5, 32)
 
@@ -137,7 +139,7 @@ def test_groups_and_tables_of_tiles(multiply: Multiply, pattern: tuple[int, int]
         for table in tables.values():
             options = {"pattern": pattern, "group_size": group_size, "table": table}
             packed = packed_of("tiled", "i4", 32, 304, **options)
-            for tokens in (1, 5, 18):
+            for tokens in (1, 5, 18, PROMPT):
                 check(multiply, packed, tokens)
 
 
@@ -180,7 +182,7 @@ def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: V
     weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
     for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3):
         packed = LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128))
-        for tokens in (1, 4, 16):
+        for tokens in (1, 4, 16, PROMPT):
             for sign in (-3.0, 3.0):
                 x = np.full((tokens, 256), sign, np.float32)
                 assert np.allclose(multiply(packed, x, ALL), -sign * mask[0].sum(), rtol=1e-3)
