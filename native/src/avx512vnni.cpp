@@ -7,38 +7,50 @@
 namespace losa {
 namespace {
 
-constexpr size_t kChunk = 16;  // groups whose scales are multiplied out at once
+constexpr size_t kChunk = 16;  // groups whose scales are multiplied at once
 
-// Scale of the weights times scale of the activations, for the groups [first, first + kChunk) of a row.
+// Scales of the weights of i4 rows times those of the activations, for two rows while the two before them are
+// computed: single floats out of what was stored in wholes wait until that has reached the cache. Of i8, the
+// scales of the activations: that of a row is applied to its sum.
+template <bool I4>
 class Factors {
  public:
-  Factors(const losa_parts &p, size_t row)
-      : halves_(p.value_type == LOSA_I4
-                    ? static_cast<const uint8_t *>(p.scale.data) + 2 * row * weight_groups(p)
-                    : nullptr),
-        groups_(halves_ ? weight_groups(p) : 0),
-        whole_(halves_ ? 1.0f : load_scale(p, row)) {}
+  Factors(const losa_parts &p, const Activations &a, float *scratch)
+      : halves_(static_cast<const uint8_t *>(p.scale.data)),
+        there_(I4 ? weight_groups(p) : 0),
+        activations_(a.scale),
+        groups_(a.groups),
+        stride_(round_up(a.groups, kChunk)),
+        scratch_(scratch) {}
 
-  void fill(const float *activation_scales, size_t first, size_t count, float out[kChunk]) const {
-    const auto used = static_cast<__mmask16>((1u << count) - 1u);
-    const __m512 x = _mm512_maskz_loadu_ps(used, activation_scales + first);
-    _mm512_storeu_ps(out, _mm512_mul_ps(x, weights(first, count)));
+  // Makes those of a row ready; four rows can be so at a time.
+  void fill(size_t row) {
+    if (!I4) {
+      return;
+    }
+    float *out = scratch_ + row % 4 * stride_;
+    const uint8_t *halves = halves_ + 2 * row * there_;
+    for (size_t g = 0; g < groups_; g += kChunk) {
+      const __m512 x = _mm512_maskz_loadu_ps(first_of(groups_ - g), activations_ + g);
+      const size_t left = there_ > g ? there_ - g : 0;
+      const __m256i weights = _mm256_maskz_loadu_epi16(first_of(left), halves + 2 * g);
+      fetch_ahead(halves + 2 * g);
+      _mm512_storeu_ps(out + g, _mm512_mul_ps(x, _mm512_cvtph_ps(weights)));
+    }
   }
 
+  const float *of(size_t row) const { return I4 ? scratch_ + row % 4 * stride_ : activations_; }
+
  private:
-  __m512 weights(size_t first, size_t count) const {
-    if (halves_ == nullptr) {
-      return _mm512_set1_ps(whole_);
-    }
-    const size_t left = groups_ - (first < groups_ ? first : groups_), there = count < left ? count : left;
-    const auto used = static_cast<__mmask16>((1u << there) - 1u);
-    fetch_ahead(halves_ + 2 * first);
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(used, halves_ + 2 * first));
+  static __mmask16 first_of(size_t count) {
+    return static_cast<__mmask16>(count < kChunk ? (1u << count) - 1u : 0xffffu);
   }
 
   const uint8_t *halves_;
-  size_t groups_;
-  float whole_;
+  size_t there_;  // groups of a row of weights; those of the activations may be more
+  const float *activations_;
+  size_t groups_, stride_;
+  float *scratch_;
 };
 
 // What comes after two rows, per run of 128 positions of theirs. After the last two there is nothing.
@@ -120,30 +132,22 @@ inline __attribute__((always_inline)) void add_run(A &first, B &second, size_t b
   *total1 = scaled<kNarrow>(*total1, acc1, at.factor[1] + half);
 }
 
-// Two rows times one token: y [2].
+// Two rows times one token: y [2]. `at` is the start of the rows.
 template <size_t Group, typename A, typename B>
-void dot_two(A first, B second, const Factors (&factors)[2], PairAhead<A> ahead, const Matrix512 &m,
-             const Activations &a, float *y) {
-  constexpr size_t kPerRun = kPadding / Group, kRuns = kChunk / kPerRun;
+void dot_two(A first, B second, Place at, PairAhead<A> ahead, const Matrix512 &m, float *y) {
+  constexpr size_t kPerRun = kPadding / Group;
   __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
   const size_t runs = (m.blocks + 1) / 2, whole = A::whole_runs(m);
-  for (size_t done = 0; done < runs; done += kRuns) {
-    const size_t end = runs - done < kRuns ? runs : done + kRuns, last = end < whole ? end : whole;
-    float factor[2][kChunk];
-    factors[0].fill(a.scale, done * kPerRun, (end - done) * kPerRun, factor[0]);
-    factors[1].fill(a.scale, done * kPerRun, (end - done) * kPerRun, factor[1]);
-    Place at = {a.q, a.bias + done * kPerRun, {factor[0], factor[1]}};
-    size_t run = done;
-    for (; run < last; ++run) {
-      ahead.next();
-      add_run<Group, true>(first, second, 2 * run, true, at, &total0, &total1);
-      at.bias += kPerRun;
-      at.factor[0] += kPerRun;
-      at.factor[1] += kPerRun;
-    }
-    if (run < end) {
-      add_run<Group, false>(first, second, 2 * run, 2 * run + 1 < m.blocks, at, &total0, &total1);
-    }
+  size_t run = 0;
+  for (; run < whole; ++run) {
+    ahead.next();
+    add_run<Group, true>(first, second, 2 * run, true, at, &total0, &total1);
+    at.bias += kPerRun;
+    at.factor[0] += kPerRun;
+    at.factor[1] += kPerRun;
+  }
+  if (run < runs) {
+    add_run<Group, false>(first, second, 2 * run, 2 * run + 1 < m.blocks, at, &total0, &total1);
   }
   y[0] = _mm512_reduce_add_ps(total0);
   y[1] = _mm512_reduce_add_ps(total1);
@@ -151,34 +155,46 @@ void dot_two(A first, B second, const Factors (&factors)[2], PairAhead<A> ahead,
 
 template <size_t Group, typename Row>
 void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, size_t begin, size_t end,
-                 float *y) {
+                 float *y, float *scratch) {
   using Even = typename Row::Even;
   using Odd = typename Row::Odd;
+  constexpr bool kI4 = is_i4(Row::kLevels);
+  Factors<kI4> factors(p, a, scratch);
+  for (size_t row = begin; row < end && row < begin + 2; ++row) {
+    factors.fill(row);
+  }
+  const auto scale_of = [&](size_t row) { return kI4 ? 1.0f : load_scale(p, row); };
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {
-    const Factors factors[2] = {Factors(p, row), Factors(p, row + 1)};
-    dot_two<Group>(Even(m, row), Odd(m, row + 1), factors, PairAhead<Even>(p, m, row), m, a, y + row);
+    for (size_t next = row + 2; next < end && next < row + 4; ++next) {
+      factors.fill(next);
+    }
+    const Place at = {a.q, a.bias, {factors.of(row), factors.of(row + 1)}};
+    dot_two<Group>(Even(m, row), Odd(m, row + 1), at, PairAhead<Even>(p, m, row), m, y + row);
+    y[row] *= scale_of(row);
+    y[row + 1] *= scale_of(row + 1);
   }
   if (row < end) {  // alone: the second result is dropped
-    const Factors factors[2] = {Factors(p, row), Factors(p, row)};
     float twice[2];
-    dot_two<Group>(Even(m, row), Even(m, row), factors, PairAhead<Even>(p, m, row), m, a, twice);
-    y[row] = twice[0];
+    const Place at = {a.q, a.bias, {factors.of(row), factors.of(row)}};
+    dot_two<Group>(Even(m, row), Even(m, row), at, PairAhead<Even>(p, m, row), m, twice);
+    y[row] = twice[0] * scale_of(row);
   }
 }
 
-void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
+void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                   float *scratch) {
   const losa_parts &p = t.parts;
   const Matrix512 matrix(t);
   with_rows(p, [&](auto tag) {
     using Row = typename decltype(tag)::Row;
     switch (activation_group(p)) {
       case 32:
-        return matvec_rows<32, Row>(p, matrix, a, begin, end, y);
+        return matvec_rows<32, Row>(p, matrix, a, begin, end, y, scratch);
       case 64:
-        return matvec_rows<64, Row>(p, matrix, a, begin, end, y);
+        return matvec_rows<64, Row>(p, matrix, a, begin, end, y, scratch);
       default:
-        return matvec_rows<128, Row>(p, matrix, a, begin, end, y);
+        return matvec_rows<128, Row>(p, matrix, a, begin, end, y, scratch);
     }
   });
 }
@@ -187,7 +203,7 @@ void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end
   if (t.parts.layout == LOSA_TILED) {
     multiply_tiles(t.parts, a, begin, end, y, 0, scratch);
   } else if (is_integer(t.parts)) {
-    matvec_levels(t, a, begin, end, y);
+    matvec_levels(t, a, begin, end, y, static_cast<float *>(scratch));
   } else {
     matvec_values(t, a, begin, end, y);
   }
