@@ -124,12 +124,13 @@ Range part_of(size_t total, size_t step, size_t index, size_t count) {
 // compiler keeps them in vector registers, and no addition waits for the one before. Asked for ahead, as
 // kernels do, because what a CPU fetches by itself can be half of what its memory delivers.
 uint64_t sum_words(const uint64_t *words, size_t count) {
-  constexpr size_t kSums = 16, kAhead = 1024;
+  constexpr size_t kSums = 16, kAhead = 3072;
   uint64_t sums[kSums] = {};
   for (size_t i = 0; i + kSums <= count; i += kSums) {
-    if (i + kAhead + kSums <= count) {
-      __builtin_prefetch(words + i + kAhead / sizeof(uint64_t));
-      __builtin_prefetch(words + i + kAhead / sizeof(uint64_t) + kSums / 2);
+    const size_t ahead = i + kAhead / sizeof(uint64_t);
+    if (ahead + kSums <= count) {
+      __builtin_prefetch(words + ahead);
+      __builtin_prefetch(words + ahead + kSums / 2);
     }
     for (size_t j = 0; j < kSums; ++j) sums[j] += words[i + j];
   }
