@@ -26,7 +26,8 @@ inline void fetch_ahead(const void *at) { fetch(reinterpret_cast<uintptr_t>(at) 
 // after both. Their bytes are spread over the steps that both take.
 class Ahead {
  public:
-  Ahead() = default;  // of a component that is not there
+  explicit Ahead(const uint8_t *nothing_more)  // stays where memory is; an address without any costs time
+      : at_(reinterpret_cast<uintptr_t>(nothing_more)), step_(0) {}
   Ahead(const uint8_t *rows, size_t bytes, size_t steps)
       : at_(reinterpret_cast<uintptr_t>(rows) + kAhead), step_((bytes + steps - 1) / steps) {}
 
@@ -45,7 +46,7 @@ class Ahead {
   }
 
  private:
-  uintptr_t at_ = 0, step_ = 0;
+  uintptr_t at_, step_;
 };
 
 }  // namespace

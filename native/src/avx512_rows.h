@@ -94,7 +94,7 @@ class SparseRow {
   using Odd = SparseRow<How, I4, Where>;
   static constexpr Levels kLevels = How;
   static constexpr bool kMasked = true;
-  static constexpr unsigned kLines = I4 ? 1 : 4;  // a half of two rows takes 1 and 2
+  static constexpr unsigned kLines = I4 ? 1 : 4;  // of a run where half is kept: 1, of i8 2
 
   static size_t start(const Matrix512 &m, size_t row) { return m.start(row, I4); }
   static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }

@@ -3,6 +3,8 @@
 #ifndef LOSA_AVX512_TILES_H
 #define LOSA_AVX512_TILES_H
 
+#include <type_traits>
+
 #include "avx512_rows.h"
 #include "tiled_x86.h"
 
@@ -35,7 +37,8 @@ inline __m512i by_row(__m256i step) {
 }
 
 // Both slots of every row, alone in their dwords: levels, and bits to shift them by from the start of the
-// group. What is shifted out of a dword, to either side, is gone: counts are unsigned.
+// group. What is shifted out of a dword, to either side, is gone: counts are unsigned. Slots are not Linear,
+// so that their sign is the level itself.
 struct Shifts {
   explicit Shifts(const Slots &w) {
     const __m512i at = by_row(w.at), level = by_row(w.sign), bits = _mm512_set1_epi32(15 << 3);

@@ -57,7 +57,7 @@ class Factors {
 template <typename Row>
 class PairAhead {
  public:
-  PairAhead(const losa_parts &p, const Matrix512 &m, size_t row) {
+  PairAhead(const losa_parts &p, const Matrix512 &m, size_t row) : values_(m.values), positions_(m.values) {
     if (row + 2 >= p.rows) {
       return;
     }
