@@ -28,8 +28,7 @@ class Ahead {
  public:
   explicit Ahead(const uint8_t *nothing_more)  // stays where memory is; an address without any costs time
       : at_(reinterpret_cast<uintptr_t>(nothing_more)), step_(0) {}
-  Ahead(const uint8_t *rows, size_t bytes, size_t steps)
-      : at_(reinterpret_cast<uintptr_t>(rows) + kAhead), step_((bytes + steps - 1) / steps) {}
+  Ahead(const uint8_t *rows, size_t step) : at_(reinterpret_cast<uintptr_t>(rows) + kAhead), step_(step) {}
 
   // As many lines as a step has; a loop that looked at the size would cost more than a line too many.
   template <unsigned Lines>
@@ -47,6 +46,17 @@ class Ahead {
 
  private:
   uintptr_t at_, step_;
+};
+
+// Bytes of a step where `bytes` are spread over `steps`, rounded up: a division takes as long as a step.
+class PerStep {
+ public:
+  explicit PerStep(size_t steps) : part_((kWhole + steps - 1) / steps) {}
+  size_t of(size_t bytes) const { return (bytes * part_ + kWhole - 1) / kWhole; }
+
+ private:
+  static constexpr size_t kWhole = size_t{1} << 20;
+  size_t part_;
 };
 
 }  // namespace

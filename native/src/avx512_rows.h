@@ -7,7 +7,8 @@
 namespace losa {
 namespace {
 
-// The dot product takes unsigned by signed bytes: weights are levels + 128, and the sums start at the bias.
+// The dot product takes unsigned by signed bytes: weights are levels + 128, and the bias of the activations
+// is added to the sums.
 inline __m512i as_factor(__m512i levels) { return _mm512_xor_si512(levels, _mm512_set1_epi8(-128)); }
 inline __m512i dot(__m512i acc, __m512i factor, __m512i x) {
 #if defined(LOSA_EMULATED_AVX512)
@@ -16,10 +17,6 @@ inline __m512i dot(__m512i acc, __m512i factor, __m512i x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(factor), "v"(x));  // GCC 12 moves every sum to and fro
   return acc;
 #endif
-}
-inline __m512i start(int32_t bias) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(bias)); }
-inline __m512i start_halves(int32_t low, int32_t high) {
-  return _mm512_inserti64x4(start(low), _mm256_zextsi128_si256(_mm_cvtsi32_si128(high)), 1);
 }
 
 inline __m512i table512(const losa_parts &p) {
@@ -43,11 +40,18 @@ inline bool is_default_table(const losa_parts &p) {
 
 // Of the default table, level + 8 is a code with its highest bit flipped: one operation on any port, where
 // the table takes two, one of them on the port of the expansion.
-inline __m512i raised512(__m512i bytes, bool high) {
+inline __m512i raised_in(__m512i bytes, int code, int highest) {
   constexpr int kAndXor = 0x6a;
-  return _mm512_ternarylogic_epi32(high ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15),
-                                   _mm512_set1_epi8(8), kAndXor);
+  return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(static_cast<char>(code)),
+                                   _mm512_set1_epi8(static_cast<char>(highest)), kAndXor);
 }
+inline __m512i raised512(__m512i bytes, bool high) {
+  return raised_in(high ? _mm512_srli_epi16(bytes, 4) : bytes, 0x0f, 0x08);
+}
+
+// High codes left where they are: 16 times what raised512 finds, and a shift less.
+constexpr float kInPlace = 16.0f;
+inline __m512i raised_in_place(__m512i bytes) { return raised_in(bytes, 0xf0, 0x80); }
 
 // How levels become factors: i8; i4 by table; i4 of the default table, as level + 8 instead of + 128.
 enum class Levels { kI8, kTable, kRaised };
@@ -73,12 +77,13 @@ struct Matrix512 : RowPlaces {
   explicit Matrix512(const losa_tensor &t)
       : RowPlaces(t),
         blocks((row_width(t.parts) + kBlock - 1) / kBlock),
+        runs((blocks + 1) / 2),
         count(fixed_count(t.parts) ? static_cast<unsigned>(kBlock / t.parts.m * t.parts.n) : 0),
         levels(t.parts.value_type == LOSA_I4 ? as_factor(table512(t.parts)) : _mm512_setzero_si512()) {}
 
-  size_t blocks;
-  unsigned count;  // values of a block, if that is the same for all
-  __m512i levels;  // of the codes of i4, as factors
+  size_t blocks, runs;  // of 64 positions, and of 128
+  unsigned count;       // values of a block, if that is the same for all
+  __m512i levels;       // of the codes of i4, as factors
 };
 
 enum class Places { kCounted, kFixed, kCodes };  // how a block's values are found and how many they are
@@ -99,28 +104,36 @@ class SparseRow {
   static size_t start(const Matrix512 &m, size_t row) { return m.start(row, I4); }
   static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
 
+  // What the factors of next_scaled() are too large by.
+  static constexpr float kScaled = High && How == Levels::kRaised ? kInPlace : 1.0f;
+
   SparseRow(const Matrix512 &m, size_t row)
-      : positions_(m.positions_of(row)),
-        at_(m.values + m.start(row, I4)),
-        count_(m.count),
-        levels_(m.levels) {}
+      : m_(m), positions_(m.first_positions.bytes + row * m.position_bytes), at_(m.values + start(m, row)) {}
 
   // Blocks in their order. Second: of two that start at a multiple of 128. Whole: of whole_runs().
   template <bool Second, bool Whole>
   __m512i next(size_t block) {
-    const uint64_t word =
-        Where == Places::kCodes ? positions_.word(block) : load_word(positions_.bytes + 8 * block);
-    const __m512i found = _mm512_maskz_expand_epi8(word, loaded(load512(at_)));
-    // A fixed count keeps the address of the next block from waiting for this one's mask.
-    at_ += Where == Places::kCounted ? static_cast<unsigned>(__builtin_popcountll(word)) : count_;
-    return factors_of<How>(found, High, levels_);
+    return factors_of<How>(expanded(block), High, m_.levels);
+  }
+
+  template <bool Second, bool Whole>
+  __m512i next_scaled(size_t block) {
+    return kScaled == 1.0f ? next<Second, Whole>(block) : raised_in_place(expanded(block));
   }
 
  private:
-  Positions positions_;
-  const uint8_t *at_;
-  unsigned count_;
-  __m512i levels_;
+  __m512i expanded(size_t block) {
+    const uint64_t word = Where == Places::kCodes ? m_.first_positions.word_at(positions_, block)
+                                                  : load_word(positions_ + 8 * block);
+    const __m512i found = _mm512_maskz_expand_epi8(word, loaded(load512(at_)));
+    // A fixed count keeps the address of the next block from waiting for this one's mask.
+    at_ += Where == Places::kCounted ? static_cast<unsigned>(__builtin_popcountll(word)) : m_.count;
+    return found;
+  }
+
+  // Few members and none of them wide: rows are short, and what is copied in pieces is waited for.
+  const Matrix512 &m_;
+  const uint8_t *positions_, *at_;
 };
 
 // Factors of one dense row.
@@ -138,8 +151,14 @@ class DenseRow {
   static size_t start(const Matrix512 &m, size_t row) { return row * (I4 ? (m.columns + 1) / 2 : m.columns); }
   static size_t whole_runs(const Matrix512 &m) { return m.columns / kPadding; }
 
-  DenseRow(const Matrix512 &m, size_t row)
-      : columns_(m.columns), row_(m.values + start(m, row)), levels_(m.levels) {}
+  static constexpr float kScaled = 1.0f;
+
+  DenseRow(const Matrix512 &m, size_t row) : m_(m), row_(m.values + start(m, row)) {}
+
+  template <bool Second, bool Whole>
+  __m512i next_scaled(size_t block) const {
+    return next<Second, Whole>(block);
+  }
 
   template <bool Second, bool Whole>
   __m512i next(size_t block) const {
@@ -147,28 +166,27 @@ class DenseRow {
     if (I4) {
       return next_i4<Second, Whole>(first - (Second ? kBlock : 0));
     }
-    if (Whole || first + kBlock <= columns_) {
+    if (Whole || first + kBlock <= m_.columns) {
       return as_factor(load512(row_ + first));
     }
     alignas(64) uint8_t copy[kBlock] = {};
-    std::memcpy(copy, row_ + first, columns_ - first);
+    std::memcpy(copy, row_ + first, m_.columns - first);
     return as_factor(load512(copy));
   }
 
  private:
   template <bool Second, bool Whole>
   __m512i next_i4(size_t first) const {
-    if (Whole || first + kPadding <= columns_) {
-      return factors_of<How>(load512(row_ + first / 2), Second, levels_);
+    if (Whole || first + kPadding <= m_.columns) {
+      return factors_of<How>(load512(row_ + first / 2), Second, m_.levels);
     }
     alignas(64) uint8_t copy[kPadding] = {};
-    split_dense_tail(row_ + first / 2, columns_ - first, copy);
-    return factors_of<How>(load512(copy + (Second ? kBlock : 0)), false, levels_);
+    split_dense_tail(row_ + first / 2, m_.columns - first, copy);
+    return factors_of<How>(load512(copy + (Second ? kBlock : 0)), false, m_.levels);
   }
 
-  size_t columns_;
+  const Matrix512 &m_;
   const uint8_t *row_;
-  __m512i levels_;
 };
 
 template <typename T>

@@ -9,37 +9,67 @@ namespace {
 
 constexpr size_t kChunk = 16;  // groups whose scales are multiplied at once
 
-// Scales of the weights of i4 rows times those of the activations, for two rows while the two before them are
-// computed: single floats out of what was stored in wholes wait until that has reached the cache. Of i8, the
-// scales of the activations: that of a row is applied to its sum.
-template <bool I4>
+// What the sums of rows are multiplied with, and what is added to them for the bias: of i4, scales of the
+// weights times those of the activations, for two rows while the two before them are computed, because single
+// floats out of what was stored in wholes wait until that has reached the cache. Of i8, the scales of the
+// activations: that of a row is applied to its sum.
+template <typename Row>
 class Factors {
+  static constexpr bool I4 = is_i4(Row::kLevels);
+  static constexpr float kBias = Row::kLevels == Levels::kRaised ? 1.0f / 16 : 1.0f;  // of level + 8
+
  public:
   Factors(const losa_parts &p, const Activations &a, float *scratch)
       : halves_(static_cast<const uint8_t *>(p.scale.data)),
         there_(I4 ? weight_groups(p) : 0),
-        activations_(a.scale),
+        scales_(a.scale),
         groups_(a.groups),
-        stride_(round_up(a.groups, kChunk)),
-        scratch_(scratch) {}
+        stride_(round_up(a.groups, kChunk) + kChunk),
+        biases_(scratch),
+        rows_(scratch + stride_) {
+    __m512 all = _mm512_setzero_ps();
+    for (size_t g = 0; g < groups_; g += kChunk) {
+      const __mmask16 some = first_of(groups_ - g);
+      const __m512 bias = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(some, a.bias + g));
+      const __m512 scale = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, scales_ + g), _mm512_set1_ps(kBias));
+      _mm512_storeu_ps(biases_ + g, _mm512_mul_ps(scale, bias));
+      all = _mm512_fmadd_ps(scale, bias, all);
+    }
+    if (!I4) {
+      _mm512_storeu_ps(biases_, all);
+    }
+  }
 
   // Makes those of a row ready; four rows can be so at a time.
+  template <typename Parity>
   void fill(size_t row) {
     if (!I4) {
       return;
     }
-    float *out = scratch_ + row % 4 * stride_;
+    float *start = rows_ + row % 4 * stride_;
     const uint8_t *halves = halves_ + 2 * row * there_;
-    for (size_t g = 0; g < groups_; g += kChunk) {
-      const __m512 x = _mm512_maskz_loadu_ps(first_of(groups_ - g), activations_ + g);
-      const size_t left = there_ > g ? there_ - g : 0;
-      const __m256i weights = _mm256_maskz_loadu_epi16(first_of(left), halves + 2 * g);
+    __m512 added = _mm512_setzero_ps();
+    const auto chunk = [&](size_t g, __mmask16 weights, __mmask16 some) {
+      const __m512 weight = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(weights, halves + 2 * g));
       fetch_ahead(halves + 2 * g);
-      _mm512_storeu_ps(out + g, _mm512_mul_ps(x, _mm512_cvtph_ps(weights)));
+      added = _mm512_fmadd_ps(weight, _mm512_loadu_ps(biases_ + g), added);
+      const __m512 factor = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, scales_ + g), weight);
+      _mm512_storeu_ps(start + kChunk + g, _mm512_mul_ps(factor, _mm512_set1_ps(1.0f / Parity::kScaled)));
+    };
+    size_t g = 0;
+    for (; g + kChunk <= there_; g += kChunk) {
+      chunk(g, 0xffff, 0xffff);
     }
+    for (; g < groups_; g += kChunk) {
+      chunk(g, first_of(there_ > g ? there_ - g : 0), first_of(groups_ - g));
+    }
+    _mm512_storeu_ps(start, added);
   }
 
-  const float *of(size_t row) const { return I4 ? scratch_ + row % 4 * stride_ : activations_; }
+  const float *of(size_t row) const { return I4 ? rows_ + row % 4 * stride_ + kChunk : scales_; }
+
+  // Lanes whose sum is the bias of a row.
+  __m512 start(size_t row) const { return _mm512_loadu_ps(I4 ? rows_ + row % 4 * stride_ : biases_); }
 
  private:
   static __mmask16 first_of(size_t count) {
@@ -48,43 +78,52 @@ class Factors {
 
   const uint8_t *halves_;
   size_t there_;  // groups of a row of weights; those of the activations may be more
-  const float *activations_;
+  const float *scales_;
   size_t groups_, stride_;
-  float *scratch_;
+  float *biases_, *rows_;
 };
 
-// What comes after two rows, per run of 128 positions of theirs. After the last two there is nothing.
+// What comes after two rows, per run of 128 positions of theirs.
 template <typename Row>
-class PairAhead {
+class AfterPairs {
  public:
-  PairAhead(const losa_parts &p, const Matrix512 &m, size_t row) : values_(m.values), positions_(m.values) {
-    if (row + 2 >= p.rows) {
-      return;
-    }
-    const size_t runs = (m.blocks + 1) / 2, first = Row::start(m, row), last = Row::start(m, row + 2);
-    values_ = Ahead(m.values + first, last - first, runs);
-    if (Row::kMasked) {
-      positions_ = Ahead(m.positions_of(row).bytes, 2 * m.position_bytes, runs);
-    }
-  }
+  AfterPairs(const losa_parts &p, const Matrix512 &m)
+      : m_(m), rows_(p.rows), per_run_(m.runs), position_step_(per_run_.of(2 * m.position_bytes)) {}
 
-  void next() {
-    values_.template next<Row::kLines>();
-    if (Row::kMasked) {
-      positions_.template next<1>();
+  struct Pair {
+    void next() {
+      values.template next<Row::kLines>();
+      if (Row::kMasked) {
+        positions.template next<1>();
+      }
     }
+    Ahead values, positions;
+  };
+
+  // After the last two there is nothing.
+  Pair of(size_t row) const {
+    if (row + 2 >= rows_) {
+      return {Ahead(m_.values), Ahead(m_.values)};
+    }
+    const size_t first = Row::start(m_, row), last = Row::start(m_, row + 2);
+    const uint8_t *positions = m_.first_positions.bytes + row * m_.position_bytes;
+    return {Ahead(m_.values + first, per_run_.of(last - first)), Ahead(positions, position_step_)};
   }
 
  private:
-  Ahead values_, positions_;
+  const Matrix512 &m_;
+  size_t rows_;
+  PerStep per_run_;
+  size_t position_step_;
 };
 
 // One block of two rows times one token: two independent chains of addresses keep more loads in flight.
 template <bool Second, bool Whole, typename A, typename B>
-inline void add_block(A &first, B &second, size_t block, const int8_t *q, __m512i *acc0, __m512i *acc1) {
+inline __attribute__((always_inline)) void add_block(A &first, B &second, size_t block, const int8_t *q,
+                                                     __m512i *acc0, __m512i *acc1) {
   const __m512i x = load512(q + block * kBlock);
-  *acc0 = dot(*acc0, first.template next<Second, Whole>(block), x);
-  *acc1 = dot(*acc1, second.template next<Second, Whole>(block), x);
+  *acc0 = dot(*acc0, first.template next_scaled<Second, Whole>(block), x);
+  *acc1 = dot(*acc1, second.template next_scaled<Second, Whole>(block), x);
 }
 
 // total += sums * factor; groups of 32 have two factors for a block.
@@ -96,58 +135,50 @@ inline __m512 scaled(__m512 total, __m512i sums, const float *factor) {
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, total);
 }
 
-template <size_t Group, Levels How>
-inline __m512i start_of(const int32_t *bias) {
-  constexpr int shift = bias_shift(How);
-  return Group == 32 ? start_halves(bias[0] >> shift, bias[1] >> shift) : start(bias[0] >> shift);
-}
-
-// What two rows are multiplied with, from a place on.
-struct Place {
-  const int8_t *q;
-  const int32_t *bias;
-  const float *factor[2];
-};
-
 // Blocks `block` and the one after it, which are a run of 128 positions. Whole: both lie inside of the rows.
-// Else the second may be missing.
+// Else the second may be missing. The factors are those of the run.
 template <size_t Group, bool Whole, typename A, typename B>
 inline __attribute__((always_inline)) void add_run(A &first, B &second, size_t block, bool more,
-                                                   const Place &at, __m512 *total0, __m512 *total1) {
+                                                   const int8_t *q, const float *factor0,
+                                                   const float *factor1, __m512 *total0, __m512 *total1) {
   constexpr size_t half = kPadding / Group / 2;
   constexpr bool kNarrow = Group == 32;
-  __m512i acc0 = start_of<Group, A::kLevels>(at.bias), acc1 = acc0;
-  add_block<false, Whole>(first, second, block, at.q, &acc0, &acc1);
+  __m512i acc0 = _mm512_setzero_si512(), acc1 = acc0;
+  add_block<false, Whole>(first, second, block, q, &acc0, &acc1);
   if (Group != kPadding) {
-    *total0 = scaled<kNarrow>(*total0, acc0, at.factor[0]);
-    *total1 = scaled<kNarrow>(*total1, acc1, at.factor[1]);
-    acc0 = acc1 = start_of<Group, A::kLevels>(at.bias + half);
+    *total0 = scaled<kNarrow>(*total0, acc0, factor0);
+    *total1 = scaled<kNarrow>(*total1, acc1, factor1);
+    acc0 = acc1 = _mm512_setzero_si512();
   }
   if (Whole || more) {
-    add_block<true, Whole>(first, second, block + 1, at.q, &acc0, &acc1);
+    add_block<true, Whole>(first, second, block + 1, q, &acc0, &acc1);
   } else if (Group != kPadding) {
     return;
   }
-  *total0 = scaled<kNarrow>(*total0, acc0, at.factor[0] + half);
-  *total1 = scaled<kNarrow>(*total1, acc1, at.factor[1] + half);
+  *total0 = scaled<kNarrow>(*total0, acc0, factor0 + half);
+  *total1 = scaled<kNarrow>(*total1, acc1, factor1 + half);
 }
 
-// Two rows times one token: y [2]. `at` is the start of the rows.
+// Rows row0 and row1 times one token: y [2].
 template <size_t Group, typename A, typename B>
-void dot_two(A first, B second, Place at, PairAhead<A> ahead, const Matrix512 &m, float *y) {
+inline void dot_two(const Matrix512 &m, const int8_t *q, const Factors<A> &factors,
+                    typename AfterPairs<A>::Pair after, size_t row0, size_t row1, float *y) {
   constexpr size_t kPerRun = kPadding / Group;
-  __m512 total0 = _mm512_setzero_ps(), total1 = _mm512_setzero_ps();
-  const size_t runs = (m.blocks + 1) / 2, whole = A::whole_runs(m);
+  A first(m, row0);
+  B second(m, row1);
+  __m512 total0 = factors.start(row0), total1 = factors.start(row1);
+  const float *factor0 = factors.of(row0), *factor1 = factors.of(row1);
+  const size_t runs = m.runs, whole = A::whole_runs(m);
   size_t run = 0;
   for (; run < whole; ++run) {
-    ahead.next();
-    add_run<Group, true>(first, second, 2 * run, true, at, &total0, &total1);
-    at.bias += kPerRun;
-    at.factor[0] += kPerRun;
-    at.factor[1] += kPerRun;
+    after.next();
+    add_run<Group, true>(first, second, 2 * run, true, q, factor0, factor1, &total0, &total1);
+    factor0 += kPerRun;
+    factor1 += kPerRun;
   }
   if (run < runs) {
-    add_run<Group, false>(first, second, 2 * run, 2 * run + 1 < m.blocks, at, &total0, &total1);
+    add_run<Group, false>(first, second, 2 * run, 2 * run + 1 < m.blocks, q, factor0, factor1, &total0,
+                          &total1);
   }
   y[0] = _mm512_reduce_add_ps(total0);
   y[1] = _mm512_reduce_add_ps(total1);
@@ -159,25 +190,28 @@ void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, 
   using Even = typename Row::Even;
   using Odd = typename Row::Odd;
   constexpr bool kI4 = is_i4(Row::kLevels);
-  Factors<kI4> factors(p, a, scratch);
-  for (size_t row = begin; row < end && row < begin + 2; ++row) {
-    factors.fill(row);
-  }
+  Factors<Even> factors(p, a, scratch);
+  const AfterPairs<Even> after(p, m);
+  const auto fill_two = [&](size_t row) {
+    if (row < end) {
+      factors.template fill<Even>(row);
+    }
+    if (row + 1 < end) {
+      factors.template fill<Odd>(row + 1);
+    }
+  };
   const auto scale_of = [&](size_t row) { return kI4 ? 1.0f : load_scale(p, row); };
+  fill_two(begin);
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {
-    for (size_t next = row + 2; next < end && next < row + 4; ++next) {
-      factors.fill(next);
-    }
-    const Place at = {a.q, a.bias, {factors.of(row), factors.of(row + 1)}};
-    dot_two<Group>(Even(m, row), Odd(m, row + 1), at, PairAhead<Even>(p, m, row), m, y + row);
+    fill_two(row + 2);
+    dot_two<Group, Even, Odd>(m, a.q, factors, after.of(row), row, row + 1, y + row);
     y[row] *= scale_of(row);
     y[row + 1] *= scale_of(row + 1);
   }
   if (row < end) {  // alone: the second result is dropped
     float twice[2];
-    const Place at = {a.q, a.bias, {factors.of(row), factors.of(row)}};
-    dot_two<Group>(Even(m, row), Even(m, row), at, PairAhead<Even>(p, m, row), m, twice);
+    dot_two<Group, Even, Even>(m, a.q, factors, after.of(row), row, row, twice);
     y[row] = twice[0] * scale_of(row);
   }
 }

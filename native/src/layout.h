@@ -127,14 +127,17 @@ struct Positions {
         bits(p.layout == LOSA_NM ? p.position_bits : 0),
         table(code_table(n, m, bits)) {}
 
-  uint64_t word(size_t block) const {
-    return bits == 0 ? load_word(bytes + block * 8) : word_from_codes(block);
+  uint64_t word(size_t block) const { return word_at(bytes, block); }
+
+  // Of a row like this one that begins at `row`.
+  uint64_t word_at(const uint8_t *row, size_t block) const {
+    return bits == 0 ? load_word(row + block * 8) : word_from_codes(row, block);
   }
 
  private:
-  uint64_t word_from_codes(size_t block) const {
+  uint64_t word_from_codes(const uint8_t *row, size_t block) const {
     const size_t per_block = kBlock / m, left = groups - block * per_block;
-    const uint8_t *codes = bytes + block * step;
+    const uint8_t *codes = row + block * step;
     if (table == nullptr || left < per_block) {
       return word_of_codes(codes, n, m, bits, left < per_block ? left : per_block);
     }

@@ -138,16 +138,6 @@ inline __m512 maskz_expand_ps(__mmask16 k, __m512 a) {
   int next = 0;
   return each<F32>([&](int i) { return k >> i & 1 ? F32(a).at[next++] : 0.0f; });
 }
-inline __m512i zextsi128_si512(__m128i a) {
-  I32 out;
-  std::memcpy(out.at, &a, sizeof a);
-  return out;
-}
-inline __m512i inserti64x4(__m512i a, __m256i b, int upper) {
-  I32 out(a);
-  std::memcpy(out.at + 8 * upper, &b, sizeof b);
-  return out;
-}
 inline __m512i broadcast_i32x4(__m128i a) {
   I32 out;
   for (int i = 0; i < 4; ++i) {
@@ -157,6 +147,9 @@ inline __m512i broadcast_i32x4(__m128i a) {
 }
 inline __m512 maskz_loadu_ps(__mmask16 k, const float *p) {
   return each<F32>([&](int i) { return k >> i & 1 ? p[i] : 0.0f; });
+}
+inline __m512i maskz_loadu_epi32(__mmask16 k, const int32_t *p) {
+  return each<I32>([&](int i) { return k >> i & 1 ? p[i] : 0; });
 }
 inline __m256i maskz_loadu_epi16(__mmask16 k, const void *p) {
   uint16_t out[16] = {};
@@ -263,11 +256,9 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_shuffle_epi8 losa_emulated::shuffle_epi8
 #define _mm512_maskz_expand_epi8 losa_emulated::maskz_expand_epi8
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
-#define _mm512_zextsi128_si512 losa_emulated::zextsi128_si512
-#undef _mm512_inserti64x4  // a macro in clang's header
-#define _mm512_inserti64x4 losa_emulated::inserti64x4
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps
+#define _mm512_maskz_loadu_epi32 losa_emulated::maskz_loadu_epi32
 #define _mm256_maskz_loadu_epi16 losa_emulated::maskz_loadu_epi16
 #define _mm512_mask_blend_ps losa_emulated::mask_blend_ps
 #define _mm512_mul_ps losa_emulated::mul_ps
