@@ -86,7 +86,8 @@ struct Matrix512 : RowPlaces {
   __m512i levels;       // of the codes of i4, as factors
 };
 
-enum class Places { kCounted, kFixed, kCodes };  // how a block's values are found and how many they are
+// How a block's values are found and how many they are. kFew: always as many, and at most half are kept.
+enum class Places { kCounted, kFixed, kFew, kCodes };
 
 // Factors of one sparse row, 64 positions at a time. High: its codes are the high nibbles of a pair of rows.
 // All that differs is known when this is compiled, because a branch in this loop is felt.
@@ -125,10 +126,11 @@ class SparseRow {
   __m512i expanded(size_t block) {
     const uint64_t word = Where == Places::kCodes ? m_.first_positions.word_at(positions_, block)
                                                   : load_word(positions_ + 8 * block);
-    const __m512i found = _mm512_maskz_expand_epi8(word, loaded(load512(at_)));
+    // 64 bytes from anywhere lie in two cache lines, 32 bytes mostly in one.
+    const __m512i values = Where == Places::kFew ? load_low(at_) : load512(at_);
     // A fixed count keeps the address of the next block from waiting for this one's mask.
     at_ += Where == Places::kCounted ? static_cast<unsigned>(__builtin_popcountll(word)) : m_.count;
-    return found;
+    return _mm512_maskz_expand_epi8(word, loaded(values));
   }
 
   // Few members and none of them wide: rows are short, and what is copied in pieces is waited for.
@@ -202,7 +204,8 @@ void with_rows_of(const losa_parts &p, Use use) {
   } else if (p.layout == LOSA_NM && p.position_bits != 0) {
     use(Tag<SparseRow<How, false, Places::kCodes>>());
   } else if (fixed_count(p)) {
-    use(Tag<SparseRow<How, false, Places::kFixed>>());
+    2 * p.n <= p.m ? use(Tag<SparseRow<How, false, Places::kFew>>())
+                   : use(Tag<SparseRow<How, false, Places::kFixed>>());
   } else {
     use(Tag<SparseRow<How, false, Places::kCounted>>());
   }

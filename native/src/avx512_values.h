@@ -13,6 +13,11 @@ namespace {
 
 inline __m512i load512(const void *p) { return _mm512_loadu_si512(p); }
 
+// 32 bytes; what is above them is of no use.
+inline __m512i load_low(const uint8_t *p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+
 // In a register before it is expanded: the form of these instructions that reads memory looks at the mask to
 // know what it may read, which some CPUs do slowly (and an emulator wrongly). All 64 bytes are there.
 template <typename Vector>

@@ -148,6 +148,11 @@ inline __m512i broadcast_i32x4(__m128i a) {
 inline __m512 maskz_loadu_ps(__mmask16 k, const float *p) {
   return each<F32>([&](int i) { return k >> i & 1 ? p[i] : 0.0f; });
 }
+inline __m512i castsi256_si512(__m256i a) {
+  __m512i out = set1_epi8(0x5a);  // above there may be anything
+  std::memcpy(&out, &a, sizeof a);
+  return out;
+}
 inline __m512i maskz_loadu_epi32(__mmask16 k, const int32_t *p) {
   return each<I32>([&](int i) { return k >> i & 1 ? p[i] : 0; });
 }
@@ -258,6 +263,7 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps
+#define _mm512_castsi256_si512 losa_emulated::castsi256_si512
 #define _mm512_maskz_loadu_epi32 losa_emulated::maskz_loadu_epi32
 #define _mm256_maskz_loadu_epi16 losa_emulated::maskz_loadu_epi16
 #define _mm512_mask_blend_ps losa_emulated::mask_blend_ps
