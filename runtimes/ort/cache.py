@@ -36,6 +36,8 @@ class GrowingCache:
     Works with every graph; each step writes the whole cache anew, inside ONNX Runtime.
     """
 
+    in_place = False
+
     def __init__(self, spec: CacheSpec) -> None:
         self._spec = spec
         self._values: Sequence[ort.OrtValue] = ()
@@ -65,6 +67,8 @@ class SharedCache:
     For graphs whose attention knows the true length from the attention mask (GroupQueryAttention).
     The buffers double when they are full, so that a step copies nothing.
     """
+
+    in_place = True
 
     def __init__(self, spec: CacheSpec, context_length: int) -> None:
         self._spec = spec

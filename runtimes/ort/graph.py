@@ -33,6 +33,7 @@ class Graph:
     inputs: frozenset[str]
     id_dtype: np.dtype[np.generic]
     vocab_size: int
+    logits_dtype: np.dtype[np.generic]
     cache: CacheSpec
 
 
@@ -71,6 +72,7 @@ def read_graph(session: ort.InferenceSession, facts: ModelFacts, folder: Path) -
         inputs=frozenset(inputs),
         id_dtype=_dtype(folder, "input_ids", inputs["input_ids"].type),
         vocab_size=vocab if isinstance(vocab, int) else facts.vocab_size,
+        logits_dtype=_dtype(folder, "logits", outputs["logits"].type),
         cache=spec,
     )
 
