@@ -5,8 +5,10 @@
 #include <new>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "buffer.h"
+#include "pages.h"
 
 namespace losa::ort {
 namespace {
@@ -217,6 +219,12 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     }
   }
   Weight &weight = weights_[index];
+  for (losa_bytes *component : {&parts.positions, &parts.values, &parts.scale}) {
+    if (auto memory = move_to_huge_pages(component->data, component->bytes)) {
+      component->data = memory.get();
+      weight.moved.push_back(std::move(memory));
+    }
+  }
   weight.starts = std::make_unique<uint64_t[]>(std::max<size_t>(1, losa_starts_count(&parts)));
   const int status = losa_tensor_open(&parts, weight.starts.get(), &weight.tensor);
   if (status != LOSA_OK) {

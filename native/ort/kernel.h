@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "abi.h"
 #include "losa/kernels.h"
@@ -42,7 +43,8 @@ class Kernel {
   struct Weight {
     losa_tensor tensor = {};
     std::unique_ptr<uint64_t[]> starts;
-    uint64_t bytes = 0;  // what a thread reads to use it once
+    std::vector<std::shared_ptr<const uint8_t>> moved;  // components that ONNX Runtime has elsewhere
+    uint64_t bytes = 0;                                 // what a thread reads to use it once
   };
   class Run;
 
