@@ -1,5 +1,6 @@
 // AVX-512 with VBMI2 and VNNI: many rows times one token from registers, and panels of 16 rows side by side
 // for several tokens.
+#include <type_traits>
 #include <utility>
 
 #include "avx512_tiles.h"
@@ -266,6 +267,60 @@ void expand_lane(Row row, __m512i table, size_t blocks, size_t lane, size_t padd
   }
 }
 
+// 16 blocks side by side as their dwords one after the other: out [16, 16].
+void store_columns(__m512i v[kLanes], uint8_t *out) {
+  __m512i w[kLanes];
+  for (size_t i = 0; i < kLanes; i += 2) {  // dwords of two rows, alternating
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (size_t i = 0; i < kLanes; i += 4) {  // a dword of four rows in every quarter
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  constexpr int kFirstThird = 0x88, kSecondFourth = 0xdd;  // quarters of both operands
+  for (size_t i = 0; i < 4; ++i) {
+    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], kFirstThird);
+    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], kSecondFourth);
+    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], kFirstThird);
+    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], kSecondFourth);
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(out + 64 * i, _mm512_shuffle_i32x4(w[i], w[i + 8], kFirstThird));
+    _mm512_storeu_si512(out + 64 * (i + 4), _mm512_shuffle_i32x4(w[i + 4], w[i + 12], kFirstThird));
+    _mm512_storeu_si512(out + 64 * (i + 8), _mm512_shuffle_i32x4(w[i], w[i + 8], kSecondFourth));
+    _mm512_storeu_si512(out + 64 * (i + 12), _mm512_shuffle_i32x4(w[i + 4], w[i + 12], kSecondFourth));
+  }
+}
+
+// All 16 rows of a panel, block by block.
+template <typename Row>
+void expand_rows(const Matrix512 &m, size_t first, size_t padded, uint8_t *panel) {
+  struct Two {
+    typename Row::Even even;
+    typename Row::Odd odd;
+  };
+  const auto two = [&](size_t row) { return Two{typename Row::Even(m, row), typename Row::Odd(m, row + 1)}; };
+  Two rows[kLanes / 2] = {two(first),     two(first + 2),  two(first + 4),  two(first + 6),
+                          two(first + 8), two(first + 10), two(first + 12), two(first + 14)};
+  const __m512i nothing = factors_of<Row::kLevels>(_mm512_setzero_si512(), false, m.levels);
+  const auto expand = [&](auto second, size_t block) {
+    __m512i lanes[kLanes];
+    for (size_t i = 0; i < kLanes; i += 2) {
+      const bool there = block < m.blocks;
+      lanes[i] = there ? rows[i / 2].even.template next<second, false>(block) : nothing;
+      lanes[i + 1] = there ? rows[i / 2].odd.template next<second, false>(block) : nothing;
+    }
+    store_columns(lanes, panel + block * kBlock * kLanes);
+  };
+  for (size_t block = 0; block < padded / kBlock; block += 2) {  // `padded` is a multiple of two blocks
+    expand(std::false_type(), block);
+    expand(std::true_type(), block + 1);
+  }
+}
+
 void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t rows, size_t padded,
                   uint8_t *panel) {
   if (t.parts.layout == LOSA_TILED) {
@@ -274,6 +329,10 @@ void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t
   }
   with_rows(t.parts, [&](auto tag) {
     using Row = typename decltype(tag)::Row;
+    if (rows == kLanes) {
+      expand_rows<Row>(m, first, padded, panel);
+      return;
+    }
     for (size_t lane = 0; lane < kLanes; ++lane) {
       // Lanes without a row repeat the last one; their results are not stored.
       const size_t row = first + (lane < rows ? lane : rows - 1);

@@ -148,6 +148,23 @@ inline __m512i broadcast_i32x4(__m128i a) {
 inline __m512 maskz_loadu_ps(__mmask16 k, const float *p) {
   return each<F32>([&](int i) { return k >> i & 1 ? p[i] : 0.0f; });
 }
+// In every quarter the low or high two of four dwords of both, or one of two qwords.
+inline __m512i unpack_epi32(__m512i a, __m512i b, int high) {
+  return each<I32>([&](int i) { return I32(i & 1 ? b : a).at[(i & 12) + 2 * high + (i & 3) / 2]; });
+}
+inline __m512i unpack_epi64(__m512i a, __m512i b, int high) {
+  return each<I32>([&](int i) { return I32(i & 2 ? b : a).at[(i & 12) + 2 * high + (i & 1)]; });
+}
+inline __m512i unpacklo_epi32(__m512i a, __m512i b) { return unpack_epi32(a, b, 0); }
+inline __m512i unpackhi_epi32(__m512i a, __m512i b) { return unpack_epi32(a, b, 1); }
+inline __m512i unpacklo_epi64(__m512i a, __m512i b) { return unpack_epi64(a, b, 0); }
+inline __m512i unpackhi_epi64(__m512i a, __m512i b) { return unpack_epi64(a, b, 1); }
+inline __m512i shuffle_i32x4(__m512i a, __m512i b, int order) {
+  return each<I32>([&](int i) {
+    const int quarter = order >> i / 4 * 2 & 3;
+    return I32(i < 8 ? a : b).at[4 * quarter + (i & 3)];
+  });
+}
 inline __m512i castsi256_si512(__m256i a) {
   __m512i out = set1_epi8(0x5a);  // above there may be anything
   std::memcpy(&out, &a, sizeof a);
@@ -263,6 +280,12 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps
+#define _mm512_unpacklo_epi32 losa_emulated::unpacklo_epi32
+#define _mm512_unpackhi_epi32 losa_emulated::unpackhi_epi32
+#define _mm512_unpacklo_epi64 losa_emulated::unpacklo_epi64
+#define _mm512_unpackhi_epi64 losa_emulated::unpackhi_epi64
+#undef _mm512_shuffle_i32x4  // a macro in clang's header
+#define _mm512_shuffle_i32x4 losa_emulated::shuffle_i32x4
 #define _mm512_castsi256_si512 losa_emulated::castsi256_si512
 #define _mm512_maskz_loadu_epi32 losa_emulated::maskz_loadu_epi32
 #define _mm256_maskz_loadu_epi16 losa_emulated::maskz_loadu_epi16
