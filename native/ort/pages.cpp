@@ -23,8 +23,8 @@ namespace losa::ort {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kBlock = 16 * kHugePage;  // small weights share a block
-constexpr size_t kLeast = size_t{1} << 16;
+constexpr size_t kBlock = 16 * kHugePage;   // small weights share a block
+constexpr size_t kLeast = size_t{1} << 16;  // bytes; fewer stay where they are
 
 size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 
@@ -152,8 +152,9 @@ bool are_of_file(const Pages &pages) {
   const auto offset = static_cast<off_t>(pages.first * sizeof(uint64_t));
   const bool read = pread(pagemap, entries.data(), bytes, offset) == static_cast<ssize_t>(bytes);
   close(pagemap);
-  return read && std::all_of(entries.begin(), entries.end(),
-                             [](uint64_t entry) { return (entry & kPresent) && (entry & kFile); });
+  return read && pages.count != 0 && std::all_of(entries.begin(), entries.end(), [](uint64_t entry) {
+           return (entry & kPresent) && (entry & kFile);
+         });
 }
 
 }  // namespace
