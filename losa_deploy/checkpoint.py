@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
 from losa_deploy.families import Family, find_family
+from losa_deploy.pretrained import full_config
+from losa_deploy.weight_files import INDEX_FILE, weight_files
 
 if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 5_000_000_000
-INDEX_FILE = "model.safetensors.index.json"
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -44,6 +45,7 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, object]
+    """`config.json` with what it leaves to the defaults of its architecture filled in."""
     family: Family
 
     @classmethod
@@ -61,58 +63,42 @@ class Checkpoint:
             raise InputError(f"{path} is not valid JSON: {error}.", hint="Copy the file again.") from None
         if not isinstance(config, dict):
             raise InputError(f"{path} is not a JSON object.", hint="Copy the file again.")
-        checkpoint = cls(folder, config, find_family(config))
+        family = find_family(config)
+        checkpoint = cls(folder, full_config(folder), family)
         checkpoint.files  # noqa: B018 - fails here if a weight file is missing
         return checkpoint
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
-        """Tensor name → the safetensors file holding it."""
-        index = self.folder / INDEX_FILE
-        if index.is_file():
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-            missing = sorted({f for f in weight_map.values() if not (self.folder / f).is_file()})
-            if missing:
-                raise InputError(
-                    f"{index} names {missing[0]}, which is not there ({len(missing)} missing).",
-                    hint="Download the model again.",
-                )
-            return {name: self.folder / file for name, file in weight_map.items()}
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
-            pickled = any(self.folder.glob("*.bin"))
-            raise InputError(
-                f"{self.folder} has no model.safetensors"
-                + (" (only pickled .bin weights)." if pickled else "."),
-                hint="Save the model with `save_pretrained(..., safe_serialization=True)`.",
-            )
-        return {name: single for name in self._keys(single)}
-
-    def _keys(self, path: Path) -> list[str]:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as handle:
-                return list(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} cannot be read as safetensors: {error}.", hint="Copy it again."
-            ) from None
+        """Tensor name → the safetensors file holding it; see `weight_files`."""
+        return weight_files(self.folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    @property
+    @cached_property
     def tied(self) -> bool:
-        """True if the head is the embedding (`tie_word_embeddings` decides, not the tensors)."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        """True if the head is the embedding.
+
+        As in transformers, a head of its own that is stored beside the embedding stays one, whatever
+        `tie_word_embeddings` says.
+        """
+        if not self.config.get("tie_word_embeddings", False):
+            return False
+        embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
+        return head not in self or bool((self.tensor(head) == self.tensor(embedding)).all())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header only."""
+        return self.header(name)[1]
+
+    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type as safetensors calls it (e.g. `BF16`) and shape of a tensor, from the header only."""
         from safetensors import safe_open
 
         with safe_open(self.file_of(name), framework="numpy") as handle:
-            return tuple(handle.get_slice(name).get_shape())
+            found = handle.get_slice(name)
+            return str(found.get_dtype()), tuple(found.get_shape())
 
     def file_of(self, name: str) -> Path:
         """File of a tensor; raises `InputError` naming the tensor if there is none."""

@@ -111,12 +111,17 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
             path.parent,
             gguf_file=path.name,
             local_files_only=True,
+            trust_remote_code=False,
             # Written out, because transformers 4 would add token type ids, which no decoder takes.
             model_input_names=["input_ids", "attention_mask"],
         )
         progress(2, 4, f"weights of {path.name}")
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

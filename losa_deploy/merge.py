@@ -52,7 +52,9 @@ def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: 
     (folder / MASK_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
     copy_side_files(source.folder, folder, [GGUF_TOKENIZER_FILE])
     if dtype is not None:
-        _set_config_dtype(folder, dtype)
+        _set_config(folder, dtype=str(dtype).removeprefix("torch."))
+    if source.config.get("tie_word_embeddings", False) and not source.tied:
+        _set_config(folder, tie_word_embeddings=False)
     proof = prove(source, adapted, folder, evidence)
     state = adapted.state
     Manifest(
@@ -218,16 +220,13 @@ def _load_merged(decoder: Decoder, adapted: AdaptedModel) -> None:
             decoder.linear(name).weight.data = linear.merged()
 
 
-def _set_config_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """`config.json` says what the weights are; nothing else in it changes."""
+def _set_config(folder: Path, **values: str | bool) -> None:
+    """Change keys of `config.json`; nothing else in it changes."""
     import json
 
     path = folder / "config.json"
     config: dict[str, object] = json.loads(path.read_text("utf-8"))
-    name = str(dtype).removeprefix("torch.")
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = name
-    if not {"dtype", "torch_dtype"} & config.keys():
-        config["dtype"] = name
+    for key, value in values.items():
+        # transformers 4 wrote the type as torch_dtype.
+        config["torch_dtype" if key == "dtype" and "torch_dtype" in config else key] = value
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

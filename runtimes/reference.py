@@ -126,25 +126,15 @@ class ReferenceSession:
 def _load(folder: Path) -> PreTrainedModel:
     """The model in f32 and evaluation mode, without progress bars or code from the folder."""
     try:
-        import torch
-        from transformers import AutoModelForCausalLM
+        from losa_deploy.pretrained import load_model
+
+        with _quiet():
+            return load_model(folder)
     except ImportError as error:
         raise MissingError(
             f"The reference runtime needs {error.name}, which is not installed.",
             hint="Run `pip install losa-deploy` again.",
         ) from None
-    try:
-        with _quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"transformers cannot open {folder}: {reason}.", hint="Check config.json and the weight files."
-        ) from error
-    model.train(False)
-    return model
 
 
 def _replace(model: PreTrainedModel, name: str, weight: NDArray[np.float32]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from losa_deploy.families import find_family
 from losa_deploy.gguf_file import GgufFile, Tensor, open_gguf
 from losa_deploy.gguf_view import PREFIX, expanded
 from losa_deploy.manifest import TensorRecord
+from losa_deploy.pretrained import full_config
 
 from .architecture import ARCHITECTURES, row_order, weight_name
 
 
 def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[np.float32]]:
     """Module → weight [out, in] as the bytes of a file of the artifact in `folder` define it."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = full_config(folder)
     family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
     weights: dict[str, NDArray[np.float32]] = {}
     with open_gguf(path) as file:

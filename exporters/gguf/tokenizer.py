@@ -85,12 +85,12 @@ def _document(folder: Path) -> Document | None:
         return read_json(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
         return None
-    from transformers import AutoTokenizer
+    from losa_deploy.pretrained import load_hf_tokenizer
 
+    inner = load_hf_tokenizer(folder)
     try:
-        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         document = json.loads(inner.backend_tokenizer.to_str())
-    except (ValueError, OSError, AttributeError, ImportError) as error:
+    except (ValueError, AttributeError) as error:
         raise InputError(
             f"transformers cannot read the tokenizer of {folder}: {error}.",
             hint="Save the tokenizer with transformers, so that it has a tokenizer.json.",

@@ -21,7 +21,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 def trace(folder: Path, target: Path, *, plain: bool) -> None:
     """Export the causal LM in `folder` with a key/value cache of any length, from zero on."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     model.train(False)
     settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]

@@ -90,6 +90,7 @@ def _dry_run(
 
     Writes nothing, downloads nothing.
     """
+    from losa_deploy.assemble import check_tensors
     from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import Manifest
     from losa_deploy.model import SparseModel
@@ -102,7 +103,9 @@ def _dry_run(
         return
     path = _located(args)
     if path.is_dir():
-        exporter.check_source(Checkpoint.open(path), recipe.export)
+        checkpoint = Checkpoint.open(path)
+        check_tensors(checkpoint)
+        exporter.check_source(checkpoint, recipe.export)
     linears, others = source_shapes(args)
     planned = plan.estimate(exporter.name, linears, others, recipe)
     plan.show(planned, output, console, as_json=args.json, estimated=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.seeds import generator
 from losa_deploy.interfaces import Progress
+from losa_deploy.pretrained import load_hf_tokenizer
 from losa_deploy.recipe import CalibrationRecipe
 
 SAMPLING_BATCH = 64
@@ -95,8 +96,6 @@ def calibration_tokens(
 
 def _special_ids(folder: Path) -> frozenset[int]:
     """Ids of control tokens; none if the folder has no tokenizer."""
-    from transformers import AutoTokenizer
-
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         return frozenset()
-    return frozenset(AutoTokenizer.from_pretrained(folder, local_files_only=True).all_special_ids)
+    return frozenset(load_hf_tokenizer(folder).all_special_ids)

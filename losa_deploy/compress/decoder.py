@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from losa_deploy.assemble import assemble
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.masked import MaskedLinear
 from losa_deploy.families import Family
+from losa_deploy.pretrained import load_model
 
+ATTENTION = "sdpa"
 BlockArguments = Mapping[str, object]
 
 
@@ -54,15 +57,18 @@ class Stream:
 class Decoder:
     """A causal LM in f32 on the CPU, without gradients, addressed by its family's names."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, checkpoint: Checkpoint, *, assembled: bool = False) -> None:
+        """As transformers loads the folder, or put together from the checkpoint's own tensors.
 
+        Raises `InputError` if the folder cannot be loaded, or (assembled) a weight is not finite.
+        """
         self.family: Family = checkpoint.family
         self.names = tuple(checkpoint.linears)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
-        )
-        self.model: nn.Module = model.requires_grad_(False).train(False)
+        if assembled:
+            model = assemble(checkpoint, attention=ATTENTION)
+        else:
+            model = load_model(checkpoint.folder, attention=ATTENTION)
+        self.model: nn.Module = model.requires_grad_(False)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -25,7 +25,11 @@ from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import tiled
 from losa_deploy.manifest import SourceRecord
+from losa_deploy.parity import logit_tolerance
 from losa_deploy.recipe import Recipe
+
+PROBE_TOKENS, PROBE_STRIDE = 32, 7919
+"""Length of the sequence that compares two models, and how far apart its token ids are."""
 
 
 @dataclass
@@ -70,8 +74,9 @@ def compress(
     if state is not None and state.fingerprint == mark and state.complete:
         return AdaptedModel(folder, state)
     masked = masked_linears(source, recipe)
-    dense, student = Decoder(source), Decoder(source)
+    dense, student = Decoder(source), Decoder(source, assembled=True)
     student.mask_linears()
+    check_unpruned(source, dense, student)
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -95,6 +100,27 @@ def compress(
         state = _step(run, state, step)
         adapted.save_step(folder, state, student)
     return AdaptedModel(folder, state)
+
+
+@torch.no_grad()
+def check_unpruned(source: Checkpoint, dense: Decoder, student: Decoder) -> None:
+    """Compare the student, whose masks are still full, with the model as transformers loads it, on logits.
+
+    The student holds what later stages read tensor by tensor: if the two differ, one of them is not the
+    user's model. Raises `InputError`.
+    """
+    vocabulary = source.shape(f"{source.family.embedding}.weight")[0]
+    tokens = (torch.arange(1, PROBE_TOKENS + 1) * PROBE_STRIDE % vocabulary)[None]
+    expected, found = dense.logits(tokens), student.logits(tokens)
+    difference = float((found - expected).abs().max())
+    inner = max(columns for _, columns in source.linears.values())
+    tolerance = logit_tolerance(float(expected.abs().max()), source.block_count, inner)
+    if not difference <= tolerance:
+        raise InputError(
+            f"The tensors of {source.folder} are not the model that transformers loads from it: logits "
+            f"differ by {difference:.3g}, expected at most {tolerance:.3g}.",
+            hint="Load the model with transformers and save it to a new folder with save_pretrained.",
+        )
 
 
 def masked_linears(source: Checkpoint, recipe: Recipe) -> frozenset[str]:
