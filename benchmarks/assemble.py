@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,8 @@ class Job:
     recipe: Recipe
     threads: int
     workload: Workload = QUICK
+    warn: Callable[[str], None] = lambda line: None
+    """Hears what the user should know of the run."""
 
 
 @dataclass

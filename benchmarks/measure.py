@@ -55,7 +55,7 @@ def _dense_folder(job: Job) -> Path:
     """The dense baseline, from the merged model's weights if the dense ones are not at hand."""
     name = f"dense-{job.exporter.name}" if job.source else f"merged-dense-{job.exporter.name}"
     source = job.source or job.model.checkpoint
-    return dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress)
+    return dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress, job.warn)
 
 
 def _measure_quality(job: Job, found: Found, progress: Progress) -> None:

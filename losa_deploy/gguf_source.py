@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from losa_deploy.families import find_family
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.pretokenizers import rules
+from losa_deploy.seal import damage, seal
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -69,15 +71,22 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def convert_gguf(
-    path: Path, identity: str, folder: Path, progress: Progress
+    path: Path, identity: str, folder: Path, progress: Progress, warn: Callable[[str], None]
 ) -> tuple[Checkpoint, SourceRecord]:
-    """Convert `path` into `folder` (f32), or reuse `folder` if it was made from the same file."""
+    """Convert `path` into `folder` (f32), or reuse it if it was made from the same file and is intact.
+
+    `warn` hears of damage.
+    """
     progress(0, 4, f"hashing {path.name}")
     header = read_header(path)
     digest = sha256_file(path)
     record = SourceRecord(id=identity, files={path.name: digest}, license=header.license)
     stamp = json.dumps({"sha256": digest, "tool_version": __version__, "converter": CONVERTER}) + "\n"
-    if not _stamped(folder, stamp):
+    usable = _stamped(folder, stamp)
+    if usable and (found := damage(folder)):
+        warn(f"{found}: converting {path.name} again.")
+        usable = False
+    if not usable:
         require_disk(folder, 4 * header.parameters, "The converted model")
         partial = sibling(folder, ".partial")
         remove(partial)
@@ -87,6 +96,7 @@ def convert_gguf(
             (partial / STAMP).write_text(stamp, "utf-8")
             remove(folder)
             partial.rename(folder)
+            seal(folder)
         finally:
             remove(partial)
     progress(4, 4, identity)

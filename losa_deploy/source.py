@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +31,17 @@ def load_source(
     offline: bool,
     cache_dir: Path | None,
     progress: Progress,
+    warn: Callable[[str], None],
 ) -> tuple[Checkpoint, SourceRecord]:
     """Open the model named on the command line, None meaning the embedded default.
 
-    A GGUF file is converted once into `work/source`. Raises `InputError` for what is not a
-    supported model, `MissingError` if the default model is not installed, `OfflineError` if a hub
-    id is not in the cache and cannot be downloaded.
+    A GGUF file is converted once into `work/source`; `warn` hears if that was damaged. Raises `InputError`
+    for what is not a supported model, `MissingError` if the default model is not installed, `OfflineError`
+    if a hub id is not in the cache and cannot be downloaded.
     """
     found = locate(model, revision=revision, offline=offline, cache_dir=cache_dir, progress=progress)
     if found.path.is_file():
-        return convert_gguf(found.path, found.identity, work / "source", progress)
+        return convert_gguf(found.path, found.identity, work / "source", progress, warn)
     return _open(found, progress)
 
 

@@ -33,10 +33,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     with console.captured(work / "export.log"):
         stages.set_threads(thread_count(args))
         source, record = stages.open_source(args, work, console)
-        state = read_state(output) if (output / STATE_FILE).is_file() else None
-        if state is not None and args.overwrite:
+        if args.overwrite and (output / STATE_FILE).is_file():
             remove(output)
-        elif state is not None and state.fingerprint != fingerprint(record.files, recipe):
+        state = read_state(output) if output.is_dir() else None
+        if state is not None and state.fingerprint != fingerprint(record.files, recipe):
             raise UsageError(
                 f"{output} was made from another source, recipe or seed.",
                 hint="Add --overwrite to start afresh, or choose another --output.",

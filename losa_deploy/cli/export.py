@@ -24,7 +24,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy import plugins
     from losa_deploy.artifact import check_output, sibling
     from losa_deploy.cli import finish, plan
-    from losa_deploy.cli.stages import require_runtime, work_folder
+    from losa_deploy.cli.stages import require_intact, require_runtime, work_folder
     from losa_deploy.model import SparseModel
 
     exporter = plugins.load_exporter(args.format)
@@ -39,6 +39,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         plan.show(planned, output, console, as_json=args.json)
         return
     check_output(output, overwrite=args.overwrite)
+    require_intact(model)
     require_runtime(exporter.name, recipe.export.packed)
     plan.require_resources(planned, output)
     console.info(plan.line(planned, output))

@@ -64,7 +64,7 @@ def export_and_measure(job: Job, console: Console) -> Report:
         stages.warn_of_fallback(runtime, console)
         with console.stage("measure") as progress:
             report = measure(
-                _measurement(job, folder, runtime), parity, timings=job.timings, progress=progress
+                _measurement(job, folder, runtime, console), parity, timings=job.timings, progress=progress
             )
         report.write(folder)
         write_card(folder, Manifest.read(folder), report.card(), previous=job.output)
@@ -91,7 +91,7 @@ def _verified(job: Job, folder: Path, runtime: Runtime, console: Console) -> Par
     return parity
 
 
-def _measurement(job: Job, folder: Path, runtime: Runtime) -> Measurement:
+def _measurement(job: Job, folder: Path, runtime: Runtime, console: Console) -> Measurement:
     from losa_deploy import plugins
     from losa_deploy.benchmarks import assemble
 
@@ -105,6 +105,7 @@ def _measurement(job: Job, folder: Path, runtime: Runtime) -> Measurement:
         work=job.work,
         recipe=job.recipe,
         threads=job.threads,
+        warn=console.warn,
     )
 
 

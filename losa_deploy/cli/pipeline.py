@@ -71,16 +71,21 @@ def merged_model(
 ) -> SparseModel:
     """The merged model in `work`: reused if it is of this source and recipe, otherwise made."""
     from losa_deploy.model import SparseModel
+    from losa_deploy.seal import seal
 
     folder = work / "merged"
-    if stages.merged_before(folder, record, recipe):
+    if stages.merged_before(folder, record, recipe) and stages.is_intact(folder, "merging", console):
         console.info(f"Compressed and merged before, reusing {folder}")
         stages.stamp_recipe(folder, recipe)
+        seal(folder)
         return SparseModel.open(folder)
+    remove(folder)  # whatever it is: the folder is ours, and not what is needed
     with stages.timed(timings, "compress"):
         adapted = stages.run_compress(source, record, recipe, work / "adapted", console)
     with stages.timed(timings, "merge"):
-        return stages.run_merge(source, record, adapted, folder, console, overwrite=True)
+        model = stages.run_merge(source, record, adapted, folder, console, overwrite=True)
+    seal(folder)
+    return model
 
 
 def _dry_run(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from losa_deploy.artifact import require_disk, sibling, staged_output
+from losa_deploy.artifact import remove, require_disk, sibling, staged_output
 from losa_deploy.cli.flags import is_offline
 from losa_deploy.console import Console
 from losa_deploy.errors import InputError, UsageError
@@ -59,6 +59,7 @@ def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple
             offline=is_offline(args),
             cache_dir=args.cache_dir,
             progress=progress,
+            warn=console.warn,
         )
     revision = f" @ {record.revision}" if record.revision else ""
     console.info(
@@ -103,7 +104,12 @@ def run_compress(
     from losa_deploy.compress.schedule import compress
 
     check_state_folder(folder)
-    state = read_state(folder) if folder.is_dir() else None
+    try:
+        state = read_state(folder) if folder.is_dir() else None
+    except InputError as error:
+        console.warn(f"{error.message.rstrip('.')}: compressing again.")
+        remove(folder)
+        state = None
     if state is not None and state.fingerprint != fingerprint(record.files, recipe):
         console.info(f"{folder} was made from another source, recipe or seed: compressing again.")
     elif state is not None and state.complete:
@@ -146,7 +152,7 @@ def run_merge(
 
 
 def merged_before(folder: Path, record: SourceRecord, recipe: Recipe) -> bool:
-    """True if `folder` is a merged model of exactly this source, recipe and program version."""
+    """True if `folder` says that it is a merged model of exactly this source, recipe and program version."""
     from losa_deploy import __version__
     from losa_deploy.manifest import Manifest
 
@@ -160,6 +166,30 @@ def merged_before(folder: Path, record: SourceRecord, recipe: Recipe) -> bool:
     same_recipe = manifest.recipe.model_dump(exclude=later) == recipe.model_dump(exclude=later)
     proved = manifest.merge_proof is not None and manifest.merge_proof.ok
     return same_recipe and proved and manifest.source == record and manifest.tool_version == __version__
+
+
+def is_intact(folder: Path, again: str, console: Console) -> bool:
+    """True if a folder of an earlier run is as it was written; otherwise say so, and what happens `again`."""
+    from losa_deploy.seal import damage
+
+    found = damage(folder)
+    if found:
+        console.warn(f"{found}: {again} again.")
+    return not found
+
+
+def require_intact(model: SparseModel) -> None:
+    """Raise `GateError` if a file of a merged model is not the one that its `losa.json` has the hash of."""
+    from losa_deploy.errors import GateError
+    from losa_deploy.integrity import check_files
+
+    findings = check_files(model.folder, model.manifest)
+    if findings:
+        raise GateError(
+            f"{model.folder} is damaged: {findings[0]}.",
+            hint="Merge the model again, or copy the folder again if it was moved.",
+            details={"failed_checks": len(findings)},
+        )
 
 
 def stamp_recipe(folder: Path, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.errors import InputError
-from losa_deploy.manifest import Record, SourceRecord
+from losa_deploy.manifest import Record, SourceRecord, sha256_file
 from losa_deploy.model import pack_mask, unpack_mask
 from losa_deploy.recipe import Recipe
 
@@ -47,6 +47,10 @@ class AdaptedState(Record):
     block_error: tuple[float, ...] = ()
     scales: dict[str, float] = Field(default_factory=dict)
     """Adapter scale s by linear."""
+    files: dict[str, str]
+    """Shard of `step`, or calibration file → sha256."""
+    digest: str = ""
+    """SHA-256 of this record with an empty digest."""
 
     @property
     def complete(self) -> bool:
@@ -108,17 +112,33 @@ def fingerprint(source_files: Mapping[str, str], recipe: Recipe) -> str:
 
 
 def read_state(folder: Path) -> AdaptedState | None:
-    """The state of `folder`, None if there is none; raises `InputError` if it is damaged."""
+    """The state of `folder`, None if there is none.
+
+    Raises `InputError` if it, or a file that it counts on, is not as it was written.
+    """
     path = folder / STATE_FILE
     if not path.is_file():
         return None
+    hint = f"Delete {folder} and compress again."
     try:
-        return AdaptedState.model_validate_json(path.read_bytes())
+        state = AdaptedState.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(
-            f"{path} is damaged or of another version: {error.errors()[0]['msg']}.",
-            hint=f"Delete {folder} and compress again.",
+            f"{path} is damaged or of another version: {error.errors()[0]['msg']}.", hint=hint
         ) from None
+    if state.digest != _digest(state):
+        raise InputError(f"{path} changed since it was written.", hint=hint)
+    for name, expected in state.files.items():
+        file = folder / name
+        if not file.is_file() or sha256_file(file) != expected:
+            change = "changed since it was written" if file.is_file() else "is missing"
+            raise InputError(f"{file} {change}.", hint=hint)
+    return state
+
+
+def _digest(state: AdaptedState) -> str:
+    text = state.model_copy(update={"digest": ""}).model_dump_json(by_alias=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -126,7 +146,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:02d}"
 
 
-def save_step(folder: Path, state: AdaptedState, student: Decoder) -> None:
+def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedState:
     """Write the shards of `state.step`, then switch `state.json` to them and drop the old step."""
     from safetensors.torch import save_file
 
@@ -146,15 +166,21 @@ def save_step(folder: Path, state: AdaptedState, student: Decoder) -> None:
         save_file(tensors, partial / f"block-{block:05d}.safetensors")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    write_state(folder, state)
+    state = write_state(folder, state)
     shutil.rmtree(step_folder(folder, state.step - 1), ignore_errors=True)
+    return state
 
 
-def write_state(folder: Path, state: AdaptedState) -> None:
-    """Replace `state.json` in one move."""
+def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
+    """Replace `state.json` in one move; the state with the hashes of the files that it counts on."""
+    files = [folder / CALIBRATION_FILE, *sorted(step_folder(folder, state.step).glob("*.safetensors"))]
+    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    state = state.model_copy(update={"files": hashes})
+    state = state.model_copy(update={"digest": _digest(state)})
     partial = folder / f"{STATE_FILE}.partial"
     partial.write_text(state.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
     os.replace(partial, folder / STATE_FILE)
+    return state
 
 
 def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, AdaptedLinear]:

@@ -65,8 +65,8 @@ def compress(
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
-    A folder of another run (other source, recipe or seed) is started afresh; a complete one is
-    returned as it is. Raises `InputError` for unusable text or weights, `GateError` if training
+    A folder of another run (other source, recipe or seed) is started afresh, a complete one is returned
+    as it is. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
     mark = adapted.fingerprint(record.files, recipe)
@@ -89,16 +89,16 @@ def compress(
             recipe=recipe,
             masked=tuple(n for n in source.linears if n in masked),
             calibration_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            files={},
         )
-        adapted.write_state(folder, state)
+        state = adapted.write_state(folder, state)
     else:
         tokens = _load_tokens(folder)
         if state.step:
             adapted.restore(folder, state, student)
     run = _Run(recipe, dense, student, tokens, _tuning_tokens(source, recipe, tokens), masked, progress)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
-        state = _step(run, state, step)
-        adapted.save_step(folder, state, student)
+        state = adapted.save_step(folder, _step(run, state, step), student)
     return AdaptedModel(folder, state)
 
 

@@ -279,7 +279,9 @@ def test_tokens_of_the_embedded_model(tmp_path: Path) -> None:
     from losa_deploy.interfaces import no_progress
     from losa_deploy.source import DEFAULT_ID, default_model
 
-    source: Checkpoint = convert_gguf(default_model(), DEFAULT_ID, tmp_path / "source", no_progress)[0]
+    source: Checkpoint = convert_gguf(
+        default_model(), DEFAULT_ID, tmp_path / "source", no_progress, pytest.fail
+    )[0]
     vocabulary = read_vocabulary(source.folder, 49152, source.config)
     assert (vocabulary.model, vocabulary.pre, vocabulary.notes) == ("gpt2", "smollm", ())
     assert vocabulary.ids == {"bos": 1, "eos": 2, "unknown": 0, "padding": 2}

@@ -99,7 +99,7 @@ def test_the_numbers_are_of_the_right_models(measured: tuple[Report, Path]) -> N
     assert len(report.samples["dense"].decode_tokens_per_second) == 3
     assert not report.verdict.smaller
     assert (work / "dense-folder" / "losa.json").is_file()
-    assert sorted(path.name for path in work.iterdir()) == ["dense-folder"]
+    assert sorted(path.name for path in work.iterdir()) == ["dense-folder", "dense-folder.seal"]
 
 
 def test_the_dense_baseline_is_the_dense_model_and_is_reused(

@@ -34,6 +34,7 @@ def load(
         offline=True,
         cache_dir=cache,
         progress=no_progress,
+        warn=pytest.fail,
     )
 
 
