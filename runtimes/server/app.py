@@ -5,53 +5,55 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .answers import ModelCard, ModelList, usage
-from .engine import Busy, EngineFailure, EngineRequest, Log, Ticket
-from .errors import ApiError, internal_error, validation_error
-from .gate import OUTCOME, Gate
+from .engine import Busy, EngineFailure, Log, Ticket
+from .errors import SERVER, ApiError, internal_error
+from .gate import BODY, OUTCOME, Gate
 from .metrics import CONTENT_TYPE, Metrics
-from .prepare import Model, chat_request, completion_requests
-from .schema import ChatRequest, CompletionRequest
+from .prepare import Model, Prepared, prepare_chat, prepare_completion
 from .text import Reply
+from .workers import Workers
 from .writers import ChatWriter, TextWriter, Whole, Writer, collect
 
 CLIENT_LEFT = 499
 """Status of an answer that nobody reads, as nginx logs it."""
 CHAT, COMPLETIONS, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
-PATHS = frozenset({CHAT, COMPLETIONS, MODELS, "/health", "/metrics"})
+POSTS = frozenset({CHAT, COMPLETIONS})
+PATHS = POSTS | {MODELS, "/health", "/metrics"}
 T = TypeVar("T")
 
 
 def create_app(model: Model, *, key: str, log: Log, access: Log) -> FastAPI:
-    """The application; `log` gets what went wrong, `access` a line per request."""
+    """The application; `log` gets what went wrong, `access` a line per request.
+
+    `app.state.loopback` is for whoever runs it: the name by which loopback is bound, if it is.
+    """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.loopback = None
     metrics = Metrics()
-    app.add_middleware(Gate, key=key, metrics=metrics, paths=PATHS, log=access)
+    app.add_middleware(Gate, key=key, metrics=metrics, paths=PATHS, posts=POSTS, log=access)
     _add_handlers(app)
     _add_facts(app, model, metrics)
     answering = _Answering(model, metrics, log)
+    _ = model.text_bound  # reads the whole vocabulary: now, and not while the first request waits
 
     @app.post(CHAT)
-    async def chat(request: Request, body: ChatRequest) -> Response:
-        asked = [chat_request(model, body)]
-        writer = ChatWriter(model.name, bool(body.logprobs))
-        return await answering(request, body, asked, writer)
+    async def chat(request: Request) -> Response:
+        return await answering(request, prepare_chat, ChatWriter)
 
     @app.post(COMPLETIONS)
-    async def completions(request: Request, body: CompletionRequest) -> Response:
-        asked = completion_requests(model, body)
-        writer = TextWriter(model.name, body.logprobs is not None)
-        return await answering(request, body, asked, writer)
+    async def completions(request: Request) -> Response:
+        return await answering(request, prepare_completion, TextWriter)
 
     return app
 
@@ -90,10 +92,6 @@ def _add_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return _refusal(error)
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return _refusal(validation_error(error.errors()))
-
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         words = {
@@ -107,9 +105,18 @@ def _add_handlers(app: FastAPI) -> None:
         return _refusal(internal_error())
 
     app.add_exception_handler(ApiError, api)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _full(retry_after: int) -> ApiError:
+    return ApiError(
+        503,
+        "All slots and all places in the queue are taken; try again later.",
+        kind=SERVER,
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
 
 
 def _refusal(error: ApiError) -> JSONResponse:
@@ -117,31 +124,30 @@ def _refusal(error: ApiError) -> JSONResponse:
 
 
 class _Answering:
-    """What both completion endpoints do with the requests they prepared."""
+    """What both completion endpoints do with a request."""
 
     def __init__(self, model: Model, metrics: Metrics, log: Log) -> None:
         self._model = model
         self._metrics = metrics
         self._log = log
+        self._workers = Workers(model.engine.slots + model.engine.queue)
 
     async def __call__(
         self,
         request: Request,
-        body: ChatRequest | CompletionRequest,
-        asked: Sequence[EngineRequest],
-        writer: Writer,
+        prepare: Callable[[Model, bytes], Prepared],
+        write: Callable[[str, bool], Writer],
     ) -> Response:
         start = time.monotonic()
         try:
-            tickets = self._model.engine.submit(asked)
+            prepared = await self._prepared(request, prepare)
+            tickets = self._model.engine.submit(prepared.asked)
         except Busy as busy:
-            raise ApiError(
-                503,
-                "All slots and all places in the queue are taken; try again later.",
-                kind="server_error",
-                code="queue_full",
-                headers={"Retry-After": str(busy.retry_after)},
-            ) from None
+            raise _full(busy.retry_after) from None
+        except ClientLeft:
+            request.scope[OUTCOME] = "cancelled"
+            return Response(status_code=CLIENT_LEFT)
+        body, writer = prepared.body, write(self._model.name, prepared.logprobs)
         replies = [Reply(ticket, self._model.tokenizer, body.stop) for ticket in tickets]
         if body.stream:
             counted = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -158,8 +164,14 @@ class _Answering:
             for ticket in tickets:
                 ticket.cancel()
         self._time(start, first=False)
-        prompt_tokens = sum(len(a.prompt) for a in asked)
+        prompt_tokens = sum(len(a.prompt) for a in prepared.asked)
         return JSONResponse(writer.whole(answers, prompt_tokens).model_dump())
+
+    async def _prepared(self, request: Request, prepare: Callable[[Model, bytes], Prepared]) -> Prepared:
+        """Raises `Busy`, `ClientLeft` and `ApiError`."""
+        data = request.scope.pop(BODY)
+        work = self._workers.run(len(data), partial(prepare, self._model, data))
+        return await _while_connected(request, work)
 
     async def _events(
         self, replies: Sequence[Reply], writer: Writer, counted: bool, start: float

@@ -17,19 +17,28 @@ from fastapi import FastAPI
 from losa_deploy.errors import UsageError
 
 from .engine import Log
+from .hosts import is_loopback
+from .protocol import Protocol
 
 GRACE_SECONDS = 10
 """How long requests that run may go on after Ctrl-C."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def bind(host: str, port: int) -> socket.socket:
+class Listening(socket.socket):
+    """A bound socket that knows the name it was bound by."""
+
+    name = ""
+
+
+def bind(host: str, port: int) -> Listening:
     """A socket bound to the address, before a model is loaded; `UsageError` if it is not to be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        found = socket.socket(family, kind, protocol)
+        found = Listening(family, kind, protocol)
+        found.name = host.lower()
     except OSError as error:
         raise UsageError(
             f"The host {host!r} cannot be used: {error.strerror or error}.", hint="Check --host."
@@ -58,22 +67,31 @@ def url(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if listening.family == socket.AF_INET6 else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, listening: socket.socket, *, ready: Callable[[], None], log: Log) -> None:
-    """Serve until Ctrl-C or SIGTERM; `ready` is called once requests are answered."""
-    handler = _Lines(log)
-    for name in ("uvicorn.error", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING)
-    config = uvicorn.Config(
+def configuration(app: FastAPI, listening: Listening) -> uvicorn.Config:
+    """uvicorn's settings; the app learns whether it is bound to loopback."""
+    if is_loopback(listening.getsockname()[0]):
+        app.state.loopback = listening.name
+    return uvicorn.Config(
         app,
+        http=Protocol,
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    asyncio.run(_Server(config, ready).serve(sockets=[listening]))
+
+
+def run(app: FastAPI, listening: Listening, *, ready: Callable[[], None], log: Log) -> None:
+    """Serve until Ctrl-C or SIGTERM; `ready` is called once requests are answered."""
+    handler = _Lines(log)
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
+    server = _Server(configuration(app, listening), ready)
+    asyncio.run(server.serve(sockets=[listening]))
 
 
 class _Server(uvicorn.Server):

@@ -22,9 +22,9 @@ from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.runtimes.server.app import create_app
 from losa_deploy.runtimes.server.engine import Engine
 from losa_deploy.runtimes.server.prepare import Model
-from losa_deploy.runtimes.server.run import bind, url
+from losa_deploy.runtimes.server.run import bind, configuration, url
 from losa_deploy.runtimes.server.sequential import QueueEngine
-from losa_deploy.text import load_tokenizer
+from losa_deploy.text import Tokenizer, load_tokenizer
 
 from ..parity.conftest import prune  # noqa: TID252
 
@@ -84,15 +84,20 @@ class Running:
 
 
 @contextmanager
-def running(engine: Engine, folder: Path, *, key: str = "") -> Iterator[Running]:
-    """Serve `engine` with the tokenizer of `folder` under the name `tiny`."""
+def running(
+    engine: Engine,
+    folder: Path,
+    *,
+    key: str = "",
+    host: str = "127.0.0.1",
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[Running]:
+    """Serve `engine` with the tokenizer given, or that of `folder`, under the name `tiny`."""
     log: list[str] = []
-    model = Model("tiny", load_tokenizer(folder), engine, 1)
+    model = Model("tiny", tokenizer or load_tokenizer(folder), engine, 1)
     app = create_app(model, key=key, log=log.append, access=log.append)
-    with bind("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=5)
-        )
+    with bind(host, 0) as listening:
+        server = uvicorn.Server(configuration(app, listening))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         until(lambda: server.started)

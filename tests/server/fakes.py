@@ -1,12 +1,17 @@
-"""Sessions whose speed and failures a test decides; the HTTP layer and the queue are what is tested."""
+"""Sessions and a tokenizer whose speed and failures a test decides; the layers around them are tested."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from losa_deploy.text import Tokenizer
+
+LONG = 10_000
+"""Characters from which on `HeldTokenizer` waits."""
 
 
 class CountingSession:
@@ -42,3 +47,33 @@ class CountingSession:
 
     def close(self) -> None:
         self.closed = True
+
+
+class HeldTokenizer(Tokenizer):
+    """A real tokenizer that takes as long for long texts as `gate` is not set."""
+
+    def __init__(self, real: Tokenizer) -> None:
+        super().__init__(real._inner, real.folder)
+        self.gate = threading.Event()
+        self.lock = threading.Lock()
+        self.running = self.most = self.texts = 0
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        if len(text) < LONG:
+            return super().encode(text, special=special)
+        self._hold()
+        return super().encode(text, special=special)
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if sum(len(m["content"]) for m in messages) >= LONG:
+            self._hold()
+        return super().chat(messages)
+
+    def _hold(self) -> None:
+        with self.lock:
+            self.texts += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.gate.wait(60)
+        with self.lock:
+            self.running -= 1

@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import pytest
+
+from losa_deploy.runtimes.server.run import GRACE_SECONDS
 
 LOAD = Path(__file__).parents[1] / "hosts" / "serve_load.py"
 
@@ -48,7 +51,9 @@ def served(model: Path, *flags: str, key: str = "") -> Iterator[dict[str, object
             lines.append(line)
         yield json.loads("".join(lines))
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        errors = process.communicate(timeout=20)[1]
+        assert process.returncode == 0
+        assert "Traceback" not in errors
     finally:
         process.kill()
         process.communicate()
@@ -83,6 +88,19 @@ def test_an_onnx_folder_is_served_with_a_key(tiny_dense_onnx: Path) -> None:
         assert len(text(ready["url"], "Anna", "sesame")) > 5
         with pytest.raises(openai.AuthenticationError):
             text(ready["url"], "Anna")
+
+
+def test_a_stalled_body_does_not_hold_up_the_end(tiny_llama: Path) -> None:
+    with socket.socket() as client:
+        with served(tiny_llama, "--model-name", "tiny") as ready:
+            host, _, port = str(ready["url"]).removeprefix("http://").removesuffix("/v1").partition(":")
+            client.connect((host, int(port)))
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            text(ready["url"], "Anna")
+            start = time.monotonic()
+        assert time.monotonic() - start < GRACE_SECONDS
+        assert client.recv(1) == b""
 
 
 def refused(*argv: str) -> tuple[int, str]:
