@@ -1,4 +1,4 @@
-"""Perplexity with its standard error, and divergence from another model, on token windows.
+"""Perplexity with its standard error on token windows; `literature.py` has the windows of the papers.
 
 Windows do not overlap, so that every token is scored once; the first of a window has no history
 and is not scored, unless the tokenizer begins texts with a token of its own, which then stands
@@ -15,7 +15,7 @@ import numpy as np
 
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Session
-from losa_deploy.parity import ROWS, Floats, Logits, kl_divergence, log_softmax
+from losa_deploy.parity import ROWS, Floats, Logits, log_softmax
 from losa_deploy.text import Tokenizer
 
 
@@ -36,16 +36,27 @@ class Perplexity:
     window: int
     windows: int
 
+    @property
+    def error(self) -> float:
+        """`stderr_windows`, because tokens of one text depend on each other; of one window `stderr`."""
+        return self.stderr if self.stderr_windows is None else self.stderr_windows
+
 
 @dataclass(frozen=True)
-class Divergence:
-    """KL(reference || model) in nats over all positions, and agreement on the most likely token."""
+class Mean:
+    """A mean over all values of all windows, each weighing the same, and its standard errors."""
 
-    mean: float
-    p99: float
-    maximum: float
-    same_top_rate: float
-    positions: int
+    value: float
+    over_values: float
+    """Standard error if the values were independent; 0 for one value."""
+    over_windows: float | None
+    """Standard error if only the windows are independent; None with fewer than two."""
+    count: int
+
+    @property
+    def stderr(self) -> float:
+        """The error over windows: values in one text depend on each other. Of one window over its values."""
+        return self.over_values if self.over_windows is None else self.over_windows
 
 
 def split_windows(tokens: Sequence[int], window: int, start: int | None = None) -> list[list[int]]:
@@ -85,23 +96,29 @@ def negative_log_likelihoods(logits: Logits, tokens: Sequence[int]) -> Floats:
     return result
 
 
+def mean_of_windows(windows: Sequence[Floats]) -> Mean:
+    """The mean of the values [n] of every window, and its standard errors."""
+    values = np.concatenate(windows)
+    mean = float(values.mean())
+    of_values = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    of_windows = None
+    if len(windows) > 1:
+        weights = np.array([len(window) for window in windows]) / len(values)
+        deviations = np.array([float(window.mean()) for window in windows]) - mean
+        count = len(windows)
+        of_windows = math.sqrt(count / (count - 1) * float(((weights * deviations) ** 2).sum()))
+    return Mean(mean, of_values, of_windows, len(values))
+
+
 def summarize(losses: Sequence[Floats], window: int) -> Perplexity:
     """Perplexity of negative log-likelihoods [n] per window, every token weighing the same."""
-    values = np.concatenate(losses)
-    mean = float(values.mean())
-    perplexity = math.exp(mean)
-    of_mean = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    of_windows = None
-    if len(losses) > 1:
-        weights = np.array([len(loss) for loss in losses]) / len(values)
-        deviations = np.array([float(loss.mean()) for loss in losses]) - mean
-        count = len(losses)
-        of_windows = math.sqrt(count / (count - 1) * float(((weights * deviations) ** 2).sum()))
+    mean = mean_of_windows(losses)
+    perplexity = math.exp(mean.value)
     return Perplexity(
         perplexity,
-        perplexity * of_mean,
-        None if of_windows is None else perplexity * of_windows,
-        len(values),
+        perplexity * mean.over_values,
+        None if mean.over_windows is None else perplexity * mean.over_windows,
+        mean.count,
         window,
         len(losses),
     )
@@ -110,21 +127,3 @@ def summarize(losses: Sequence[Floats], window: int) -> Perplexity:
 def perplexity(session: Session, windows: Sequence[Sequence[int]], window: int) -> Perplexity:
     """Score every window from an empty cache."""
     return summarize([negative_log_likelihoods(session.logits(w), w) for w in windows], window)
-
-
-def divergence(reference: Session, session: Session, windows: Sequence[Sequence[int]]) -> Divergence:
-    """KL of `session` from `reference` at every position of every window."""
-    values: list[Floats] = []
-    same = 0
-    for window in windows:
-        expected, found = reference.logits(window), session.logits(window)
-        values.append(kl_divergence(expected, found))
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-    every = np.concatenate(values)
-    return Divergence(
-        float(every.mean()),
-        float(np.quantile(every, 0.99)),
-        float(every.max()),
-        same / len(every),
-        len(every),
-    )

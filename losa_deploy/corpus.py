@@ -40,6 +40,20 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
+def read_rows(path: Path) -> list[str]:
+    """The text of every row of one file, blank rows included; formats and errors as in `read_documents`."""
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.", hint=f"Give a {EXPECTED} file.")
+    return list(_read_file(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of every line of a .jsonl(.gz) file that is not blank."""
+    for number, line in enumerate(_decode(path, _read_bytes(path)).split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
 def token_windows(
     tokenizer: Tokenizer, documents: Sequence[str], length: int, samples: int, seed: int
 ) -> NDArray[np.int64]:
@@ -116,9 +130,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_decode(path, _read_bytes(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)

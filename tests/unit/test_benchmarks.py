@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from losa_deploy.benchmarks import environment, memory
 from losa_deploy.benchmarks.accuracy import (
-    divergence,
     negative_log_likelihoods,
     perplexity,
     split_windows,
@@ -87,17 +86,6 @@ def test_windows_cover_the_text_once_and_carry_the_start_token() -> None:
     assert split_windows([1, 2, 3], 3, start=0) == [[0, 1, 2], [0, 3]]
     with pytest.raises(InputError, match="1 tokens, too few"):
         split_windows([1], 8)
-
-
-def test_divergence_of_two_tables_by_hand() -> None:
-    other = HALF.copy()
-    other[0] = np.log([0.25, 0.5, 0.25])
-    found = divergence(BigramSession(HALF), BigramSession(other), [[0, 1, 2, 0]])
-    single = 0.5 * math.log(2) - 0.25 * math.log(2)
-    assert found.mean == pytest.approx(single / 2, rel=1e-5)
-    assert found.maximum == pytest.approx(single, rel=1e-5)
-    assert found.same_top_rate == 0.5
-    assert found.positions == 4
 
 
 def test_order_is_shuffled_complete_and_repeatable() -> None:

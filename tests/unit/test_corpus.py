@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from losa_deploy.corpus import read_documents, token_stream, token_windows
+from losa_deploy.corpus import read_documents, read_rows, token_stream, token_windows
 from losa_deploy.errors import InputError, MissingError
 from losa_deploy.text import Tokenizer, load_tokenizer
 
@@ -86,8 +86,8 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         read_documents(tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is installed")
-def test_parquet_without_pyarrow(tmp_path: Path) -> None:
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(MissingError, match="pyarrow"):
         read_documents(tmp_path)
@@ -98,6 +98,14 @@ def test_parquet_with_pyarrow(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
     assert read_documents(tmp_path) == ["a", "b"]
+
+
+def test_rows_keep_the_blank_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": ""}\n{"text": "b"}\n')
+    assert read_rows(tmp_path / "a.jsonl") == ["a", "", "b"]
+    assert read_documents(tmp_path / "a.jsonl") == ["a", "b"]
+    with pytest.raises(InputError, match="There is no file"):
+        read_rows(tmp_path / "b.jsonl")
 
 
 def test_documents_are_separated(tokenizer: Tokenizer) -> None:
