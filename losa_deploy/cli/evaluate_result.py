@@ -34,7 +34,7 @@ def text_document(m: Measured) -> dict[str, object]:
         "text": m.name,
         "joining": "rows joined by a blank line" if m.joined else "as it is",
         "bos": "once, at the start" if m.text.bos else "none",
-        "text_tokens": m.text.text_tokens,
+        "tokens_in_text": m.text.text_tokens,
         "window": m.found.window,
         "windows": m.found.windows,
         "tokens": m.found.tokens,

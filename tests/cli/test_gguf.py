@@ -94,6 +94,24 @@ def test_chat_and_evaluate(
     assert perplexities[0] == pytest.approx(perplexities[1], rel=0.05)
 
 
+def test_distance_from_a_dense_model_in_any_runtime(
+    finished: tuple[Path, Result], packed: Path, portable: Path
+) -> None:
+    merged = work(finished[0]) / "merged"
+    for model, dense, runtime in (
+        (packed, merged, "reference"),
+        (packed, portable, "llamacpp"),
+        (merged, portable, "llamacpp"),
+    ):
+        argv = ["evaluate", "-m", model, "--dense", dense, "--window", "100", "--text-tokens", "200"]
+        result = losa(*argv, *THREADS, "--json")
+        assert result.code == 0, result.err
+        found = json.loads(result.out)
+        assert found["dense_runtime"] == runtime
+        assert found["kl_to_dense"] < 0.02 and found["same_top_to_dense"] > 0.9
+        assert (found["kl_to_dense"] > 0) == (merged in (model, dense))  # the files hold the same weights
+
+
 def test_inspect_shows_what_a_file_holds(packed: Path, portable: Path) -> None:
     found = {path: json.loads(losa("inspect", path, "--json").out) for path in (packed, portable)}
     for path, document in found.items():

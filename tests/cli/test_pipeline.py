@@ -250,7 +250,10 @@ def test_generate_chat_evaluate_and_bench(
     chat = losa("chat", "-m", output, "--max-tokens", "4", "--threads", "1", "--json")
     assert [m["role"] for m in json.loads(chat.out)["messages"]] == ["user", "assistant"] * 2
     argv = ["evaluate", output, "--window", "100", "--text-tokens", "200", "--threads", "1", "--json"]
-    assert json.loads(losa(*argv).out)["perplexity"] > 1.0
+    merged = str(work(output) / "merged")
+    evaluated = json.loads(losa(*argv, "--dense", merged).out)
+    assert evaluated["perplexity"] == pytest.approx(evaluated["dense_perplexity"], rel=0.05)
+    assert 0 < evaluated["kl_to_dense"] < 0.02 and evaluated["dense_runtime"] == "reference"
     argv = ["bench", output, "--prompt-tokens", "16", "--decode-tokens", "4", "--repetitions", "2", "--json"]
     result = losa(*argv, "--threads", "1")
     assert result.code == 0, result.err

@@ -189,7 +189,7 @@ def test_rows_are_joined_by_a_blank_line(
     for name in ("rows.jsonl", "joined.txt"):
         code, found, err = evaluate(capsys, tiny_llama, "--text", tmp_path / name, "--window", 64)
         assert code == 0, err
-        numbers.append((found["perplexity"], found["text_tokens"], found["windows"]))
+        numbers.append((found["perplexity"], found["tokens_in_text"], found["windows"]))
     assert numbers[0] == numbers[1]
 
 
@@ -214,7 +214,7 @@ def test_a_short_text_is_said_to_be_short(
     (tmp_path / "short.txt").write_text("Anna has 2 red apples. Ben has 3 green doors.")
     code, found, err = evaluate(capsys, tiny_llama, "--text", tmp_path / "short.txt", "--window", 256)
     assert code == 0 and "one short window" in err
-    assert found["window"] == found["text_tokens"] == found["tokens"] + 1  # type: ignore[operator]
+    assert found["window"] == found["tokens_in_text"] == found["tokens"] + 1  # type: ignore[operator]
     assert (found["windows"], found["stderr_over"]) == (1, "tokens")
 
 
