@@ -167,6 +167,16 @@ def test_accuracies_of_all_tasks_by_hand(session: Session, tokenizer: Tokenizer,
     assert len({r.acc for r in results}) > 2  # a model that always gives the same answer would not do
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_prompts_are_the_published_ones(folder: Path, name: str) -> None:
+    from losa_deploy.benchmarks.task_model import make_task
+
+    task = make_task(name, task_rows(folder, name, None))
+    task.build_all_requests(rank=0, world_size=1)
+    expected = [pair for row in made_up_rows(name) for pair in asked(name, row)[0]]
+    assert [request.args for request in task.instances] == expected
+
+
 def test_the_command(tiny_llama: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["evaluate", "-m", str(tiny_llama), "--tasks", "piqa,boolq,rte", "--task-rows", str(folder)]
     assert main([*argv, "--limit", "4", "--threads", "1", "--json"]) == 0
