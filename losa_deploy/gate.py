@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.attention import attention_windows, original_context
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Session
 from losa_deploy.model import SparseModel
@@ -43,6 +45,16 @@ f16 for the sake of llama.cpp, which rounds its cache and what meets f16 weights
 QUICK_WINDOW = 128
 FULL_TOKENS = 1024
 """Tokens of running text scored: one window at level `quick`, all windows in so many at `full`."""
+BEYOND = 32
+"""Tokens by which one more sequence outgrows every window of the attention."""
+STEPPED = 16
+"""Of its tokens, how many are read one by one; the others are its prompt."""
+LONGEST_ORIGINAL = 4096
+"""A scaled context is outgrown too if the original one was shorter than this.
+
+What a long sequence costs: 4,112 tokens of the 135M model take torch a minute on two busy cores and
+2 GB, and each of the four sessions reads them once. Of the prompt's logits only the last are kept.
+"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ class Questions:
     prompts: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
     steps: int
+    long: tuple[int, ...] = ()
+    """A sequence that outgrows every window of the attention; empty if no sequence can."""
 
     @classmethod
     def make(cls, model: SparseModel, recipe: VerifyRecipe, tokenizer: Tokenizer) -> Questions:
@@ -113,11 +127,21 @@ class Questions:
         names = verification_prompts()
         prompts = [tuple(tokenizer.encode(p))[:context] for p in names]
         text = tokenizer.encode(evaluation_text(recipe.text))
-        text = text[: FULL_TOKENS if recipe.level == "full" else width]
-        windows = [tuple(text[start : start + width]) for start in range(0, len(text), width)]
+        scored = text[: FULL_TOKENS if recipe.level == "full" else width]
+        windows = [tuple(scored[start : start + width]) for start in range(0, len(scored), width)]
         chosen = slice(0, recipe.prompts)
         steps = max(1, min(recipe.tokens, context - max(map(len, prompts))))
-        return cls((*prompts, *windows), tuple(prompts[chosen]), names[chosen], steps)
+        reach = longest_reach(model.config)
+        length = min(reach + BEYOND, context) if reach else 0
+        long = tuple(islice(cycle(text), length))
+        return cls((*prompts, *windows), tuple(prompts[chosen]), names[chosen], steps, long)
+
+
+def longest_reach(config: Mapping[str, object]) -> int:
+    """The longest sequence that is too short to tell windows and scaled positions from others; or 0."""
+    windows = [window for window in attention_windows(config) if window is not None]
+    original = original_context(config) or 0
+    return max([*windows, original if original < LONGEST_ORIGINAL else 0])
 
 
 @dataclass(frozen=True)
@@ -132,10 +156,18 @@ def ask(session: Session, questions: Questions) -> Answers:
     """Ask one session everything and close it, so that one model is in memory at a time."""
     try:
         logits = tuple(session.logits(sequence) for sequence in questions.sequences)
+        if questions.long:
+            logits = (*logits, _stepped(session, questions.long))
         traces = tuple(greedy(session, prompt, questions.steps) for prompt in questions.prompts)
     finally:
         session.close()
     return Answers(logits, traces)
+
+
+def _stepped(session: Session, tokens: tuple[int, ...]) -> NDArray[np.float32]:
+    """Logits [1 + steps, vocab] after the prompt part of a sequence and after each token that follows."""
+    split = max(1, len(tokens) - STEPPED)
+    return np.stack([session.prefill(tokens[:split]), *(session.step(token) for token in tokens[split:])])
 
 
 def judge(
