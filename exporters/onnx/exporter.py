@@ -23,6 +23,7 @@ from losa_deploy.operators import library_name, library_path
 from losa_deploy.recipe import ExportRecipe
 
 from . import reader
+from .attention import rope_kind
 from .functions import VERSION
 from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
@@ -39,12 +40,13 @@ class OnnxExporter:
     name = "onnx"
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
-        """Raise before any work if the recipe asks for what only another format has."""
+        """Raise before any work if no graph can be right, or the recipe asks for what only GGUF has."""
         if recipe.packed:
             raise UsageError(
                 "--packed is for --format gguf; an ONNX artifact is always packed where that saves bytes.",
                 hint="Leave --packed out (or add --no-packed).",
             )
+        rope_kind(source)
 
     def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
         """Raise before any work if a forced layout does not fit a mask, or a masked linear is unknown."""

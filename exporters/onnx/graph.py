@@ -21,8 +21,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from losa_deploy.attention import model_config
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, MissingError, ResourceError
+
+from .attention import TABLED, rope_kind, set_attention, write_plain_model
 
 LOG_FILE = "export.log"
 MODEL_FILE = "model.onnx"
@@ -65,25 +68,29 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
     """
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.graph-") as name:
         work = Path(name)
-        if plain or not _genai_can(checkpoint):
+        built = not plain and _genai_can(checkpoint)
+        if built:
+            write_plain_model(checkpoint, work / "plain")
+            command = _genai_command(work / "plain", work)
+        else:
             fusable = checkpoint.family.onnx_graph == "transformers"
             command = ["-m", "losa_deploy.exporters.onnx.trace", str(checkpoint.folder), str(work)]
             command += ["plain"] if plain or not fusable else []
-        else:
-            command = _genai_command(checkpoint.folder, work)
         _run(command, folder / LOG_FILE, work)
         model = onnx.load(work / MODEL_FILE, load_external_data=False)
         _rename_ports(model.graph)
+        if built:
+            set_attention(model.graph, checkpoint)
         yield DenseGraph(model, work)
 
 
 def _genai_can(checkpoint: Checkpoint) -> bool:
-    """Whether the builder knows the family and ONNX Runtime's fused attention the head size."""
-    config = checkpoint.config
-    size = config.get("head_dim") or int(str(config["hidden_size"])) // int(
-        str(config["num_attention_heads"])
-    )
-    return checkpoint.family.onnx_graph == "genai" and int(str(size)) % HEAD_MULTIPLE == 0
+    """Whether the builder knows the family, ONNX Runtime's fused attention the head size, and a table
+    can hold the rotary positions."""
+    config = model_config(checkpoint.config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = size % HEAD_MULTIPLE == 0
+    return checkpoint.family.onnx_graph == "genai" and fits and rope_kind(checkpoint) in TABLED
 
 
 def _genai_command(model: Path, work: Path) -> list[str]:

@@ -14,14 +14,23 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 
 def trace(folder: Path, target: Path, *, plain: bool) -> None:
     """Export the causal LM in `folder` with a key/value cache of any length, from zero on."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=_traceable(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     model.train(False)
     settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]
@@ -32,11 +41,28 @@ def trace(folder: Path, target: Path, *, plain: bool) -> None:
     (target / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
 
 
+def _traceable(folder: Path) -> PreTrainedConfig:
+    """The configuration, without branches that depend on the length of a sequence.
+
+    `dynamic` positions are scaled beyond `max_position_embeddings` only, which no sequence exceeds.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    return config
+
+
 def _sample_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | Cache]:
     """Two sequences of three tokens after a past of four, so that no dimension looks like a constant."""
     ids = torch.arange(8, dtype=torch.long).reshape(2, 4)
+    # Without a configuration the cache keeps all tokens in every block, also those outside a window:
+    # the runtimes' caches do, and the graph masks them. One that drops them counts them in Python.
+    past = DynamicCache()
     with torch.no_grad():
-        past = model(ids, use_cache=True).past_key_values
+        model(ids, past_key_values=past)
     return {
         "input_ids": ids[:, :3].clone(),
         "attention_mask": torch.ones(2, 7, dtype=torch.long),

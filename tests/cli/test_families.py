@@ -30,9 +30,26 @@ CONFIGS = {
         "Qwen3Config",
         {**GATED, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
     ),
-    "mistral-untied-grouped": (
+    "mistral-untied-grouped-windowed": (
         "MistralConfig",
-        {**GATED, "num_key_value_heads": 2, "tie_word_embeddings": False, "sliding_window": None},
+        {**GATED, "num_key_value_heads": 2, "tie_word_embeddings": False, "sliding_window": 24},
+    ),
+    "smollm3-tied-by-default-every-fourth-without-positions": (
+        "SmolLM3Config",
+        {**GATED, "num_hidden_layers": 4, "num_key_value_heads": 2, "pad_token_id": None},
+    ),
+    "llama-yarn": (
+        "LlamaConfig",
+        {
+            **GATED,
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
     ),
 }
 FLAGS = ["--samples", "8", "--sequence-length", "32", "--steps", "2", "--adapt-steps", "3", "--offline"]
@@ -68,3 +85,15 @@ def test_whole_path(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report["sparsity"]["achieved"] == pytest.approx(0.5, abs=0.01)
     manifest = json.loads((output / "losa.json").read_text("utf-8"))
     assert {entry["layout"] for entry in manifest["linears"]} == {"bitmask"}
+
+
+@pytest.mark.parametrize("dense", ["mistral-untied-grouped-windowed"], indirect=True)
+def test_gguf_refuses_a_window_before_any_work(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = tmp_path / "out"
+    assert main(["compress-and-export", "-m", str(dense), "-f", "gguf", "-o", str(output), *FLAGS]) == 3
+    assert "sliding_window of 24 tokens" in capsys.readouterr().err
+    assert not output.exists()
+    assert not (tmp_path / "out.work" / "adapted").exists()
