@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.attention import attention_windows
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.families import Family
@@ -93,6 +94,7 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
             f"config.json has no_rope_layers {unrotated}; llama.cpp leaves out every fourth.", hint=ONNX_HINT
         )
     Rope.of(config)
+    _refuse_windows(config)
     tensor_names(checkpoint, found)
     return found
 
@@ -248,16 +250,17 @@ class Rope:
         return divisors
 
 
-def sliding_note(config: Mapping[str, object]) -> str:
-    """A line about attention that llama.cpp does not limit to a window; empty if there is none."""
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or config.get("use_sliding_window") is False:
-        return ""
-    if window >= _whole(config, "max_position_embeddings"):
-        return ""
-    return (
-        f"The model attends to the last {window} tokens only; llama.cpp attends to all of them, so beyond "
-        f"{window} tokens its results differ."
+def _refuse_windows(config: Mapping[str, object]) -> None:
+    """Raise `InputError` if a block attends to a window; llama.cpp's graphs of these models do not."""
+    windows = [window for window in attention_windows(config) if window is not None]
+    if not windows:
+        return
+    window, context = windows[0], _whole(config, "max_position_embeddings")
+    raise InputError(
+        f"config.json limits attention to a sliding_window of {window} tokens in {len(windows)} blocks, and "
+        f"the context is {context} tokens; llama.cpp attends to all of them.",
+        hint=f"Use --format onnx for this model; or, if no text will be longer than {window} tokens, set "
+        f"max_position_embeddings to {window} in config.json.",
     )
 
 

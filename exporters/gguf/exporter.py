@@ -19,7 +19,7 @@ from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
 
 from . import reader
-from .architecture import architecture, sliding_note
+from .architecture import architecture
 from .plan import Job, Kind, packing, plan
 from .tokenizer import check_tokenizer, read_vocabulary
 from .vocabulary import Vocabulary
@@ -94,7 +94,7 @@ class GgufExporter:
             "files": hash_files(folder),
         }
         manifest.model_copy(update=changes).write(folder)
-        notes = [*vocabulary.notes, sliding_note(model.config)]
+        notes = list(vocabulary.notes)
         notes += [PORTABLE_NOTE.format(file=job.file) for job in jobs if job.kind == "portable"]
         return _exported(folder, records[0], tuple(note for note in notes if note))
 

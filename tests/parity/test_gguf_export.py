@@ -17,7 +17,6 @@ from losa_deploy import gguf_view
 from losa_deploy.benchmarks.assemble import dense_same_type_bytes, folder_bytes
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.exporters.gguf.architecture import sliding_note
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import no_progress
@@ -389,11 +388,18 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     assert "--format onnx" in caught.value.hint
 
 
-def test_a_sliding_window_is_noted(merged_llama: SparseModel) -> None:
-    config = {**merged_llama.config, "sliding_window": 64}
-    assert "last 64 tokens" in sliding_note(config)
-    assert sliding_note({**config, "use_sliding_window": False}) == ""
-    assert sliding_note(merged_llama.config) == ""
+def test_a_window_shorter_than_the_context_is_refused_before_any_work(merged_llama: SparseModel) -> None:
+    """llama.cpp attends to everything; mistral's window is 4096 where config.json does not say."""
+    config = {**merged_llama.config, "model_type": "mistral", "max_position_embeddings": 8192}
+    for change, window in (({}, 4096), ({"sliding_window": 64}, 64)):
+        source = Checkpoint(merged_llama.folder, {**config, **change}, merged_llama.family)
+        with pytest.raises(InputError, match=f"sliding_window of {window} tokens in 2 blocks") as caught:
+            GgufExporter().check_source(source, ExportRecipe())
+        assert "--format onnx" in caught.value.hint
+        assert f"max_position_embeddings to {window}" in caught.value.hint
+    for change in ({"sliding_window": None}, {"sliding_window": 8192}, {"model_type": "llama"}):
+        source = Checkpoint(merged_llama.folder, {**config, **change}, merged_llama.family)
+        GgufExporter().check_source(source, ExportRecipe())
 
 
 def test_decode_of_a_damaged_folder(merged_llama: SparseModel, tmp_path: Path) -> None:
