@@ -28,6 +28,8 @@ from .conftest import GATED, Make
 
 CONTEXT = 128
 WINDOW = 24
+WIDE = 64
+"""More tokens than any prompt of the gate has."""
 TOLERANCE = 3e-6
 """Of the largest logit: f32 sums in another order."""
 FOUR = {**GATED, "num_hidden_layers": 4}
@@ -78,13 +80,13 @@ def config(kind: str, values: dict[str, object]) -> object:
     return getattr(transformers, kind)(**values)
 
 
-def scaled(kind: str) -> dict[str, object]:
-    return {**GATED, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **SCALINGS[kind]}}
+def scaled(kind: str, **changes: object) -> dict[str, object]:
+    return {**GATED, "rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **SCALINGS[kind], **changes}}
 
 
 @pytest.fixture(scope="session")
 def windowed(make_merged: Make) -> SparseModel:
-    return make_merged(config(*MODELS["mistral-window"]))
+    return make_merged(config("MistralConfig", {**GATED, "sliding_window": WIDE}))
 
 
 def export(model: SparseModel, folder: Path, **recipe: object) -> Path:
@@ -209,17 +211,13 @@ def test_the_gate_sees_a_wrong_window(
 
 
 def test_the_gate_sees_positions_that_are_not_scaled(make_merged: Make, tmp_path: Path) -> None:
-    """Plain positions in the place of llama3's, which are the same up to its original context."""
-    model = make_merged(config("LlamaConfig", scaled("llama3")))
-    plain = make_merged(config("LlamaConfig", GATED))
-    folder, other = export(model, tmp_path / "scaled"), export(plain, tmp_path / "plain")
+    """longrope's short factors instead of the long ones, which count beyond its original context only."""
+    model = make_merged(config("LlamaConfig", scaled("longrope", original_max_position_embeddings=WIDE)))
+    folder = export(model, tmp_path / "onnx")
     assert verified(folder, model).ok
     graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    tables = onnx.load(other / "model.onnx", load_external_data=False).graph.initializer
-    for tensor in graph.graph.initializer:
-        tensor.CopyFrom(
-            next(t for t in tables if t.name == tensor.name) if "_cache" in tensor.name else tensor
-        )
+    (choice,) = (node for node in graph.graph.node if any("long_inv_freq" in name for name in node.input))
+    choice.input[1] = choice.input[2]
     onnx.save(graph, folder / "model.onnx")
     Manifest.read(folder).model_copy(update={"files": hash_files(folder)}).write(folder)
     assert not verified(folder, model).ok
@@ -233,6 +231,7 @@ def test_the_long_sequence_outgrows_every_window(
     tokenizer = load_tokenizer(windowed.folder)
     for text in ("builtin", str(short)):
         questions = Questions.make(windowed, VerifyRecipe(text=text), tokenizer)
-        assert len(questions.long) == WINDOW + BEYOND
+        assert len(questions.long) == WIDE + BEYOND
         assert max(map(len, questions.sequences)) <= CONTEXT
+        assert max(map(len, questions.prompts)) < WIDE
     assert Questions.make(merged_llama, VerifyRecipe(), tokenizer).long == ()
