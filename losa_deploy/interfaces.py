@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.manifest import TensorRecord
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
 
@@ -71,6 +72,16 @@ class ExportedModel:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class SecondForm:
+    """A second form of the model in an artifact's folder: what its bytes mean, and how they mean it."""
+
+    linears: tuple[TensorRecord, ...]
+    """As this form has to store each linear; that they were rounded so is what `verify` checks."""
+    weights: Mapping[str, NDArray[np.float32]]
+    """Linear, embedding, head → weight [out, in] as `Exporter.decode` returns it."""
+
+
 class Exporter(Protocol):
     """Writes one artifact format from a merged sparse model."""
 
@@ -108,8 +119,8 @@ class Exporter(Protocol):
         """Linear name → weight [out, in] as the artifact's bytes define it (bit-exact unpack)."""
         ...
 
-    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
-        """The same from a second form of the model that the folder holds; empty if there is none."""
+    def decode_beside(self, folder: Path) -> SecondForm | None:
+        """The second form of the model that the folder holds, e.g. for other programs; None if it has one."""
         ...
 
 

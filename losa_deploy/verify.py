@@ -97,7 +97,8 @@ def verify_export(
     if reasons:
         return Parity(False, tuple(reasons))
     if beside := exporter.decode_beside(folder):
-        reasons, error = _check_weights(manifest, model, beside)
+        as_beside = manifest.model_copy(update={"linears": beside.linears})
+        reasons, error = _check_weights(as_beside, model, beside.weights)
         if reasons:
             return Parity(False, tuple(f"portable file: {r}" for r in reasons), largest_weight_error=error)
     del beside

@@ -11,17 +11,19 @@ from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.gguf_view import find_gguf
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.gguf_view import dense_gguf_bytes, dense_type, find_gguf
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
 from losa_deploy.layouts import PATTERNED
+from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
 
 from . import reader
 from .architecture import architecture
-from .plan import Job, Kind, packing, plan
+from .plan import DENSE_REASON, Job, Kind, packing, plan
 from .tokenizer import check_tokenizer, read_vocabulary
+from .values import VALUE_TYPES, scale_group
 from .vocabulary import Vocabulary
 from .writer import Provenance, write_file
 
@@ -115,16 +117,38 @@ class GgufExporter:
         """Linear, embedding, head → weight [out, in], from the packed file if there is one."""
         return _decode(find_gguf(folder), folder)
 
-    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
-        """The same from the portable file beside a packed one."""
+    def decode_beside(self, folder: Path) -> SecondForm | None:
+        """The portable file beside a packed one; embedding and head are the same in both."""
         primary = find_gguf(folder)
         portable = [path for path in folder.glob("*.gguf") if path != primary]
-        return _decode(portable[0], folder) if portable else {}
+        if not portable:
+            return None
+        manifest = Manifest.read(folder)
+        value_type = manifest.recipe.export.value_type
+        linears = tuple(_portable(record, value_type) for record in manifest.linears)
+        return SecondForm(linears, _decode(portable[0], folder))
 
 
 def _decode(path: Path, folder: Path) -> Mapping[str, NDArray[np.float32]]:
     manifest = Manifest.read(folder)
     return reader.decode(path, folder, (*manifest.linears, *manifest.other_tensors))
+
+
+def _portable(record: TensorRecord, value_type: ValueType) -> TensorRecord:
+    """How a portable file stores a linear, by the rules of the format and not by what a file says."""
+    rows, columns = record.shape
+    kind = dense_type(value_type, columns)
+    size = dense_gguf_bytes(value_type, (rows, columns))
+    changes = {
+        "layout": "dense",
+        "value_type": VALUE_TYPES[kind],
+        "group_size": scale_group(kind),
+        "bytes": size,
+        "bits_per_weight": 8.0 * size / (rows * columns),
+        "sha256": "",
+        "reason": DENSE_REASON,
+    }
+    return record.model_copy(update=changes)
 
 
 def _shifted(progress: Progress, start: int, total: int, done: int, _: int, label: str) -> None:

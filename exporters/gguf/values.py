@@ -25,6 +25,11 @@ def pack_options(value_type: ValueType, group_size: int) -> PackOptions:
     return PackOptions(value_type, group_size, scale_type="f16")
 
 
+def scale_group(kind: int) -> int:
+    """Positions per scale of an i4 weight stored as tensor type `kind`; 0 for types that are not i4."""
+    return BLOCK if VALUE_TYPES[kind] == "i4" else 0
+
+
 def encode(weight: NDArray[np.float32], kind: int) -> NDArray[np.uint8]:
     """Weight [out, in] → bytes [out, row bytes] of a tensor of type `kind`.
 

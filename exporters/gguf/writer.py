@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from losa_deploy import __version__
 from losa_deploy.errors import InputError
-from losa_deploy.gguf_file import I8, Q4_0, TYPE_NAMES
+from losa_deploy.gguf_file import I8, TYPE_NAMES
 from losa_deploy.gguf_view import ARCHITECTURE, FORMAT, PACKED
 from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import LAYOUTS, Choice
@@ -23,7 +23,7 @@ from losa_deploy.manifest import SCHEMA, TensorRecord
 from .architecture import Rope, head_dim, write_shape
 from .naming import model_name
 from .plan import ROPE, Entry, Job
-from .values import BLOCK, VALUE_TYPES, encode
+from .values import VALUE_TYPES, encode, scale_group
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) 
         bits_per_weight=round(8.0 * size / (shape[0] * shape[1]), 6),
         sha256=digest,
         reason=reason,
-        group_size=BLOCK if entry.choice is None and entry.dense == Q4_0 else 0,
+        group_size=scale_group(entry.dense) if entry.choice is None else 0,
     )
 
 

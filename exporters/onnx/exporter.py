@@ -14,7 +14,7 @@ from onnx import helper
 from losa_deploy import __version__
 from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
 from losa_deploy.layouts import PATTERNED
 from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
@@ -98,10 +98,10 @@ class OnnxExporter:
         graph = restored_graph(exported, source)
         return _exported(folder, write_graph(job, graph, folder, {}, progress))
 
-    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
-        """Nothing: a folder holds one model."""
+    def decode_beside(self, folder: Path) -> SecondForm | None:
+        """None: a folder holds one model."""
         del folder
-        return {}
+        return None
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """Linear, embedding, head → weight [out, in], unpacked from the bytes of the artifact.

@@ -19,12 +19,15 @@ from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.gguf_view import find_gguf
+from losa_deploy.integrity import value_error_bound
 from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts.base import ValueType
-from losa_deploy.manifest import Manifest
+from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
-from losa_deploy.recipe import ExportRecipe
-from losa_deploy.verify import _check_weights
+from losa_deploy.recipe import ExportRecipe, VerifyRecipe
+from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
+from losa_deploy.runtimes.reference import ReferenceRuntime
+from losa_deploy.verify import Parity, _check_weights, verify_export
 
 from .conftest import GATED, Make
 
@@ -173,6 +176,83 @@ def test_packed_and_portable_mean_the_decoded_weights(
     assert {t.tensor_type.name for t in reader.tensors if "attn_q.weight" in t.name} == {
         {"f16": "F16", "i8": "Q8_0", "i4": "Q4_0"}[value_type]
     }
+
+
+def verified(folder: Path, model: SparseModel) -> Parity:
+    """What `verify` says of an export of `model`."""
+    recipe = VerifyRecipe(prompts=1, tokens=4, max_tokens=128, window=64)
+    return verify_export(
+        folder, model, GgufExporter(), LlamaCppRuntime(), ReferenceRuntime(), recipe, threads=1
+    )
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("value_type", "head"), [("i4", "same"), ("i4", "i4"), ("i8", "same")])
+def test_each_of_two_files_is_judged_by_how_it_stores_its_weights(
+    value_type: ValueType, head: str, group_size: int, merged_qwen2: SparseModel, tmp_path: Path
+) -> None:
+    """Groups of Q4_0 have 32 positions whatever those of the packed file have; rows of 172 are F16."""
+    folder = export(
+        merged_qwen2,
+        tmp_path / "both",
+        packed=True,
+        portable=True,
+        value_type=value_type,
+        head=head,
+        group_size=group_size,
+    )
+    found = verified(folder, merged_qwen2)
+    assert found.ok, found.reasons
+    beside = GgufExporter().decode_beside(folder)
+    assert beside is not None
+    kinds = {(r.shape[1], r.value_type, r.group_size, r.layout) for r in beside.linears}
+    whole = (64, value_type, 32 if value_type == "i4" else 0, "dense")
+    assert kinds == {whole, (172, "f16", 0, "dense")}
+
+
+def test_a_portable_code_one_level_off_is_found_beside_a_packed_file(
+    merged_qwen2: SparseModel, tmp_path: Path
+) -> None:
+    """One that groups as wide as those of the packed file would excuse."""
+    folder = export(merged_qwen2, tmp_path / "both", packed=True, portable=True, value_type="i4")
+    (portable,) = (path for path in folder.glob("*.gguf") if path != find_gguf(folder))
+    name = "model.layers.1.self_attn.v_proj"  # its rows stay in their order
+    weight, mask = merged_qwen2.weight(name), merged_qwen2.mask(name)
+    right, wide = value_error_bound(weight, "i4", 32), value_error_bound(weight, "i4", 128)
+    row, column = _one_level_off(portable, weight, mask, right, wide)
+    document = Manifest.read(folder)
+    document.model_copy(update={"files": hash_files(folder)}).write(folder)
+    found = verified(folder, merged_qwen2)
+    assert not found.ok and len(found.reasons) == 1
+    assert found.reasons[0].startswith(
+        f"portable file: {name}: found 1 weights further off than i4 rounds (first at [{row}, {column}]: "
+    )
+
+
+def _one_level_off(
+    path: Path,
+    weight: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    right: NDArray[np.float32],
+    wide: NDArray[np.float32],
+) -> tuple[int, int]:
+    """Change one code of blk.1.attn_v.weight so that its error lies between two bounds; where it is."""
+    tensor = next(t for t in GGUFReader(path).tensors if t.name == "blk.1.attn_v.weight")
+    blocks = np.array(tensor.data).reshape(weight.shape[0], -1, 18)
+    for row, column in np.argwhere(mask):
+        block, at = column // 32, column % 32
+        scale = float(blocks[row, block, :2].copy().view("<f2")[0])
+        byte, shift = 2 + at % 16, at // 16 * 4
+        code = int(blocks[row, block, byte]) >> shift & 15
+        for other in (code - 1, code + 1):
+            error = abs((other - 8) * scale - float(weight[row, column]))
+            if 0 <= other < 16 and 1.01 * right[row, column] < error < wide[row, column]:
+                offset = int(tensor.data_offset) + (row * blocks.shape[1] + block) * 18 + byte
+                data = bytearray(path.read_bytes())
+                data[offset] = data[offset] & ~(15 << shift) | other << shift
+                path.write_bytes(data)
+                return int(row), int(column)
+    raise AssertionError("no code has an error between the bounds when it changes")
 
 
 def field(path: Path, key: str) -> object:

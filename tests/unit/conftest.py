@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress
+from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
 from losa_deploy.manifest import Manifest, MergeProof, SourceRecord, TensorRecord, hash_files
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.recipe import ExportRecipe, Recipe, load_recipe
@@ -111,9 +111,9 @@ class FolderExporter:
             shutil.copyfile(path, folder / path.name)
         return ExportedModel(folder, "folder", {}, ())
 
-    def decode_beside(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
+    def decode_beside(self, folder: Path) -> SecondForm | None:
         del folder
-        return {}
+        return None
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         checkpoint = Checkpoint.open(folder)
