@@ -116,7 +116,10 @@ def blob_bytes(layout: str, mask: NDArray[np.bool_], options: PackOptions) -> in
 
 
 def read_header(data: bytes, total: int) -> BlobHeader:
-    """Header of a blob of `total` bytes that starts with `data`; raises `ValueError` saying what is wrong."""
+    """Header of a blob of `total` bytes that starts with `data`; raises `ValueError` saying what is wrong.
+
+    Its shape is one that the bytes of its components bear out, so that memory can be taken by it.
+    """
     if len(data) < HEADER_BYTES or total < HEADER_BYTES:
         raise ValueError(f"{total} bytes are too few for a header of {HEADER_BYTES}")
     magic, version, header, layout, values, scale_type, n, m, bits, group, rows, columns, kept = (
@@ -144,24 +147,22 @@ def read_header(data: bytes, total: int) -> BlobHeader:
     params |= {"position_bits": bits} if layouts[layout] == "nm" else {}
     params |= {"group_size": group} if group else {}
     places = _places(data, total)
-    return BlobHeader(layouts[layout], types[values], scale_type, (rows, columns), params, kept, places)
+    found = BlobHeader(layouts[layout], types[values], scale_type, (rows, columns), params, kept, places)
+    _check_sizes(found)
+    return found
 
 
 def from_blob(data: bytes) -> PackedTensor:
     """The packed tensor of a blob; raises `ValueError` for anything that `to_blob` does not write."""
     header = read_header(data[:HEADER_BYTES], len(data))
-    rows, columns = header.shape
     shapes = _shapes(header)
     arrays: dict[str, Component] = {}
     for name in COMPONENTS:
         offset, size = header.places.get(name, (0, 0))
-        dtype, shape = shapes.get(name, (np.dtype(np.uint8), (0,)))
-        known = name != "values" or header.layout in ("dense", "tiled")
-        if size % dtype.itemsize or (known and size != prod(shape) * dtype.itemsize):
-            raise ValueError(f"the component {name} has {size} bytes, {rows} x {columns} weights need others")
         if size:
+            dtype, shape = shapes[name]
             found = np.frombuffer(data, dtype, size // dtype.itemsize, offset)
-            arrays[name] = found.reshape(shape) if known else found
+            arrays[name] = found.reshape(shape) if _is_sized(header, name) else found
     if "table" in arrays and (arrays["table"][0] != 0 or (arrays["table"] == -128).any()):
         raise ValueError("the i4 table needs level 0 at code 0 and no level -128")
     packed = PackedTensor(header.layout, header.value_type, header.shape, header.params, arrays, header.kept)
@@ -170,6 +171,25 @@ def from_blob(data: bytes) -> PackedTensor:
     if header.layout in ("dense", "tiled"):
         return packed
     return replace(packed, nnz=_check_positions(header, arrays))
+
+
+def _is_sized(header: BlobHeader, name: str) -> bool:
+    """True if the header says how many bytes a component has; of a stream of values, positions do."""
+    return name != "values" or header.layout in ("dense", "tiled")
+
+
+def _check_sizes(header: BlobHeader) -> None:
+    shapes, (rows, columns) = _shapes(header), header.shape
+    for name in COMPONENTS:
+        size = header.places.get(name, (0, 0))[1]
+        dtype, shape = shapes.get(name, (np.dtype(np.uint8), (0,)))
+        needed = prod(shape) * dtype.itemsize
+        if _is_sized(header, name) and size != needed:
+            raise ValueError(
+                f"the component {name} has {size} bytes, {rows} x {columns} weights need {needed}"
+            )
+        if size % dtype.itemsize:
+            raise ValueError(f"the component {name} has {size} bytes, which is no whole number of values")
 
 
 def _check_pattern(layout: str, n: int, m: int, bits: int) -> None:

@@ -218,6 +218,13 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
       parts.scale_type = shape.type() == kFloat ? LOSA_SCALE_F32 : LOSA_SCALE_F16;
     }
   }
+  const auto demand = [&](int status) {
+    if (status != LOSA_OK) {
+      refuse("weight " + std::to_string(index) + " is damaged: " + losa_status_text(status) + " (shape " +
+             std::to_string(parts.rows) + " x " + std::to_string(parts.columns) + ", bytes: " + sizes + ")");
+    }
+  };
+  demand(losa_parts_check(&parts));  // what shapes and attributes claim costs no memory until the bytes agree
   Weight &weight = weights_[index];
   for (losa_bytes *component : {&parts.positions, &parts.values, &parts.scale}) {
     if (auto memory = move_to_huge_pages(component->data, component->bytes)) {
@@ -226,11 +233,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     }
   }
   weight.starts = std::make_unique<uint64_t[]>(std::max<size_t>(1, losa_starts_count(&parts)));
-  const int status = losa_tensor_open(&parts, weight.starts.get(), &weight.tensor);
-  if (status != LOSA_OK) {
-    refuse("weight " + std::to_string(index) + " is damaged: " + losa_status_text(status) + " (shape " +
-           std::to_string(parts.rows) + " x " + std::to_string(parts.columns) + ", bytes: " + sizes + ")");
-  }
+  demand(losa_tensor_open(&parts, weight.starts.get(), &weight.tensor));
   weight.bytes = parts.positions.bytes + parts.values.bytes + parts.scale.bytes;
 }
 

@@ -85,6 +85,40 @@ uint64_t dense_bytes(const losa_parts &p) {
   return row * p.rows;
 }
 
+// Bytes that shape and pattern demand. How long a stream of values is, only the mask of a bitmask says.
+struct Sizes {
+  uint64_t positions, least_values, most_values;
+};
+
+Sizes tiled_sizes(const losa_parts &p) {
+  const Tiles tiles(p);
+  const uint64_t count = p.rows / kTile, values = count * tiles.all_steps() * Tiles::kStep;
+  if (p.m == kQuad) {
+    const uint64_t stored = p.value_type == LOSA_I4 ? values / 2 : values;
+    return {count * tiles.lines() * Tiles::kStep, stored, stored};
+  }
+  return {p.value_type == LOSA_I8 ? values / 2 : 0, values, values};
+}
+
+Sizes sizes_of(const losa_parts &p) {
+  if (p.layout == LOSA_DENSE) {
+    return {0, dense_bytes(p), dense_bytes(p)};
+  }
+  if (p.layout == LOSA_TILED) {
+    return tiled_sizes(p);
+  }
+  const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
+  const uint64_t of_row = p.layout == LOSA_NM ? slots_per_row(p) : p.columns;
+  const uint64_t most = stream_bytes(streams * of_row * value_bytes(p.value_type));
+  return {uint64_t{p.rows} * position_row_bytes(p), p.layout == LOSA_NM ? most : stream_bytes(0), most};
+}
+
+bool sizes_are_sound(const losa_parts &p) {
+  const Sizes sizes = sizes_of(p);
+  return has(p.positions, sizes.positions) && has(p.values, p.values.bytes) &&
+         p.values.bytes >= sizes.least_values && p.values.bytes <= sizes.most_values;
+}
+
 // Codes lie in their group and ascend.
 bool codes_are_sound(const losa_parts &p, const uint8_t *row) {
   const unsigned bits = p.position_bits, low = (1u << bits) - 1u;
@@ -133,10 +167,8 @@ int check_nm(const losa_parts &p, losa_tensor *tensor) {
       return LOSA_BAD_POSITIONS;
     }
   }
-  const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
   tensor->kept = slots_per_row(p) * p.rows;
-  const uint64_t raw = streams * slots_per_row(p) * value_bytes(p.value_type);
-  return has(p.values, stream_bytes(raw)) ? LOSA_OK : LOSA_BAD_SIZE;
+  return LOSA_OK;
 }
 
 // Eight slots in a word: the first slots of pairs are the even bytes, the second ones the odd bytes.
@@ -209,11 +241,6 @@ bool rest_is_zero(const uint8_t *line, size_t steps) {
 int check_quads(const losa_parts &p, losa_tensor *tensor) {
   const Tiles tiles(p);
   const uint64_t count = p.rows / kTile, steps = tiles.all_steps(), lines = tiles.lines();
-  const uint64_t values = count * steps * Tiles::kStep;
-  if (!has(p.values, p.value_type == LOSA_I4 ? values / 2 : values) ||
-      !has(p.positions, count * lines * Tiles::kStep)) {
-    return LOSA_BAD_SIZE;
-  }
   const auto *at = tiles.positions;
   for (uint64_t i = 0; p.n == 2 && i < count * lines; ++i) {
     if (!quads_ascend(at + i * Tiles::kStep)) {
@@ -235,10 +262,6 @@ int check_tiled(const losa_parts &p, losa_tensor *tensor) {
   }
   const Tiles tiles(p);
   const uint64_t groups = p.rows / kTile * uint64_t{tiles.groups};
-  const uint64_t bytes = groups * tiles.steps * Tiles::kStep;
-  if (!has(p.values, bytes) || !has(p.positions, p.value_type == LOSA_I8 ? bytes / 2 : 0)) {
-    return LOSA_BAD_SIZE;
-  }
   for (size_t group = 0; group < groups; ++group) {
     if (!group_is_sound(p, tiles, group * tiles.steps)) {
       return LOSA_BAD_POSITIONS;
@@ -284,8 +307,19 @@ uint64_t read_uint(const uint8_t *bytes, int count) {
 
 using namespace losa;
 
+extern "C" int losa_parts_check(const losa_parts *parts) {
+  if (parts == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  int status = check_parameters(*parts);
+  if (status == LOSA_OK) {
+    status = check_scales(*parts);
+  }
+  return status != LOSA_OK || sizes_are_sound(*parts) ? status : LOSA_BAD_SIZE;
+}
+
 extern "C" size_t losa_starts_count(const losa_parts *parts) {
-  if (parts == nullptr || parts->layout != LOSA_BITMASK) {
+  if (losa_parts_check(parts) != LOSA_OK || parts->layout != LOSA_BITMASK) {
     return 0;
   }
   return parts->value_type == LOSA_I4 ? (size_t{parts->rows} + 1) / 2 : parts->rows;
@@ -296,23 +330,17 @@ extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_
     return LOSA_NULL_POINTER;
   }
   const losa_parts &p = *parts;
-  int status = check_parameters(p);
-  if (status == LOSA_OK) {
-    status = check_scales(p);
-  }
+  const int status = losa_parts_check(parts);
   if (status != LOSA_OK) {
     return status;
   }
   *tensor = {p, starts, 0};
   if (p.layout == LOSA_DENSE) {
     tensor->kept = uint64_t{p.rows} * p.columns;
-    return has(p.positions, 0) && has(p.values, dense_bytes(p)) ? LOSA_OK : LOSA_BAD_SIZE;
+    return LOSA_OK;
   }
   if (p.layout == LOSA_TILED) {
     return check_tiled(p, tensor);
-  }
-  if (!has(p.positions, uint64_t{p.rows} * position_row_bytes(p))) {
-    return LOSA_BAD_SIZE;
   }
   if (p.layout == LOSA_NM) {
     return check_nm(p, tensor);
@@ -339,9 +367,6 @@ extern "C" int losa_blob_parts(const void *blob, uint64_t bytes, losa_parts *par
   p.group_size = static_cast<uint16_t>(read_uint(head + 14, 2));
   p.rows = static_cast<uint32_t>(read_uint(head + 16, 4));
   p.columns = static_cast<uint32_t>(read_uint(head + 20, 4));
-  if (p.rows > bytes) {
-    return LOSA_BAD_SIZE;  // a row takes a byte at least: the caller can allocate by the number of rows
-  }
   losa_bytes *components[] = {&p.positions, &p.values, &p.scale, &p.table};
   uint64_t end = LOSA_HEADER_BYTES;
   for (int i = 0; i < 4; ++i) {

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-ERRORS_ONLY = 3
+FATAL_ONLY = 4
+"""ONNX Runtime's errors are exceptions, whose text is ours to show; it would print them as well."""
 
 
 class OrtRuntime:
@@ -73,7 +74,7 @@ class OrtRuntime:
         options = ort.SessionOptions()
         options.intra_op_num_threads = thread_count(threads)
         options.inter_op_num_threads = 1
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = FATAL_ONLY
         self.fallback = self._register(options)
         for configure in self._configure:
             configure(options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -156,3 +157,36 @@ def test_positions_of_tiles_ascend_and_free_slots_are_zero(
         lies.append(blob[: positions + 17] + b"\x01" + blob[positions + 18 :])  # position of a free slot
     found = run(sanitized, "scalar", tmp_path, [blob, *lies], 64)
     assert found == [OK] + [BAD_POSITIONS] * len(lies)
+
+
+UNDER_A_LIMIT = """
+import resource
+import numpy as np
+from losa_deploy import _native
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+nothing, table = np.zeros(0, np.uint8), np.zeros(16, np.uint8)
+for value_type, scale_type, group, level in ((0, 0, 0, nothing), (2, 1, 0, nothing), (3, 2, 64, table)):
+    for rows, columns in ((2**30, 1), (2**30, 2**30), (2**32 - 1, 64)):
+        try:
+            _native.Tensor(
+                1, value_type, rows, columns, scale_type, 0, 0, 0, group, nothing, nothing, nothing, level
+            )
+        except Exception as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux counts it")
+def test_rows_that_no_byte_bears_out_cost_no_memory() -> None:
+    """Row starts of a bitmask take 8 bytes each: 8 GB for a shape alone, in a process that may take 64 MB."""
+    done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT], capture_output=True, text=True, check=True)
+    size, parameter = (
+        "a component has not the bytes",
+        "a layout, type, shape or pattern outside of the format",
+    )
+    expected = [size, size, parameter] * 3
+    answers = done.stdout.splitlines()
+    assert len(answers) == len(expected)
+    for answer, text in zip(answers, expected, strict=True):
+        assert answer.startswith(f"RuntimeError {text}")

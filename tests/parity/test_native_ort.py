@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from losa_deploy.errors import MissingError
+from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.exporters.onnx.functions import OPSET, VERSION
+from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
+from losa_deploy.model import SparseModel
 from losa_deploy.operators import library_name, library_path
 from losa_deploy.plugins import load_runtime
+from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort import register
 from losa_deploy.runtimes.ort.genai import GenaiRuntime
 from losa_deploy.runtimes.ort.library import refusal
@@ -359,6 +363,89 @@ def test_bad_masks_are_refused() -> None:
     positions = packed.arrays["positions"].copy()
     positions[4, 0] = np.uint8(255)
     assert "not N of every M" in refused(model_of([packed], changed={"positions": positions}))
+
+
+CLAIMS: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
+    "bitmask": ((2**31 - 1, 0), {}),
+    "bitmask, as many as the format allows": ((2**30, 0), {}),
+    "bitmask, 2 GB of row starts": ((2**28, 0), {"in_features": 1}),
+    "nm 1:4": ((2**30, 0), {}),
+    "nm 2:4": ((2**30, 0), {"in_features": 2**31 - 1}),
+    "dense": ((2**30, 0), {"in_features": 2**30}),
+    "tiled 5:16": ((2**26, 0), {"in_features": 2**30}),
+    "tiled 2:4": ((2**26, 0), {}),
+}
+UNDER_A_LIMIT = """
+import resource, sys
+import onnxruntime as ort
+from losa_deploy.recipe import ExportRecipe
+from losa_deploy.runtimes.ort import register
+options = ort.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 4
+register(options)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+for path in sys.argv[1:]:
+    try:
+        ort.InferenceSession(path, options)
+        print("opened")
+    except Exception as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux counts it")
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_what_a_shape_claims_costs_no_memory(value_type: ValueType, tmp_path: Path) -> None:
+    """Initializers without a byte that claim up to two billion rows, in a process that may take 256 MB."""
+    paths = []
+    for index, (layout, (shape, attributes_)) in enumerate(CLAIMS.items()):
+        packed = pack(layout.split(",")[0], value_type, 32, 64)
+        empty = {name: np.empty(shape, array.dtype) for name, array in packed.arrays.items()}
+        model = model_of([packed], changed=empty, **({"out_features": None} | attributes_))
+        paths.append(tmp_path / f"{index}.onnx")
+        onnx.save(model, paths[-1])
+    sound = tmp_path / "sound.onnx"
+    onnx.save(model_of([pack("bitmask", value_type, 4096, 1024)]), sound)
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, *map(str, paths), str(sound)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *answers, last = done.stdout.splitlines()
+    assert last == "opened" and len(answers) == len(CLAIMS)
+    for layout, answer in zip(CLAIMS, answers, strict=True):
+        assert f"node '{NODE}': weight 0 is damaged: " in answer, f"{layout}: {answer}"
+
+
+def test_the_command_refuses_a_model_that_claims_two_billion_rows(
+    merged_llama: SparseModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    OnnxExporter().export(merged_llama, ExportRecipe(layout="bitmask"), folder, no_progress)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    positions = next(t for t in model.graph.initializer if t.name.endswith("positions"))
+    positions.ClearField("external_data")
+    positions.ClearField("raw_data")
+    positions.data_location = onnx.TensorProto.DEFAULT
+    positions.dims[:] = [2**31 - 1, 0]
+    (node,) = (node for node in model.graph.node if positions.name in node.input)
+    kept = [attribute for attribute in node.attribute if attribute.name != "out_features"]
+    node.ClearField("attribute")
+    node.attribute.extend(kept)
+    onnx.save(model, folder / "model.onnx")
+    code = "import sys; from losa_deploy.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", "-m", str(folder), "Anna", "--runtime", "ort"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3 and done.stdout == ""
+    assert f"cannot open {folder / 'model.onnx'}" in done.stderr and "Traceback" not in done.stderr
+    assert "is damaged: a layout, type, shape or pattern outside of the format" in done.stderr
 
 
 def test_components_have_to_be_constant() -> None:

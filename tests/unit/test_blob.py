@@ -10,7 +10,7 @@ import pytest
 
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.base import PackedTensor, ValueType
-from losa_deploy.layouts.blob import FIXED, blob_bytes, from_blob, to_blob
+from losa_deploy.layouts.blob import FIXED, HEADER_BYTES, blob_bytes, from_blob, read_header, to_blob
 
 VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
 
@@ -80,6 +80,17 @@ def test_a_lie_is_refused(at: int, new: bytes, message: str) -> None:
     blob[at : at + len(new)] = new
     with pytest.raises(ValueError, match=message):
         from_blob(bytes(blob))
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm", "tiled"])
+@pytest.mark.parametrize("at", [16, 20])
+def test_a_header_claims_no_more_than_its_components_hold(layout: str, at: int) -> None:
+    """Whoever takes memory by the shape has read nothing but the header."""
+    blob = bytearray(to_blob(tiles("i8") if layout == "tiled" else packed(layout, "i8")))
+    assert read_header(bytes(blob[:HEADER_BYTES]), len(blob)).shape == struct.unpack_from("<II", blob, 16)
+    blob[at : at + 4] = struct.pack("<I", 2**30)
+    with pytest.raises(ValueError, match=r"component \w+ has \d+ bytes, .*1073741824.* weights need \d+"):
+        read_header(bytes(blob[:HEADER_BYTES]), len(blob))
 
 
 def tiles(value_type: ValueType, n: int = 3, m: int = 16, columns: int = 64) -> PackedTensor:

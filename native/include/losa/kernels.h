@@ -5,6 +5,8 @@
 // losa_status; losa_status_text says what it means.
 //
 //   losa_parts parts = ...;                       // pointers into a mapped file, never copied
+//   losa_parts_check(&parts);                     // before anything is done with a claimed shape
+//   uint64_t starts[losa_starts_count(&parts)];
 //   losa_tensor_open(&parts, starts, &tensor);    // checks every byte count; then reads stay inside
 //   losa_prepare(&tensor, x, ldx, 0, tokens, tokens, activations);
 //   losa_matmul(&tensor, activations, tokens, 0, rows, y, ldy, scratch);
@@ -68,7 +70,13 @@ typedef struct {
 
 const char *losa_status_text(int status);
 
-// Number of uint64 that losa_tensor_open fills; 0 if the layout needs none.
+// Check all that is known without a look at positions: parameters, and the bytes of every component against
+// shape and pattern (of the values of LOSA_BITMASK only bounds). Only afterwards take memory in proportion to
+// rows and columns: a claimed shape is then backed by bytes.
+int losa_parts_check(const losa_parts *parts);
+
+// Number of uint64 that losa_tensor_open fills; 0 if the layout needs none, or if losa_parts_check fails, as
+// losa_tensor_open then does too.
 size_t losa_starts_count(const losa_parts *parts);
 
 // Check parts and fill starts. Afterwards no kernel reads outside of the components.
