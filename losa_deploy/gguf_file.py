@@ -27,6 +27,8 @@ BLOCKS = {F32: (1, 4), F16: (1, 2), Q4_0: (32, 18), Q8_0: (32, 34), I8: (1, 1)}
 """Tensor type → weights and bytes of a block; the types that our files use."""
 MOST = 1 << 20
 """Keys, and tensors."""
+_Described = tuple[str, tuple[int, ...], int, int]
+"""Name, dimensions, type and offset of a tensor, as they are in the header."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,15 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """A file whose header was read; `data` is the mapped file."""
+class GgufHeader:
+    """Keys of a file, and the shapes of its tensors, of whatever type; `data` is the mapped file."""
 
     path: Path
     data: mmap.mmap
     version: int
     keys: Mapping[str, Value]
-    tensors: tuple[Tensor, ...]
-    alignment: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Tensor → dimensions, innermost first; places and sizes are not checked."""
 
     def text(self, key: str) -> str:
         """A string value, "" if there is none."""
@@ -77,17 +79,47 @@ class GgufFile:
         found: int | float = struct.unpack_from("<" + SCALARS[value.type], self.data, value.start)[0]
         return found
 
+    def array_length(self, key: str) -> int | None:
+        """Entries of an array, None if there is none."""
+        value = self.keys.get(key)
+        if value is None or value.type != ARRAY:
+            return None
+        count: int = struct.unpack_from("<Q", self.data, value.start + 4)[0]
+        return count
+
     def raw(self, key: str) -> bytes:
         """A value as it is in the file, without its type."""
         return self.data[self.keys[key].start : self.keys[key].end]
 
 
+@dataclass(frozen=True)
+class GgufFile(GgufHeader):
+    """A file whose tensors have places inside of it, and types that our files use."""
+
+    tensors: tuple[Tensor, ...]
+    alignment: int
+
+
 @contextmanager
 def open_gguf(path: Path) -> Iterator[GgufFile]:
     """The file with its header read; `InputError` if it is damaged or has types not in `BLOCKS`."""
+    with _mapped(path) as data:
+        yield _read(path, data)
+
+
+@contextmanager
+def open_header(path: Path) -> Iterator[GgufHeader]:
+    """Header of any GGUF, whatever its tensors are stored as; `InputError` if it is damaged."""
+    with _mapped(path) as data:
+        header, _ = _read_header(path, _Cursor(data))
+        yield header
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield _read(path, data)
+            yield data
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}.", hint="Check the path of the GGUF file."
@@ -178,6 +210,14 @@ class _Cursor:
 
 def _read(path: Path, data: mmap.mmap) -> GgufFile:
     cursor = _Cursor(data)
+    header, described = _read_header(path, cursor)
+    alignment = _alignment(data, header.keys.get("general.alignment"))
+    tensors = _placed(described, -(-cursor.at // alignment) * alignment, alignment, len(data))
+    return GgufFile(path, data, header.version, header.keys, header.shapes, tensors, alignment)
+
+
+def _read_header(path: Path, cursor: _Cursor) -> tuple[GgufHeader, list[_Described]]:
+    data = cursor.data
     cursor.skip(4)
     if data[:4] != MAGIC:
         raise _Damage(f"it starts with {data[:4]!r}, expected {MAGIC!r}")
@@ -192,10 +232,13 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
         if key in keys:
             raise _Damage(f"it has the key {key} twice")
         keys[key] = cursor.value()
-    alignment = _alignment(data, keys.get("general.alignment"))
     described = [_tensor_info(cursor) for _ in range(tensor_count)]
-    tensors = _placed(described, -(-cursor.at // alignment) * alignment, alignment, len(data))
-    return GgufFile(path, data, version, keys, tensors, alignment)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, dims, _kind, _offset in described:
+        if name in shapes:
+            raise _Damage(f"it has the tensor {name} twice")
+        shapes[name] = dims
+    return GgufHeader(path, data, version, keys, shapes), described
 
 
 def _alignment(data: mmap.mmap, value: Value | None) -> int:
@@ -207,7 +250,7 @@ def _alignment(data: mmap.mmap, value: Value | None) -> int:
     return found
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def _tensor_info(cursor: _Cursor) -> _Described:
     name, count = cursor.text(), cursor.u32()
     if not 1 <= count <= 4:
         raise _Damage(f"the tensor {name} has {count} dimensions")
@@ -215,12 +258,9 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, dims, cursor.u32(), cursor.u64()
 
 
-def _placed(
-    described: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int, size: int
-) -> tuple[Tensor, ...]:
+def _placed(described: list[_Described], start: int, alignment: int, size: int) -> tuple[Tensor, ...]:
     """Tensors one after another, none beyond the end of the file."""
     tensors: list[Tensor] = []
-    names: set[str] = set()
     end = start
     for name, dims, kind, offset in described:
         if kind not in BLOCKS:
@@ -236,9 +276,6 @@ def _placed(
             raise _Damage(
                 f"the tensor {name} should lie at {place}, {length} bytes long, in a file of {size} bytes"
             )
-        if name in names:
-            raise _Damage(f"it has the tensor {name} twice")
-        names.add(name)
         tensors.append(Tensor(name, dims, kind, place, length))
         end = place + length
     return tuple(tensors)

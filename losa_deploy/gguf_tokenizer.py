@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from losa_deploy.errors import InputError
+from losa_deploy.gguf_check import check_gguf
 from losa_deploy.gguf_view import is_packed, standard_view
 from losa_deploy.llamacpp import load, logged_errors, refusal
 
@@ -127,6 +128,7 @@ class GgufVocabulary:
 def _readable(path: Path) -> Iterator[Path]:
     """A file that llama.cpp opens: of a packed one, the standard header, and a hole where the weights are."""
     if not is_packed(path):
+        check_gguf(path)
         yield path
         return
     view = standard_view(path)

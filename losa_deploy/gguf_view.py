@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
+from losa_deploy.gguf_check import check_keys
 from losa_deploy.gguf_file import (
     BLOCKS,
     F16,
@@ -135,9 +136,10 @@ def is_packed(path: Path) -> bool:
 
 
 def standard_view(path: Path) -> StandardView:
-    """The view of a packed file; `InputError` if it is none, or damaged, or of a later format."""
+    """The view of a packed file; `InputError` if it is none, or damaged, of a later format, or no model."""
     with open_gguf(path) as file:
         architecture = _real_architecture(file)
+        check_keys(file, architecture)
         shown = [_shown(file, tensor) for tensor in file.tensors]
         header = _header(file, architecture, shown)
     pieces, at = [], _up(len(header), file.alignment)
@@ -155,6 +157,7 @@ def write_expanded(path: Path, target: Path) -> None:
     """
     with open_gguf(path) as file, target.open("wb") as out:
         architecture = _real_architecture(file) if is_packed(path) else file.text(ARCHITECTURE)
+        check_keys(file, architecture)
         shown = [_shown(file, tensor) if _is_blob(tensor) else tensor for tensor in file.tensors]
         plain = [Tensor(t.name, t.dims, F32, 0, 4 * prod(t.dims)) for t in shown]
         header = _header(file, architecture, plain, file_type=0)

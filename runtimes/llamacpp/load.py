@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.gguf_check import check_gguf
 from losa_deploy.gguf_view import standard_view
 from losa_deploy.llamacpp import load, logged_errors, refusal
 
@@ -13,7 +14,8 @@ from .session import Model
 
 
 def load_file(path: Path, *, float_cache: bool, mapped: bool = True) -> Model:
-    """Load a file as llama.cpp does; `InputError` if it refuses."""
+    """Load a file as llama.cpp does; `InputError` if it refuses, or would end the process over the file."""
+    check_gguf(path)
     library = load()
     parameters = library.llama_model_default_params()
     parameters.n_gpu_layers = 0
