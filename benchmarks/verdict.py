@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-DENSE_INT4_BITS = 4.0
-"""From here on plain dense int4 (4.1-4.5 bits with its scales) stores a better model in the same bytes."""
-SPARSE_INT4_BITS = 3.2
-"""Below this no dense int4 exists, and sparse int4 is the better format."""
 CACHE_BYTES = 32_000_000
 """Weights up to here are read from the last-level cache of a usual CPU, not from memory."""
 LEAST_NOISE = 0.02
@@ -149,16 +145,11 @@ def quality_line(e: Evidence) -> str:
 
 
 def bits_line(bits: float) -> str:
-    """Where this size stands against plain dense int4."""
-    found = f"Blocks at {bits:.2f} bits per weight:"
-    if bits >= DENSE_INT4_BITS:
-        return (
-            f"{found} plain dense int4 (4.1–4.5 bits, e.g. llama.cpp Q4_0) has the better quality per "
-            "byte at this size; choose more sparsity or --value-type i4."
-        )
-    if bits < SPARSE_INT4_BITS:
-        return f"{found} fewer than any dense int4 format; here sparse weights are the better format."
-    return f"{found} slightly below dense int4 (4.1–4.5 bits); which is better depends on the model."
+    """The size of the blocks. No rival of that size is measured, so nothing is said of one."""
+    return (
+        f"Blocks at {bits:.2f} bits per weight. Which format gives this model more quality per byte was not "
+        "measured: run `losa-deploy evaluate` on this folder and on a dense 4-bit file of the same model."
+    )
 
 
 def megabytes(count: int) -> str:
