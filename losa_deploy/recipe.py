@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from losa_deploy.errors import UsageError
 
+PRESETS = resources.files("losa_deploy") / "recipes"
+"""Where the shipped presets are, one file each."""
 ValueType = Literal["f32", "f16", "i8", "i4"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -242,8 +244,7 @@ def parse_yaml(text: str) -> object:
 
 def preset_names() -> tuple[str, ...]:
     """Names of the shipped presets, sorted."""
-    folder = resources.files("losa_deploy") / "recipes"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in PRESETS.iterdir() if f.name.endswith(".yaml")))
 
 
 def load_recipe(
@@ -263,9 +264,7 @@ def load_recipe(
         raise UsageError(
             f"Unknown preset {name!r}; known: {', '.join(preset_names())}.", hint="Use --preset quick."
         )
-    data = (
-        yaml.safe_load((resources.files("losa_deploy") / "recipes" / f"{name}.yaml").read_text("utf-8")) or {}
-    )
+    data = _preset(name)
     _overlay(data, file_data)
     for key, value in overrides:
         nested: object = value
@@ -281,7 +280,7 @@ def load_recipe(
 
 
 def _preset(name: str) -> dict[str, object]:
-    data = parse_yaml((resources.files("losa_deploy") / "recipes" / f"{name}.yaml").read_text("utf-8"))
+    data = parse_yaml((PRESETS / f"{name}.yaml").read_text("utf-8"))
     assert isinstance(data, dict)
     return data
 
