@@ -61,7 +61,14 @@ PARTS = {
 }
 """Module of a block → its name in a GGUF."""
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+}
 """What llama.cpp computes YaRN with, whatever the file says."""
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of tensors that old checkpoints carry and nobody reads."""
@@ -88,15 +95,24 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         raise InputError(
             "config.json has a partial_rotary_factor, which this exporter does not write.", hint=ONNX_HINT
         )
-    unrotated = config.get("no_rope_layers")
-    if isinstance(unrotated, list) and unrotated != [int(i % 4 != 3) for i in range(len(unrotated))]:
-        raise InputError(
-            f"config.json has no_rope_layers {unrotated}; llama.cpp leaves out every fourth.", hint=ONNX_HINT
-        )
+    _check_unrotated(config)
     Rope.of(config)
     _refuse_windows(config)
     tensor_names(checkpoint, found)
     return found
+
+
+def _check_unrotated(config: Mapping[str, object]) -> None:
+    """Blocks without rotary embedding: as a list, or every n-th where there is none."""
+    key, interval = "no_rope_layers", config.get("no_rope_layer_interval")
+    rotated = config.get(key)
+    if not rotated and interval and config.get("model_type") == "smollm3":
+        key, every = "no_rope_layer_interval", _whole(config, "no_rope_layer_interval")
+        rotated = [int((i + 1) % every != 0) for i in range(_whole(config, "num_hidden_layers"))]
+    if isinstance(rotated, list) and rotated != [int(i % 4 != 3) for i in range(len(rotated))]:
+        raise InputError(
+            f"config.json has {key} {config[key]}; llama.cpp leaves out every fourth.", hint=ONNX_HINT
+        )
 
 
 def tensor_names(checkpoint: Checkpoint, kind: Architecture) -> dict[str, str]:

@@ -20,6 +20,7 @@ from .vocabulary import (
     from_bpe,
     from_llama_json,
     from_sentencepiece,
+    padding,
     part_of,
     read_json,
     tokenizer_kind,
@@ -69,7 +70,8 @@ def _fitted(folder: Path, vocabulary: Vocabulary, size: int) -> Vocabulary:
     if count > size:
         names = ", ".join(vocabulary.tokens[size:][:3])
         notes += (f"Tokens beyond the {size} rows of the embedding are left out: {names}.",)
-    unused = tuple(f"[PAD{index}]" for index in range(count, size))
+    taken = set(vocabulary.tokens)
+    unused = tuple(padding(index, taken) for index in range(count, size))
     return replace(
         vocabulary,
         tokens=vocabulary.tokens[:size] + unused,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,9 +124,11 @@ def from_sentencepiece(folder: Path, document: Document) -> Vocabulary:
         )
     tokens, types = [p.text for p in model.pieces], [p.type for p in model.pieces]
     scores = [p.score for p in model.pieces]
-    for index, (token, kind) in sorted(_added(folder, document).items()):
+    added = _added(folder, document)
+    taken = {*tokens, *(token for token, _ in added.values())}
+    for index, (token, kind) in sorted(added.items()):
         while len(tokens) <= index:
-            tokens.append(f"[PAD{len(tokens)}]")
+            tokens.append(padding(len(tokens), taken))
             types.append(UNUSED)
             scores.append(-1e4)
         if types[index] in (NORMAL, USER_DEFINED, UNUSED):
@@ -151,8 +153,17 @@ def _tokens(document: Document) -> tuple[list[str], list[int]]:
         kind = CONTROL if token.get("special") else USER_DEFINED
         found[int(token["id"])] = (str(token["content"]), kind)
     size = max(found, default=-1) + 1
-    rows = [found.get(index, (f"[PAD{index}]", UNUSED)) for index in range(size)]
+    taken = {token for token, _ in found.values()}
+    rows = [found.get(index) or (padding(index, taken), UNUSED) for index in range(size)]
     return [token for token, _ in rows], [kind for _, kind in rows]
+
+
+def padding(index: int, taken: Collection[str]) -> str:
+    """Name of an id without a token, by llama.cpp's convention; none of those `taken`, or it would abort."""
+    name = f"[PAD{index}]"
+    while name in taken:
+        name = f"[{name}]"
+    return name
 
 
 def _pairs(document: Document) -> list[tuple[str, str]]:

@@ -452,6 +452,8 @@ def test_flags_of_other_formats_are_refused(merged_llama: SparseModel) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "mscale": 0.7}}, "mscale of YaRN"),
         ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 16.0}}, "beta_fast of YaRN"),
+        ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate of YaRN to False"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layer_interval 2"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ({"model_type": "qwen2"}, "llama.cpp's qwen2 does not read"),

@@ -12,6 +12,7 @@ import pytest
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.tokenizer import read_vocabulary
 from losa_deploy.exporters.gguf.vocabulary import Vocabulary
+from losa_deploy.gguf_tokenizer import GgufVocabulary
 from losa_deploy.text import load_tokenizer
 
 TEXTS = (
@@ -124,6 +125,32 @@ def test_rules_are_recognised_and_split_alike(name: str, bpe_folder: Path, tmp_p
     check_tokens(folder, vocabulary, tmp_path / "vocabulary.gguf", (*TEXTS, "a <note> b"))
 
 
+def test_names_of_padding_are_none_that_a_token_has(bpe_folder: Path, tmp_path: Path) -> None:
+    """llama.cpp ends the process over a vocabulary that has a token twice."""
+    folder = tmp_path / "padded"
+    shutil.copytree(bpe_folder, folder)
+    document = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    last = max(token["id"] for token in document["added_tokens"])
+    like = document["added_tokens"][-1]
+    # An id without a token, whose name is a later token's; and the name of an id beyond all of these.
+    for index, name in ((last + 2, f"[PAD{last + 1}]"), (last + 3, f"[PAD{last + 4}]")):
+        document["added_tokens"].append({**like, "id": index, "content": name})
+    (folder / "tokenizer.json").write_text(json.dumps(document), "utf-8")
+    vocabulary = read_vocabulary(folder, last + 8, {})
+    assert vocabulary.tokens[last + 1 : last + 6] == (
+        f"[[PAD{last + 1}]]",
+        f"[PAD{last + 1}]",
+        f"[PAD{last + 4}]",
+        f"[[PAD{last + 4}]]",
+        f"[PAD{last + 5}]",
+    )
+    assert vocabulary.types[last + 1 : last + 6] == (5, 4, 4, 5, 5)
+    assert len(set(vocabulary.tokens)) == len(vocabulary.tokens) == last + 8
+    opened = GgufVocabulary(vocabulary_file(vocabulary, tmp_path / "vocabulary.gguf"))
+    assert len(opened) == last + 8
+    assert opened.encode(f"[PAD{last + 4}]", add_special_tokens=False) == [last + 3]
+
+
 def test_unknown_rules_are_noted(bpe_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     shutil.copytree(bpe_folder, folder)
@@ -227,6 +254,8 @@ def test_a_tokenizer_model_gives_its_own_scores(llama_folder: Path, tmp_path: Pa
     assert read_vocabulary(folder, 530, {}).flags["add_space_prefix"] is False
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(expected, rules="nmt_nfkc"))
     assert "'nmt_nfkc'" in read_vocabulary(folder, 530, {}).notes[0]
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD520]": 521}))
+    assert read_vocabulary(folder, 523, {}).tokens[520:] == ("[[PAD520]]", "[PAD520]", "[PAD522]")
 
 
 def test_a_prefix_that_is_not_always_put_is_noted(llama_folder: Path, tmp_path: Path) -> None:
