@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "genai_config.json"
 MODEL_FILE = "model.onnx"
 SMALLEST_BUFFER = 256
-ERRORS_ONLY = 3
+FATAL_ONLY = 4
 
 
 class GenaiRuntime:
@@ -70,7 +70,7 @@ class GenaiRuntime:
         options = {
             "intra_op_num_threads": thread_count(threads),
             "inter_op_num_threads": 1,
-            "log_severity_level": ERRORS_ONLY,
+            "log_severity_level": FATAL_ONLY,
         }
         try:
             model = self._load(folder, options)
