@@ -92,7 +92,8 @@ def prune_block(walk: Walk, block: int, stream: Stream, rate: float, kept: int) 
             linear = walk.student.masked(name)
             weight, allowed = linear.effective(), linear.mask
             if recipe.prune.regrow:
-                weight = torch.where(linear.mask, weight, walk.dense.linear(name).weight)
+                # Kept weights may make up for pruned ones: one that returns among them would count twice.
+                weight = walk.dense.linear(name).weight + linear.adapter()
                 allowed = torch.ones_like(linear.mask)
             pruned = prune_linear(weight, statistics.get(name), pattern, allowed, recipe.prune, name)
             update = weight if recipe.prune.regrow and pruned.weight is None else pruned.weight

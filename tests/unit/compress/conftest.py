@@ -1,0 +1,56 @@
+"""A block of a random model whose inputs are correlated, as those of real models are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.walk import Walk
+from losa_deploy.interfaces import no_progress
+from losa_deploy.recipe import Recipe
+
+NewWalk = Callable[[Recipe], Walk]
+
+
+@pytest.fixture(scope="session")
+def correlated_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Folder of a random Llama, 2 blocks of hidden 64; embeddings are 12 directions and a little noise."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("correlated_llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        low_rank = torch.randn(300, 12) @ torch.randn(12, 64) + 1.0 * torch.randn(300, 64)
+        model.model.embed_tokens.weight.data.copy_(low_rank)
+    model.save_pretrained(str(folder))
+    PreTrainedTokenizerFast.from_pretrained(str(tiny_tokenizer)).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def new_walk(correlated_llama: Path) -> NewWalk:
+    """A function: recipe → a walk over the fresh model, every linear of which is to be pruned."""
+
+    def make(recipe: Recipe) -> Walk:
+        source = Checkpoint.open(correlated_llama)
+        dense, student = Decoder(source), Decoder(source, assembled=True)
+        student.mask_linears()
+        return Walk(student, dense, frozenset(source.linears), recipe, 1, "", no_progress)
+
+    return make
