@@ -1,7 +1,7 @@
 """Layer-wise importance from representation mutual information (RMI), as linear CKA.
 
-The features of a block are flattened to [samples, tokens·hidden]; only their Gram matrix
-[samples, samples] is kept. Linear CKA is the normalised biased HSIC
+The features of a block, without each sequence's first token, are flattened to [samples, tokens·hidden];
+only their Gram matrix [samples, samples] is kept. Linear CKA is the normalised biased HSIC
 (Kornblith et al. 2019); LoSA uses it as its estimate of mutual information between blocks.
 """
 
@@ -22,6 +22,15 @@ def gram(features: Tensor) -> Tensor:
     product -= product.mean(dim=0, keepdim=True)
     product -= product.mean(dim=1, keepdim=True)
     return (product + product.T) / 2
+
+
+def block_gram(hidden: Tensor) -> Tensor:
+    """Centred Gram matrix [samples, samples] f64 of hidden states [samples, tokens, hidden].
+
+    The first token is left out: as an attention sink it holds up to 99 % of the energy of late blocks,
+    and the matrix would be about nothing else.
+    """
+    return gram(hidden[:, 1:])
 
 
 def linear_cka(grams: list[Tensor]) -> Tensor:

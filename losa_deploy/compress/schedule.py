@@ -18,7 +18,7 @@ from losa_deploy.compress.adapt import tune
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
 from losa_deploy.compress.calibrate import calibration_tokens, text_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
-from losa_deploy.compress.importance import block_importance, gram, linear_cka
+from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.walk import Walk, walk_blocks
 from losa_deploy.errors import InputError
@@ -198,7 +198,7 @@ def rmi_importance(
     stream = student.stream(tokens, batch_size(tokens.shape[0]))
     grams = []
     for block in range(len(student.blocks)):
-        grams.append(gram(stream.hidden))
+        grams.append(block_gram(stream.hidden))
         stream = student.advance(block, stream)
     importance = block_importance(linear_cka(grams), beta).numpy()
     return np.asarray(importance, np.float64)

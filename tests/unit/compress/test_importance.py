@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from losa_deploy.compress.importance import block_importance, gram, linear_cka
+from losa_deploy.compress.importance import block_gram, block_importance, gram, linear_cka
 
 
 def _cka_from_features(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -53,3 +53,21 @@ def test_redundant_blocks_are_less_important() -> None:
     # Row sums without diagonal 1.8, 1.0, 1.0 of 3.8.
     assert torch.allclose(importance, torch.exp(-torch.tensor([1.8, 1.0, 1.0]) / 3.8))
     assert float(importance[0]) < float(importance[1])
+
+
+def test_an_attention_sink_does_not_decide_the_importance() -> None:
+    """First tokens a hundred times larger, alike in some blocks, must not make those blocks redundant."""
+    draw = torch.Generator().manual_seed(3)
+    blocks = [torch.randn(10, 6, 8, generator=draw) for _ in range(4)]
+    blocks[1] = blocks[0] + 0.2 * blocks[1]
+    sink = 300.0 + 100.0 * torch.randn(10, 8, generator=draw)
+
+    def importance(features: list[torch.Tensor]) -> torch.Tensor:
+        return block_importance(linear_cka([block_gram(f) for f in features]), beta=1.0)
+
+    plain = importance(blocks)
+    with_sink = [f.clone() for f in blocks]
+    for block in (2, 3):
+        with_sink[block][:, 0] = sink
+    assert torch.allclose(importance(with_sink), plain, rtol=1e-9)
+    assert int(plain.argmax()) in (2, 3)

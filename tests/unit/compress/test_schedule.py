@@ -208,6 +208,24 @@ def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Pat
     assert np.ptp(importance) < 1e-9
 
 
+def test_importance_is_that_of_the_features_without_their_first_token(tiny_llama: Path) -> None:
+    """Against CKA by its definition, of the hidden states that transformers returns."""
+    decoder = Decoder(Checkpoint.open(tiny_llama))
+    tokens = torch.randint(0, 300, (7, 12), generator=torch.Generator().manual_seed(0))
+    states = decoder.model(input_ids=tokens, output_hidden_states=True).hidden_states[:3]
+    flat = [s[:, 1:].flatten(1).double().numpy() for s in states]
+    centred = [f - f.mean(axis=0) for f in flat]
+
+    def hsic(i: int, j: int) -> float:
+        return float(np.square(centred[i].T @ centred[j]).sum())
+
+    cka = np.array([[hsic(i, j) / np.sqrt(hsic(i, i) * hsic(j, j)) for j in range(3)] for i in range(3)])
+    redundancy = cka.sum(axis=1) - 1.0
+    expected = np.exp(-2.0 * redundancy / redundancy.sum())
+    # Sums of squares of f32 features, in two orders.
+    assert np.allclose(rmi_importance(decoder, tokens, beta=2.0), expected, rtol=1e-5)
+
+
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20000, 1)
     drawn = draw_tokens(probabilities, torch.Generator().manual_seed(1))
