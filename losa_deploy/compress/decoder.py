@@ -19,8 +19,8 @@ BlockArguments = Mapping[str, object]
 
 
 def batch_size(samples: int, largest: int = 8) -> int:
-    """The largest divisor of `samples` up to `largest`: all batches of a stream have one size."""
-    return max(size for size in range(1, min(samples, largest) + 1) if samples % size == 0)
+    """Samples per batch of a stream of `samples`; its last batch may be shorter."""
+    return min(samples, largest)
 
 
 class _Recorder(nn.Module):
@@ -41,7 +41,8 @@ class _Recorder(nn.Module):
 class Stream:
     """Hidden states [samples, tokens, hidden] before some block, with every block's other arguments.
 
-    `arguments[i]` is what block i gets besides the hidden states, for one batch of `batch` samples.
+    `arguments[i]` is what block i gets besides the hidden states. It is that of one sample: masks and
+    position embeddings are the same for all, and broadcast over a batch of any size.
     """
 
     hidden: Tensor
@@ -49,9 +50,9 @@ class Stream:
     batch: int
 
     def batches(self) -> Iterator[slice]:
-        """Slices of `batch` samples; the number of samples is a multiple of `batch`."""
+        """Slices of `batch` samples; the last one may hold fewer."""
         for start in range(0, self.hidden.shape[0], self.batch):
-            yield slice(start, start + self.batch)
+            yield slice(start, min(start + self.batch, self.hidden.shape[0]))
 
 
 class Decoder:
@@ -106,30 +107,28 @@ class Decoder:
 
     @torch.no_grad()
     def stream(self, tokens: Tensor, batch: int) -> Stream:
-        """Embed `tokens` [samples, tokens]: the stream before block 0.
+        """Embed `tokens` [samples, tokens], `batch` samples at a time: the stream before block 0."""
+        _, arguments = self._embed(tokens[:1])
+        hidden = [self._embed(part)[0] for part in torch.split(tokens, batch)]
+        return Stream(torch.cat(hidden), arguments, batch)
 
-        `samples` must be a multiple of `batch`: all batches share masks and position embeddings.
-        """
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, tuple[BlockArguments, ...]]:
+        """What the model passes to block 0, and what to every block besides the hidden states."""
         parent_name, _, child = self.family.blocks.rpartition(".")
         parent = self.model.get_submodule(parent_name)
         blocks = self.blocks
-        hidden: list[Tensor] = []
-        arguments: tuple[BlockArguments, ...] = ()
+        recorders = [_Recorder(block) for block in blocks]
+        setattr(parent, child, nn.ModuleList(recorders))
         try:
-            for start in range(0, tokens.shape[0], batch):
-                recorders = [_Recorder(block) for block in blocks]
-                setattr(parent, child, nn.ModuleList(recorders))
-                parent(input_ids=tokens[start : start + batch], use_cache=False)
-                seen = [recorder.seen for recorder in recorders]
-                assert all(item is not None for item in seen)
-                hidden.append(seen[0][0])  # type: ignore[index]
-                arguments = tuple(item[1] for item in seen)  # type: ignore[index]
+            parent(input_ids=tokens, use_cache=False)
         finally:
             setattr(parent, child, blocks)
-        return Stream(torch.cat(hidden), arguments, batch)
+        seen = [recorder.seen for recorder in recorders if recorder.seen is not None]
+        assert len(seen) == len(blocks)
+        return seen[0][0], tuple(arguments for _, arguments in seen)
 
     def run_block(self, block: int, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-        """One block on one batch [batch, tokens, hidden]; differentiable."""
+        """One block on a batch [any, tokens, hidden] with a stream's arguments; differentiable."""
         output = self.blocks[block](hidden, **arguments)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
