@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,9 +29,7 @@ def read_documents(path: Path) -> list[str]:
     left out. Raises `InputError` naming file, line and the fields found, `MissingError` if a
     .parquet file cannot be read without pyarrow.
     """
-    if not path.exists():
-        raise InputError(f"{path} does not exist.", hint=f"Give a {EXPECTED} file, or a folder of them.")
-    files = _files_below(path) if path.is_dir() else [path]
+    files = _text_files(path)
     documents = [text for file in files for text in _read_file(file) if text.strip()]
     if not documents:
         raise InputError(
@@ -52,6 +51,26 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(_decode(path, _read_bytes(path)).split("\n"), start=1):
         if line.strip():
             yield number, line
+
+
+def text_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of the files that `read_documents` would read for each of `paths`.
+
+    Two texts of equal digest give equal documents; how a folder happens to be listed changes nothing.
+    Raises `InputError` if a path does not exist or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in _text_files(path):
+            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+            try:
+                with file.open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(file, error) from None
+            digest.update(f"{content} {name}\0".encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def token_windows(
@@ -86,6 +105,13 @@ def token_stream(tokenizer: Tokenizer, documents: Iterable[str]) -> NDArray[np.i
     return np.array(ids, np.int64)
 
 
+def _text_files(path: Path) -> list[Path]:
+    """The file itself, or the text files of a folder, in the order they are read."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist.", hint=f"Give a {EXPECTED} file, or a folder of them.")
+    return _files_below(path) if path.is_dir() else [path]
+
+
 def _files_below(folder: Path) -> list[Path]:
     files = sorted(
         p
@@ -116,7 +142,11 @@ def _read_bytes(path: Path) -> bytes:
             f"{path} is not a complete gzip file: {error}.", hint="Copy the file again."
         ) from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", hint="Check the file.") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read: {error.strerror}.", hint="Check the file.")
 
 
 def _decode(path: Path, data: bytes) -> str:

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.corpus import text_digest
 from losa_deploy.errors import InputError
 from losa_deploy.manifest import Record, SourceRecord, sha256_file
 from losa_deploy.model import pack_mask, unpack_mask
@@ -34,7 +35,7 @@ class AdaptedState(Record):
 
     schema_: str = Field(default=SCHEMA, alias="schema")
     fingerprint: str
-    """Hash of everything the weights depend on: source files and the recipe without its export."""
+    """Hash of all the weights depend on: source files, the recipe without its export, and its texts."""
     step: int
     """Finished schedule steps; the model is complete when it equals `recipe.schedule.steps`."""
     source: SourceRecord
@@ -105,10 +106,21 @@ class AdaptedModel:
 
 
 def fingerprint(source_files: Mapping[str, str], recipe: Recipe) -> str:
-    """SHA-256 over the source's hashes and the recipe parts that decide the weights."""
+    """SHA-256 over the source's hashes, the recipe parts that decide the weights, and the recipe's texts.
+
+    Raises `InputError` if a text is missing or unreadable.
+    """
     kept = recipe.model_dump(mode="json", exclude={"preset", "merge", "export", "verify"})
-    text = json.dumps({"source": dict(sorted(source_files.items())), "recipe": kept}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    parts: dict[str, object] = {"source": dict(sorted(source_files.items())), "recipe": kept}
+    if texts := _texts(recipe):
+        parts["texts"] = text_digest(texts)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(recipe: Recipe) -> list[Path]:
+    """Files and folders of the user's own text that the weights depend on."""
+    named = [(recipe.calibration.source, "self"), (recipe.adapt.data, "calibration")]
+    return [Path(value) for value, builtin in named if value != builtin]
 
 
 def read_state(folder: Path) -> AdaptedState | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from losa_deploy.corpus import read_documents, read_rows, token_stream, token_windows
+from losa_deploy.corpus import read_documents, read_rows, text_digest, token_stream, token_windows
 from losa_deploy.errors import InputError, MissingError
 from losa_deploy.text import Tokenizer, load_tokenizer
 
@@ -53,6 +53,27 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("not text for this purpose")
     (tmp_path / ".hidden.txt").write_text("not this either")
     assert read_documents(tmp_path) == ["b", "c", "a"]
+
+
+def test_the_digest_follows_contents_not_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, single = tmp_path / "folder", tmp_path / "one.txt"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (folder / name).write_text(name)
+    single.write_text("one")
+    before = text_digest([folder, single])
+    listed = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(listed(self, pattern))))
+    assert text_digest([folder, single]) == before
+    (folder / "notes.md").write_text("no text for this purpose")
+    assert text_digest([folder, single]) == before
+    assert text_digest([single, folder]) != before, "the first text is for something else than the second"
+    (folder / "sub" / "c.txt").write_text("changed")
+    changed = text_digest([folder, single])
+    (folder / "sub" / "c.txt").rename(folder / "0.txt")
+    assert len({before, changed, text_digest([folder, single])}) == 3
+    with pytest.raises(InputError, match=r"absent\.txt does not exist"):
+        text_digest([tmp_path / "absent.txt"])
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,27 @@ def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
     assert again.state.recipe.sparsity.target == 0.4
 
 
+@pytest.mark.parametrize("key", ["calibration__source", "adapt__data"])
+def test_another_text_under_the_same_name_starts_afresh(
+    tiny_llama: Path, tmp_path: Path, tiny_text: str, key: str
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "adapted"
+    text.write_text(tiny_text)
+    mode = "none" if key == "calibration__source" else "direct"
+    chosen = recipe(**{key: str(text)}, adapt__mode=mode)
+    before = shard_hashes(run(tiny_llama, out, chosen).folder, 2)
+    labels: list[str] = []
+    checkpoint, record = source_of(tiny_llama)
+    compress(checkpoint, record, chosen, out, progress=lambda d, t, label: labels.append(label))
+    assert not labels, "the same text: reused as it is"
+    text.write_text(tiny_text.swapcase())
+    assert shard_hashes(run(tiny_llama, out, chosen).folder, 2) != before
+    text.unlink()
+    with pytest.raises(InputError, match="does not exist"):
+        run(tiny_llama, out, chosen)
+    assert read_state(out) is not None, "nothing is deleted for a text that is not there"
+
+
 def test_reconstruction_lowers_the_block_errors(tiny_llama: Path, tmp_path: Path) -> None:
     plain = run(tiny_llama, tmp_path / "plain", recipe(adapt__mode="none", prune__method="wanda"))
     repaired = run(tiny_llama, tmp_path / "repaired", recipe(prune__method="wanda", adapt__steps=30))
