@@ -99,9 +99,10 @@ def _done(manifest: Manifest) -> str:
         f"({recipe.prune.method}, rates by {recipe.allocation.method}{pattern}, "
         f"{recipe.schedule.steps} steps)"
     )
+    trained = "; ".join(phase.summary for phase in recipe.phases) or "nothing"
     lines = [
         pruned,
-        f"- adapted with mode `{recipe.adapt.mode}`, every zero kept, merged without loss{_proof(manifest)}",
+        f"- trained: {trained}; every zero kept, merged without loss{_proof(manifest)}",
         f"- stored as {_storage(manifest)}",
         f"- preset `{recipe.preset}`, seed {recipe.seed}; the whole recipe is in `losa.json`",
     ]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.layouts.values import SMALLER
 from losa_deploy.manifest import Manifest, TensorRecord, sha256_file
-from losa_deploy.model import SparseModel
+from losa_deploy.model import SparseModel, WeightGrid
 from losa_deploy.recipe import SparsityRecipe
 
 if TYPE_CHECKING:
@@ -119,9 +120,9 @@ def value_error_bound(weight: NDArray[np.float32], value_type: str, group_size: 
 
     f32: none. f16: half a unit in the last place, at least half the smallest subnormal.
     i8: levels up to ±127 of one scale per row, so half a step of (largest of the row)/127.
-    i4: levels -8…7 of one scale per `group_size` positions, half a step of (largest)/8, and up to a
-    whole one beyond level 7. Integers also carry the rounding of the stored scale (f16 at worst),
-    once per unit of the level.
+    i4: levels -8…7 of one scale per `group_size` positions. The scale is (largest)/8 or one of `SMALLER`:
+    half of the largest step, and for what the smallest leaves out what lies beyond its level 7. Integers
+    also carry the rounding of the stored scale (f16 at worst), once per unit of the level.
     """
     absolute = np.abs(weight)
     if value_type == "f32":
@@ -132,7 +133,8 @@ def value_error_bound(weight: NDArray[np.float32], value_type: str, group_size: 
     top, width = (127, columns) if value_type == "i8" else (8, group_size)
     largest = np.maximum.reduceat(absolute, np.arange(0, columns, width), axis=1)
     step = np.repeat(largest / np.float32(top), width, axis=1)[:, :columns]
-    rounding = 0.5 * step if value_type == "i8" else np.maximum(0.5 * step, absolute - 7 * step)
+    beyond = absolute - 7 * np.float32(min(SMALLER)) * step
+    rounding = 0.5 * step if value_type == "i8" else np.maximum(0.5 * step, beyond)
     bound = rounding * (1 + SCALE_ERROR) + top * (step * SCALE_ERROR + SCALE_FLOOR)
     return bound.astype(np.float32)
 
@@ -143,10 +145,12 @@ def check_decoded(
     weight: NDArray[np.float32],
     mask: NDArray[np.bool_] | None,
     group_size: int,
+    grid: WeightGrid | None = None,
 ) -> tuple[list[str], float]:
     """What the artifact's bytes say against the merged weight: findings, and the largest error.
 
-    `mask` is None for embedding and head; `group_size` is the recipe's.
+    `mask` is None for embedding and head; `group_size` is the recipe's. A value type that fits the `grid`
+    that the weight was trained on must have exactly its values.
     """
     name = record.name
     if decoded is None:
@@ -161,8 +165,13 @@ def check_decoded(
         kept = int(mask.sum())
         if record.nnz != kept:
             findings.append(f"{name}: found nnz {record.nnz} in losa.json, expected {kept} as in the mask")
+    size = record.group_size or group_size
+    if grid is not None and grid.fits(record.value_type, size):
+        trained = grid.values(weight)
+        findings += _off_grid(name, decoded, trained)
+        return findings, float(np.abs(decoded - trained).max())
     error = np.abs(decoded - weight)
-    over = ~(error <= value_error_bound(weight, record.value_type, record.group_size or group_size))
+    over = ~(error <= value_error_bound(weight, record.value_type, size))
     if over.any():
         row, column = map(int, np.argwhere(over)[0])
         findings.append(
@@ -170,3 +179,22 @@ def check_decoded(
             f"(first at [{row}, {column}]: {decoded[row, column]:.6g}, expected {weight[row, column]:.6g})"
         )
     return findings, float(error.max())
+
+
+def _off_grid(name: str, decoded: NDArray[np.float32], trained: NDArray[np.float32]) -> list[str]:
+    """Values must be the trained ones bit for bit."""
+    wrong = np.argwhere(decoded.view(np.uint32) != trained.view(np.uint32))
+    if not len(wrong):
+        return []
+    row, column = map(int, wrong[0])
+    first = f"[{row}, {column}]: {decoded[row, column]:.6g}, expected {trained[row, column]:.6g}"
+    return [f"{name}: found {len(wrong)} weights that are not the trained ones (first at {first})"]
+
+
+def check_grid(name: str, weight: NDArray[np.float32], grid: WeightGrid | None) -> list[str]:
+    """A merged weight that was trained on a grid lies on it, up to the rounding of its own type."""
+    if grid is None:
+        return []
+    trained = grid.values(weight)
+    wrong = int((np.abs(weight - trained) > np.abs(trained) * 2.0**-8).sum())
+    return [f"{name}: found {wrong} weights off the grid of grid.safetensors, expected none"] if wrong else []

@@ -34,6 +34,29 @@ class SourceRecord(Record):
     license: str = ""
 
 
+class GridRecord(Record):
+    """The grid that a linear's weights are on."""
+
+    value_type: Literal["none", "export", "i8", "i4", "i3"]
+    group_size: int
+    """Positions per scale; 0: a scale per row."""
+
+
+class TrainingRecord(Record):
+    """What one phase did in one schedule step."""
+
+    step: int
+    phase: int
+    """Its number in the recipe, from 0."""
+    tokens: int
+    """Trained on; of a block phase for each block."""
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
+    """Block phases: held-out error of each block, relative, mean over tokens."""
+    losses: tuple[float, ...] = ()
+    """Phases through the whole model: the loss over training, at most 200 means of equal stretches."""
+
+
 class TensorRecord(Record):
     """How one linear (or the embedding, or the head) is stored."""
 
@@ -57,6 +80,8 @@ class MergeProof(Record):
     ok: bool
     support_equal: bool
     """No position outside the mask is non-zero, bit for bit, in every linear."""
+    grid_equal: bool | None = None
+    """Every weight is exactly a level times its scale, before and after the cast; None without a grid."""
     max_abs_logit_difference: float
     """Merged weights before the cast against the adapted model (base plus adapter branch), f32."""
     logit_tolerance: float
@@ -87,6 +112,7 @@ class Manifest(Record):
     linears: tuple[TensorRecord, ...]
     other_tensors: tuple[TensorRecord, ...] = ()
     """Embedding and head, where the format stores them apart."""
+    training: tuple[TrainingRecord, ...] = ()
     merge_proof: MergeProof | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """File name → sha256, for every file of the folder except this one and the reports."""

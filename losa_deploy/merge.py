@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, copy_side_files, write_weights
 from losa_deploy.errors import GateError
 from losa_deploy.manifest import Manifest, MergeProof, TensorRecord, hash_files
-from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+from losa_deploy.model import GRID_FILE, GRID_KEY, MASK_FILE, SparseModel, pack_mask
 
 if TYPE_CHECKING:
     import torch
 
     from losa_deploy.compress.adapted import AdaptedLinear, AdaptedModel
     from losa_deploy.compress.decoder import Decoder
+    from losa_deploy.compress.grid import GridKind
     from losa_deploy.interfaces import Progress
 
 PROOF_WINDOWS = 2
@@ -35,6 +36,9 @@ class _Evidence:
     positions: int = 0
     records: list[TensorRecord] = field(default_factory=list)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    grid_equal: bool = True
+    grids: dict[str, GridKind] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: Progress) -> SparseModel:
@@ -50,6 +54,8 @@ def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: 
     write_weights(folder, _merged_tensors(source, adapted, dtype, evidence, progress))
     save_file(dict(sorted(evidence.masks.items())), folder / MASK_FILE)
     (folder / MASK_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
+    if evidence.grids:
+        _write_grids(evidence, folder)
     copy_side_files(source.folder, folder, [GGUF_TOKENIZER_FILE])
     if dtype is not None:
         _set_config(folder, dtype=str(dtype).removeprefix("torch."))
@@ -66,19 +72,33 @@ def merge(source: Checkpoint, adapted: AdaptedModel, folder: Path, *, progress: 
         block_sparsity=state.block_sparsity,
         block_rank=state.block_rank,
         block_error=state.block_error,
+        training=state.training,
         linears=tuple(evidence.records),
         merge_proof=proof,
         files=hash_files(folder),
     ).write(folder)
     if not proof.ok:
         raise GateError(
-            f"The merge proof failed: support equal {proof.support_equal}"
+            f"The merge proof failed: support equal {proof.support_equal}, grid equal {proof.grid_equal}"
             + (f" (first in {evidence.culprit})" if evidence.culprit else "")
             + f", logits differ by {proof.max_abs_logit_difference:.3g}"
             + f" (allowed {proof.logit_tolerance:.3g}).",
             hint="This is a defect of losa-deploy; please report it with losa.json.",
         )
     return SparseModel.open(folder)
+
+
+def _write_grids(evidence: _Evidence, folder: Path) -> None:
+    """`grid.safetensors`: the scales of every linear that is on a grid, and in the header which grid."""
+    import json
+
+    from safetensors.torch import save_file
+
+    names = sorted(evidence.grids)
+    kinds = {name: [evidence.grids[name].value_type, evidence.grids[name].group_size] for name in names}
+    scales = {name: evidence.scales[name].contiguous() for name in names}
+    save_file(scales, folder / GRID_FILE, metadata={"format": "pt", GRID_KEY: json.dumps(kinds)})
+    (folder / GRID_FILE).chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def _target_dtype(adapted: AdaptedModel) -> torch.dtype | None:
@@ -118,6 +138,8 @@ def _note(evidence: _Evidence, name: str, linear: AdaptedLinear, cast: torch.Ten
 
     import torch
 
+    from losa_deploy.compress.grid import rounded
+
     exact = linear.merged()
     outside = cast[~linear.mask]
     # Bits, not values: a negative zero outside the mask is a position that did not come from M.
@@ -127,6 +149,13 @@ def _note(evidence: _Evidence, name: str, linear: AdaptedLinear, cast: torch.Ten
     size = float(exact.norm())
     error = float((cast.float() - exact).norm()) / size if size else 0.0
     evidence.cast_error = max(evidence.cast_error, error)
+    if linear.grid is not None and linear.scales is not None:
+        evidence.grids[name], evidence.scales[name] = linear.grid, linear.scales.half()
+        # The trained values, and what they mean once they are cast: both exactly, not nearly.
+        same = torch.equal(rounded(exact, linear.scales, linear.grid), exact)
+        kept_levels = torch.equal(rounded(cast.float(), linear.scales, linear.grid), exact)
+        if not (same and kept_levels) and evidence.grid_equal:
+            evidence.grid_equal, evidence.culprit = False, name
     evidence.kept_zeros += int((cast[linear.mask] == 0).sum())
     kept = int(linear.mask.sum())
     if masked:
@@ -179,8 +208,9 @@ def prove(source: Checkpoint, adapted: AdaptedModel, folder: Path, evidence: _Ev
     tolerance = float(expected.abs().max()) * torch.finfo(torch.float32).eps * widest**0.5 * depth
     difference = float((merged - expected).abs().max())
     return MergeProof(
-        ok=evidence.support_equal and difference <= tolerance,
+        ok=evidence.support_equal and evidence.grid_equal and difference <= tolerance,
         support_equal=evidence.support_equal,
+        grid_equal=evidence.grid_equal if evidence.grids else None,
         max_abs_logit_difference=difference,
         logit_tolerance=tolerance,
         cast_logit_difference=float((from_disk - expected).abs().max()),

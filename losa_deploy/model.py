@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,9 +13,55 @@ from numpy.typing import NDArray
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.families import Family
+from losa_deploy.layouts.base import PackOptions
 from losa_deploy.manifest import MANIFEST_FILE, Manifest
 
 MASK_FILE = "masks.safetensors"
+GRID_FILE = "grid.safetensors"
+GRID_KEY = "losa.grid"
+"""Key of the header of `grid.safetensors`: a JSON object, linear → [value type, group size]."""
+HIGHEST = {"i8": 127, "i4": 7, "i3": 3}
+"""Value type of a grid → its highest level; the lowest is -127, -8 or -4."""
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """The grid that a linear was trained on: every weight is a whole level times the scale of its group."""
+
+    value_type: str
+    group_size: int
+    """Positions per scale; 0: one scale per row."""
+    scales: NDArray[np.float16]
+    """[out, groups]"""
+
+    def values(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What a weight [out, in], stored in whatever type, means on the grid."""
+        columns = weight.shape[1]
+        scale = self.scales.astype(np.float32).repeat(self.group_size or columns, axis=1)[:, :columns]
+        highest = HIGHEST[self.value_type]
+        lowest = -highest if self.value_type == "i8" else -highest - 1
+        level = np.divide(weight, scale, out=np.zeros_like(weight), where=scale != 0)
+        result: NDArray[np.float32] = np.clip(np.rint(level), lowest, highest) * scale + np.float32(0)
+        return result
+
+    def rows(self, order: NDArray[np.intp] | None) -> WeightGrid:
+        """The grid of the weight with its rows reordered."""
+        return self if order is None else replace(self, scales=self.scales[order])
+
+    def fits(self, value_type: str, group_size: int) -> bool:
+        """Whether values of this type, in groups of this size, can be exactly those of the grid."""
+        if self.value_type == "i8":
+            return value_type == "i8"
+        return value_type == "i4" and self.group_size % group_size == 0
+
+    def fitted(self, options: PackOptions, columns: int) -> PackOptions:
+        """`options` with the grid's own scales if it fits them."""
+        if not self.fits(options.value_type, options.group_size):
+            return options
+        if self.value_type == "i8":
+            return replace(options, scales=self.scales)
+        scales = self.scales.repeat(self.group_size // options.group_size, axis=1)
+        return replace(options, scales=scales[:, : -(-columns // options.group_size)])
 
 
 def pack_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -70,6 +117,27 @@ class SparseModel:
     def weight(self, linear: str) -> NDArray[np.float32]:
         """Weight [out, in] of a linear (or of embedding/head by module name), as f32."""
         return self.checkpoint.array(f"{linear}.weight")
+
+    def grid(self, linear: str) -> WeightGrid | None:
+        """The grid that a linear was trained on, None if it may have any values."""
+        kind = self._grids.get(linear)
+        if kind is None:
+            return None
+        from safetensors import safe_open
+
+        with safe_open(self.folder / GRID_FILE, framework="numpy") as handle:
+            return WeightGrid(kind[0], kind[1], handle.get_tensor(linear))
+
+    @cached_property
+    def _grids(self) -> Mapping[str, tuple[str, int]]:
+        """Value type and group size of the linears that have a grid."""
+        from safetensors import safe_open
+
+        if not (self.folder / GRID_FILE).is_file():
+            return {}
+        with safe_open(self.folder / GRID_FILE, framework="numpy") as handle:
+            found = json.loads(handle.metadata()[GRID_KEY])
+        return {name: (str(value_type), int(group_size)) for name, (value_type, group_size) in found.items()}
 
     def mask(self, linear: str) -> NDArray[np.bool_]:
         """Mask [out, in], True = kept. All True for a linear without a mask."""

@@ -15,28 +15,24 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from losa_deploy.errors import UsageError
+from losa_deploy.phases import Part, PhaseRecipe, resolved, translate
 
 PRESETS = resources.files("losa_deploy") / "recipes"
 """Where the shipped presets are, one file each."""
 ValueType = Literal["f32", "f16", "i8", "i4"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class Part(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class SparsityRecipe(Part):
     """How much to prune, and in which pattern."""
 
-    target: Fraction = 0.5
-    """Fraction of zeros over all pruned linears, e.g. 0.5."""
+    target: Sparsity = 0.5
+    """Fraction of zeros over all pruned linears, e.g. 0.5; 0 leaves the model dense."""
     pattern: str = "unstructured"
     """`unstructured`, or `N:M`: N kept of every M along the input dimension (2 ≤ M ≤ 32)."""
     scope: Literal["row", "columns"] = "row"
@@ -131,6 +127,8 @@ class RankRecipe(Part):
     start: Annotated[float, Field(ge=1)] = 6
     end: Annotated[float, Field(ge=1)] = 10
     maximum: Positive = 16
+    scale: Annotated[float, Field(gt=0.0)] = 2.0
+    """s in W + s·(B·A)∘M, whatever the rank (the paper's 2)."""
 
     @model_validator(mode="after")
     def _budget_fits(self) -> RankRecipe:
@@ -139,28 +137,6 @@ class RankRecipe(Part):
                 f"need start <= end <= maximum, found {self.start:g}, {self.end:g}, {self.maximum}"
             )
         return self
-
-
-class AdaptRecipe(Part):
-    """Adaptation between prunings; every mode keeps the mask."""
-
-    mode: Literal["adapters", "reconstruct", "direct", "none"] = "reconstruct"
-    loss: Literal["ce", "kd"] = "kd"
-    """adapters/direct: next-token cross-entropy, or KL from the dense model's logits."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 0.01
-    """adapters: absolute. reconstruct/direct: relative to the RMS of each linear's kept weights."""
-    steps: Positive = 100
-    """Optimizer steps per schedule step (adapters, direct), or per block (reconstruct)."""
-    final_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in the last schedule step; 0 means the same as `steps`."""
-    batch_size: Positive = 8
-    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    clip: Annotated[float, Field(gt=0.0)] = 1.0
-    alpha: Annotated[float, Field(gt=0.0)] = 16.0
-    """Adapter scale: s = alpha / sqrt(rank) (rank-stabilised)."""
-    data: str = "calibration"
-    """`calibration`, or a path like `calibration.source`."""
 
 
 class MergeRecipe(Part):
@@ -173,7 +149,7 @@ class ExportRecipe(Part):
     """How tensors are stored in the artifact."""
 
     layout: Literal["auto", "dense", "bitmask", "nm", "tiled"] = "auto"
-    value_type: ValueType = "i8"
+    value_type: ValueType = "i4"
     group_size: Literal[32, 64, 128] = 128
     """Positions per scale for i4 values."""
     head: Literal["same", "f32", "f16", "i8", "i4"] = "same"
@@ -203,20 +179,52 @@ class Recipe(Part):
 
     preset: str = "quick"
     seed: int = 0
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    """Of products while training; `auto` takes bf16 where the CPU computes it faster."""
     sparsity: SparsityRecipe = SparsityRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     allocation: AllocationRecipe = AllocationRecipe()
     prune: PruneRecipe = PruneRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     rank: RankRecipe = RankRecipe()
-    adapt: AdaptRecipe = AdaptRecipe()
+    phases: tuple[PhaseRecipe, ...] = ()
+    """Training, in this order, in every schedule step."""
     merge: MergeRecipe = MergeRecipe()
     export: ExportRecipe = ExportRecipe()
     verify: VerifyRecipe = VerifyRecipe()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_phases(cls, data: object) -> object:
+        """Shorthand becomes phases, and each phase says its grid and group size itself."""
+        if not isinstance(data, Mapping):
+            return data
+        whole = translate(data)
+        export = whole.get("export")
+        given = export if isinstance(export, Mapping) else {}
+        value_type = given.get("value_type", ExportRecipe.model_fields["value_type"].default)
+        group_size = given.get("group_size", ExportRecipe.model_fields["group_size"].default)
+        phases = whole.get("phases", ())
+        if isinstance(phases, list | tuple):
+            whole["phases"] = [_with_grid(phase, str(value_type), group_size) for phase in phases]
+        return whole
+
     def to_yaml(self) -> str:
         """The effective recipe as YAML, keys in declaration order."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_grid(phase: object, value_type: str, group_size: object) -> object:
+    """A phase, as data, with `grid: export` and the group size filled in."""
+    if not isinstance(phase, Mapping):
+        return phase
+    grid = phase.get("grid", "none")
+    if grid == "export":
+        grid = resolved("export", value_type)
+    changed: dict[str, object] = {**phase, "grid": grid}
+    if grid == "none" and isinstance(phase.get("train"), list | tuple):
+        changed["train"] = [part for part in phase["train"] if part != "scales"]
+    return changed if grid == "none" else {"group_size": group_size, **changed}
 
 
 class _Loader(yaml.SafeLoader):
@@ -290,8 +298,25 @@ def _overlay(base: dict[str, object], top: Mapping[str, object]) -> None:
         current = base.get(key)
         if isinstance(current, dict) and isinstance(value, Mapping):
             _overlay(current, value)
+        elif isinstance(current, list) and isinstance(value, Mapping):
+            _overlay_items(key, current, value)
         else:
             base[key] = value
+
+
+def _overlay_items(key: str, base: list[object], top: Mapping[str, object]) -> None:
+    """`phases.0.tokens=4096`: parts of a list by their number."""
+    for number, value in top.items():
+        if not str(number).isdecimal() or int(number) >= len(base):
+            raise UsageError(
+                f"Recipe key {key}.{number}: there is no such entry among {len(base)}.",
+                hint="See `--print-recipe`; entries are counted from 0.",
+            )
+        entry = base[int(number)]
+        if isinstance(entry, dict) and isinstance(value, Mapping):
+            _overlay(entry, value)
+        else:
+            base[int(number)] = value
 
 
 def _read_yaml(path: Path) -> dict[str, object]:
@@ -330,6 +355,8 @@ def _usage_error(error: ValidationError, path: Path | None) -> UsageError:
         hint = f"Did you mean {' or '.join(near)}?" if near else "See `losa-deploy compress --print-recipe`."
         return UsageError(f"Unknown recipe key {key!r}{where}.", hint=hint)
     message = str(first["msg"]).removeprefix("Value error, ")
+    if not key:
+        return UsageError(f"The recipe{where} cannot be used: {message}.", hint="See `--print-recipe`.")
     return UsageError(
         f"Recipe key {key!r}{where}: {message} (found {first.get('input')!r}).", hint="See `--print-recipe`."
     )

@@ -15,6 +15,7 @@ from losa_deploy.integrity import (
     check_decoded,
     check_files,
     check_finite,
+    check_grid,
     check_group,
     check_side_files,
     check_support,
@@ -57,6 +58,7 @@ def verify_merged(model: SparseModel) -> MergedCheck:
     for name in model.linears:
         mask = model.mask(name)
         count = int(mask.sum())
+        reasons += check_grid(name, model.weight(name), model.grid(name))
         reasons += check_support(name, model.checkpoint.tensor(f"{name}.weight"), mask)
         if name in model.masked:
             kept, positions = kept + count, positions + mask.size
@@ -142,6 +144,7 @@ def _check_weights(
             model.weight(record.name),
             model.mask(record.name),
             group_size,
+            model.grid(record.name),
         )
         reasons += found
         largest = max(largest, error)

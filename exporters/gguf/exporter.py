@@ -161,7 +161,7 @@ def _jobs(model: SparseModel, recipe: ExportRecipe) -> tuple[Job, ...]:
     kinds: list[Kind] = ["packed"] if recipe.packed else []
     kinds += ["portable"] if recipe.portable or not recipe.packed else []
     source = model.manifest.source.id
-    return tuple(Job(model.checkpoint, recipe, model.mask, kind, source) for kind in kinds)
+    return tuple(Job(model.checkpoint, recipe, model.mask, kind, source, model.grid) for kind in kinds)
 
 
 def _ones(source: Checkpoint, linear: str) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import blob_bytes
+from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
 
 from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
@@ -69,6 +70,8 @@ class Job:
     kind: Kind
     model: str
     """Identity of the source, for the name of the file."""
+    grid: Callable[[str], WeightGrid | None] = lambda linear: None
+    """Linear → the grid that it was trained on, if any."""
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -13,6 +13,7 @@ from losa_deploy.gguf_file import F16, F32, Q4_0, Q8_0
 from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.values import quantize
+from losa_deploy.model import WeightGrid
 
 BLOCK = 32
 DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
@@ -22,7 +23,7 @@ VALUE_TYPES: dict[int, ValueType] = {kind: name for name, kind in DENSE_TYPES.it
 
 def pack_options(value_type: ValueType, group_size: int) -> PackOptions:
     """Row scales are f16, as Q8_0 has them."""
-    return PackOptions(value_type, group_size, scale_type="f16")
+    return PackOptions(value_type, group_size, scale_type="f16", search=True)
 
 
 def scale_group(kind: int) -> int:
@@ -30,13 +31,14 @@ def scale_group(kind: int) -> int:
     return BLOCK if VALUE_TYPES[kind] == "i4" else 0
 
 
-def encode(weight: NDArray[np.float32], kind: int) -> NDArray[np.uint8]:
-    """Weight [out, in] → bytes [out, row bytes] of a tensor of type `kind`.
+def encode(weight: NDArray[np.float32], kind: int, grid: WeightGrid | None = None) -> NDArray[np.uint8]:
+    """Weight [out, in] → bytes [out, row bytes] of a tensor of type `kind`, on `grid` if that fits the type.
 
     Raises `ValueError` for values that the type cannot hold.
     """
-    codes, meaning = quantize(weight, pack_options(VALUE_TYPES[kind], BLOCK))
     rows, columns = weight.shape
+    options = pack_options(VALUE_TYPES[kind], BLOCK)
+    codes, meaning = quantize(weight, options if grid is None else grid.fitted(options, columns))
     if kind in (F16, F32):
         return np.ascontiguousarray(codes).view(np.uint8).reshape(rows, -1)
     blocks = columns // BLOCK

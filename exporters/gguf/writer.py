@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from losa_deploy.layouts import LAYOUTS, Choice
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import ALIGNMENT, to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
+from losa_deploy.model import WeightGrid
 
 from .architecture import Rope, head_dim, write_shape
 from .naming import model_name
@@ -76,13 +78,15 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     order = job.order(entry)
     if len(entry.shape) == 1:
         return np.ascontiguousarray(weight if order is None else weight[order], np.float32), None
-    mask = job.mask(entry.module) if entry.module in job.checkpoint.linears else None
+    linear = entry.module in job.checkpoint.linears
+    mask, grid = (job.mask(entry.module), job.grid(entry.module)) if linear else (None, None)
+    grid = None if grid is None else grid.rows(order)
     if order is not None:
         weight, mask = weight[order], None if mask is None else mask[order]
     try:
         if entry.choice is not None and mask is not None:
-            return _packed(entry, entry.choice, weight, mask)
-        return _dense(entry, weight, mask)
+            return _packed(entry, entry.choice, weight, mask, grid)
+        return _dense(entry, weight, mask, grid)
     except ValueError as error:
         raise InputError(
             f"{entry.module} cannot be stored: {error}.", hint="Use another --value-type, e.g. f32."
@@ -90,15 +94,23 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
 
 
 def _packed(
-    entry: Entry, choice: Choice, weight: NDArray[np.float32], mask: NDArray[np.bool_]
+    entry: Entry,
+    choice: Choice,
+    weight: NDArray[np.float32],
+    mask: NDArray[np.bool_],
+    grid: WeightGrid | None,
 ) -> tuple[NDArray[np.generic], TensorRecord]:
-    packed = LAYOUTS[choice.layout].pack(weight, mask, choice.options)
+    options = choice.options if grid is None else grid.fitted(choice.options, weight.shape[1])
+    packed = LAYOUTS[choice.layout].pack(weight, mask, options)
     blob = np.frombuffer(to_blob(packed), np.int8)
     return blob, _record(entry, packed.layout, packed.value_type, packed.nbytes, packed.sha256)
 
 
 def _dense(
-    entry: Entry, weight: NDArray[np.float32], mask: NDArray[np.bool_] | None
+    entry: Entry,
+    weight: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    grid: WeightGrid | None,
 ) -> tuple[NDArray[np.generic], TensorRecord]:
     """Row after row, because rounding takes several copies and a table can have a billion weights."""
     rows, columns = weight.shape
@@ -107,7 +119,8 @@ def _dense(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         kept = weight[part] if mask is None else np.where(mask[part], weight[part], np.float32(0))
-        data[part] = encode(kept, entry.dense)
+        of_part = None if grid is None else replace(grid, scales=grid.scales[part])
+        data[part] = encode(kept, entry.dense, of_part)
     digest = hashlib.sha256(data.data).hexdigest()
     return data, _record(entry, "dense", VALUE_TYPES[entry.dense], data.nbytes, digest)
 

@@ -122,7 +122,7 @@ class OnnxExporter:
 
 
 def _job(model: SparseModel, recipe: ExportRecipe) -> Job:
-    return Job(model.checkpoint, recipe, model.mask)
+    return Job(model.checkpoint, recipe, model.mask, model.grid)
 
 
 def _write(job: Job, folder: Path, properties: Mapping[str, str], progress: Progress) -> Packing:

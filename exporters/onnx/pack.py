@@ -96,8 +96,10 @@ def _packed(job: Job, name: str) -> tuple[PackedTensor, str]:
     """A linear as it will be stored, and why so."""
     mask = job.mask(name)
     picked = choice(job, name, mask)
+    grid = job.grid(name)
+    options = picked.options if grid is None else grid.fitted(picked.options, mask.shape[1])
     try:
-        packed = LAYOUTS[picked.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, picked.options)
+        packed = LAYOUTS[picked.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, options)
     except ValueError as error:
         raise InputError(
             f"{name} cannot be stored as {picked.options.value_type}: {error}.",

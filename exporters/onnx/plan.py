@@ -13,6 +13,7 @@ from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.dense import dense_size
+from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
 
 from .writer import DATA_FILE, INLINE_BYTES, padded
@@ -33,12 +34,14 @@ class Job:
     recipe: ExportRecipe
     mask: Callable[[str], NDArray[np.bool_]]
     """Linear → mask [out, in], True = kept."""
+    grid: Callable[[str], WeightGrid | None] = lambda linear: None
+    """Linear → the grid that it was trained on, if any."""
 
     @property
     def options(self) -> PackOptions:
         """How block values are stored; `portable` means f32."""
         value_type: ValueType = "f32" if self.recipe.portable else self.recipe.value_type
-        return PackOptions(value_type, self.recipe.group_size)
+        return PackOptions(value_type, self.recipe.group_size, search=True)
 
     @property
     def head_options(self) -> PackOptions:

@@ -1,6 +1,7 @@
 """The flags: one table of recipe options for all commands, and the flags that are no recipe keys.
 
-Every row of `RECIPE_OPTIONS` sets exactly one key of the recipe. Nothing here imports the recipe
+Every row of `RECIPE_OPTIONS` sets exactly one key of the recipe; those of `phases` are shorthand that is
+laid over every phase (see `losa_deploy.phases`). Nothing here imports the recipe
 itself, so that help pages stay fast; a test holds the table against it.
 """
 
@@ -18,7 +19,17 @@ from losa_deploy.errors import UsageError
 if TYPE_CHECKING:
     from losa_deploy.recipe import Recipe
 
-COMPRESS = ("seed", "sparsity", "calibration", "allocation", "prune", "schedule", "rank", "adapt")
+COMPRESS = (
+    "seed",
+    "sparsity",
+    "calibration",
+    "allocation",
+    "prune",
+    "schedule",
+    "rank",
+    "phases",
+    "precision",
+)
 MERGE = ("merge",)
 EXPORT = ("export", "verify")
 
@@ -37,6 +48,11 @@ class RecipeOption:
     def section(self) -> str:
         """First part of the key: decides which commands take the flag."""
         return self.key.split(".")[0]
+
+    @property
+    def target(self) -> str:
+        """The key that is set: the shorthand `adapt` for phases."""
+        return self.key.replace("phases.", "adapt.", 1)
 
     @property
     def dest(self) -> str:
@@ -78,11 +94,13 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     _choice("--rank-method", "rank.method", "error|uniform", "how blocks share the adapter rank"),
     RecipeOption("--rank-start", "rank.start", "number", "mean adapter rank in the first step"),
     RecipeOption("--rank-end", "rank.end", "number", "mean adapter rank in the last step"),
-    _choice("--adapt", "adapt.mode", "adapters|reconstruct|direct|none", "what is trained between prunings"),
-    _choice("--loss", "adapt.loss", "ce|kd", "cross-entropy, or distillation from the dense model"),
-    RecipeOption("--learning-rate", "adapt.learning_rate", "number", "step size of the adaptation"),
-    RecipeOption("--adapt-steps", "adapt.steps", "number", "optimizer steps per schedule step or block"),
-    RecipeOption("--batch-size", "adapt.batch_size", "number", "sequences per optimizer step"),
+    RecipeOption("--rank-scale", "rank.scale", "number", "s of the adapters in W + s·(B·A)∘M"),
+    _choice("--adapt", "phases.mode", "adapters|reconstruct|direct|none", "one plain phase of this kind"),
+    _choice("--loss", "phases.loss", "ce|kd", "of phases through the model: cross-entropy or distillation"),
+    RecipeOption("--learning-rate", "phases.learning_rate", "number", "step size of all phases"),
+    RecipeOption("--adapt-steps", "phases.steps", "number", "optimizer steps of all phases"),
+    RecipeOption("--batch-size", "phases.batch_size", "number", "sequences per optimizer step of all phases"),
+    _choice("--precision", "precision", "auto|f32|bf16", "products while training; auto: what the CPU has"),
     _choice("--dtype", "merge.dtype", "source|f32|f16|bf16", "dtype of the merged weights"),
     _choice(
         "--layout", "export.layout", "auto|dense|bitmask|nm|tiled", "storage of the weights; auto says why"
@@ -150,7 +168,7 @@ def recipe_overrides(args: argparse.Namespace) -> list[tuple[str, object]]:
     """(key, value) of every recipe flag given, then of every `--set`."""
     given = vars(args)
     overrides: list[tuple[str, object]] = [
-        (option.key, given[option.dest]) for option in RECIPE_OPTIONS if given.get(option.dest) is not None
+        (option.target, given[option.dest]) for option in RECIPE_OPTIONS if given.get(option.dest) is not None
     ]
     return overrides + [_assignment(text) for text in given["set"]]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.grid import GridKind
 from losa_deploy.corpus import text_digest
 from losa_deploy.errors import InputError
-from losa_deploy.manifest import Record, SourceRecord, sha256_file
+from losa_deploy.manifest import GridRecord, Record, SourceRecord, TrainingRecord, sha256_file
 from losa_deploy.model import pack_mask, unpack_mask
 from losa_deploy.recipe import Recipe
 
@@ -48,6 +49,10 @@ class AdaptedState(Record):
     block_error: tuple[float, ...] = ()
     scales: dict[str, float] = Field(default_factory=dict)
     """Adapter scale s by linear."""
+    grids: dict[str, GridRecord] = Field(default_factory=dict)
+    """Grid by linear, where weights are on one."""
+    training: tuple[TrainingRecord, ...] = ()
+    """What the phases did, in their order."""
     files: dict[str, str]
     """Shard of `step`, or calibration file → sha256."""
     digest: str = ""
@@ -67,6 +72,10 @@ class AdaptedLinear:
     lora_a: Tensor
     lora_b: Tensor
     scale: float
+    grid: GridKind | None = None
+    """The grid that the weight is on."""
+    scales: Tensor | None = None
+    """Of the grid: [out, groups], f16 numbers in f32."""
 
     def merged(self) -> Tensor:
         """(W + s·BA) ∘ M in f32; selected, not multiplied: a product would leave negative zeros."""
@@ -119,8 +128,9 @@ def fingerprint(source_files: Mapping[str, str], recipe: Recipe) -> str:
 
 def _texts(recipe: Recipe) -> list[Path]:
     """Files and folders of the user's own text that the weights depend on."""
-    named = [(recipe.calibration.source, "self"), (recipe.adapt.data, "calibration")]
-    return [Path(value) for value, builtin in named if value != builtin]
+    named = [recipe.calibration.source] if recipe.calibration.source != "self" else []
+    named += [item.source for phase in recipe.phases for item in phase.data if item.source != "calibration"]
+    return [Path(value) for value in dict.fromkeys(named)]
 
 
 def read_state(folder: Path) -> AdaptedState | None:
@@ -167,20 +177,37 @@ def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedSta
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for block in range(len(student.blocks)):
-        tensors: dict[str, Tensor] = {}
-        for name in student.block_linears(block):
-            linear = student.masked(name)
-            tensors[f"{name}.weight"] = linear.weight.data.contiguous()
-            tensors[f"{name}.mask"] = torch.from_numpy(pack_mask(linear.mask.numpy()))
-            if linear.rank:
-                tensors[f"{name}.lora_a"] = linear.lora_a.data.contiguous()
-                tensors[f"{name}.lora_b"] = linear.lora_b.data.contiguous()
-        save_file(tensors, partial / f"block-{block:05d}.safetensors")
+        save_file(block_tensors(student, block), partial / f"block-{block:05d}.safetensors")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     state = write_state(folder, state)
     shutil.rmtree(step_folder(folder, state.step - 1), ignore_errors=True)
     return state
+
+
+def block_tensors(student: Decoder, block: int) -> dict[str, Tensor]:
+    """What is stored of a block: weights, mask bits, adapters, scales of grids."""
+    tensors: dict[str, Tensor] = {}
+    for name in student.block_linears(block):
+        linear = student.masked(name)
+        tensors[f"{name}.weight"] = linear.weight.data.contiguous()
+        tensors[f"{name}.mask"] = torch.from_numpy(pack_mask(linear.mask.numpy()))
+        if linear.rank:
+            tensors[f"{name}.lora_a"] = linear.lora_a.data.contiguous()
+            tensors[f"{name}.lora_b"] = linear.lora_b.data.contiguous()
+        if linear.grid is not None:
+            tensors[f"{name}.scales"] = linear.scales.data.contiguous()
+    return tensors
+
+
+def grid_records(student: Decoder, names: Iterable[str]) -> dict[str, GridRecord]:
+    """The grids of those linears that are on one."""
+    kinds = {name: student.masked(name).grid for name in names}
+    return {
+        name: GridRecord(value_type=kind.value_type, group_size=kind.group_size)
+        for name, kind in kinds.items()
+        if kind is not None
+    }
 
 
 def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
@@ -197,15 +224,22 @@ def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
 
 def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, AdaptedLinear]:
     """Read one shard; raises `InputError` naming the file if it is missing or damaged."""
+    path = step_folder(folder, state.step) / f"block-{block:05d}.safetensors"
+    return read_block(path, state.scales, state.grids)
+
+
+def read_block(
+    path: Path, scales: Mapping[str, float], grids: Mapping[str, GridRecord]
+) -> dict[str, AdaptedLinear]:
+    """The linears stored by `block_tensors`; adapter scales and grids by linear come from the record."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = step_folder(folder, state.step) / f"block-{block:05d}.safetensors"
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read: {error}.", hint=f"Delete {folder} and compress again."
+            f"{path} cannot be read: {error}.", hint=f"Delete {path.parent.parent} and compress again."
         ) from None
     result: dict[str, AdaptedLinear] = {}
     for key in tensors:
@@ -214,26 +248,37 @@ def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, Adapt
         name = key.removesuffix(".weight")
         weight = tensors[key]
         shape = (weight.shape[0], weight.shape[1])
+        grid = grids.get(name)
         result[name] = AdaptedLinear(
             weight=weight,
             mask=torch.from_numpy(unpack_mask(tensors[f"{name}.mask"].numpy(), shape)),
             lora_a=tensors.get(f"{name}.lora_a", weight.new_zeros(0, shape[1])),
             lora_b=tensors.get(f"{name}.lora_b", weight.new_zeros(shape[0], 0)),
-            scale=state.scales.get(name, 0.0),
+            scale=scales.get(name, 0.0),
+            grid=None if grid is None else GridKind(grid.value_type, grid.group_size),
+            scales=tensors.get(f"{name}.scales"),
         )
     return result
 
 
 def restore(folder: Path, state: AdaptedState, student: Decoder) -> None:
     """Put the saved step into `student`, whose linears are `MaskedLinear`s."""
+    for block in range(len(student.blocks)):
+        restore_block(student, load_block(folder, state, block))
+
+
+@torch.no_grad()
+def restore_block(student: Decoder, linears: Mapping[str, AdaptedLinear]) -> None:
+    """Put saved linears into `student`."""
     from torch import nn
 
-    with torch.no_grad():
-        for block in range(len(student.blocks)):
-            for name, saved in load_block(folder, state, block).items():
-                linear = student.masked(name)
-                linear.mask.copy_(saved.mask)
-                linear.weight.copy_(saved.weight)
-                linear.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
-                linear.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
-                linear.scale = saved.scale
+    for name, saved in linears.items():
+        linear = student.masked(name)
+        linear.mask.copy_(saved.mask)
+        linear.weight.copy_(saved.weight)
+        linear.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
+        linear.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
+        linear.scale = saved.scale
+        linear.grid = saved.grid
+        if saved.scales is not None:
+            linear.scales = nn.Parameter(saved.scales, requires_grad=False)

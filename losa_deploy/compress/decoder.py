@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losa_deploy.assemble import assemble
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.masked import MaskedLinear
+from losa_deploy.compress.precision import products
 from losa_deploy.families import Family
 from losa_deploy.pretrained import load_model
 
@@ -99,10 +100,16 @@ class Decoder:
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, MaskedLinear.from_linear(self.linear(name)))
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits [samples, tokens, vocab] of `tokens` [samples, tokens] int64; differentiable."""
-        output = self.model(input_ids=tokens, use_cache=False)
-        logits: Tensor = output.logits
+    def logits(self, tokens: Tensor, precision: str = "f32") -> Tensor:
+        """Logits [samples, tokens, vocab] f32 of `tokens` [samples, tokens] int64; differentiable.
+
+        With bf16 products (see `precision.products`) the head still computes in f32: rounded logits would
+        blur what distillation compares.
+        """
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()  # type: ignore[operator]
+        with products(precision):
+            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        logits: Tensor = head(hidden.float())
         return logits
 
     @torch.no_grad()

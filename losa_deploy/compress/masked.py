@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from losa_deploy.compress.grid import GridKind, rounded, search_scales, straight_through
+
 
 class _MaskedAdapterFunction(torch.autograd.Function):
     """x ↦ x·(W + s·(BA)∘M)ᵀ in one matmul; the masked product is rebuilt in the backward pass.
@@ -51,6 +53,12 @@ class MaskedLinear(nn.Module):
         self.lora_a = nn.Parameter(weight.new_zeros(0, weight.shape[1]), requires_grad=False)
         self.lora_b = nn.Parameter(weight.new_zeros(weight.shape[0], 0), requires_grad=False)
         self.scale = 0.0
+        self.dropout = 0.0
+        """Of the adapter's input while it trains."""
+        self.grid: GridKind | None = None
+        """Where the weight is rounded to; None for a weight that may have any value."""
+        self.scales = nn.Parameter(weight.new_zeros(0, 0), requires_grad=False)
+        """[out, groups]: the scales of the grid."""
         self.mask: Tensor
 
     @classmethod
@@ -65,11 +73,47 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank == 0:
-            return nn.functional.linear(x, self.weight, self.bias)
+            weight: Tensor = self.weight
+            if self.grid is not None:
+                weight = straight_through(weight, self.scales, self.grid)
+            return nn.functional.linear(x, weight, self.bias)
+        if self.dropout:
+            return self._with_dropout(x)
         y: Tensor = _MaskedAdapterFunction.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.mask, self.lora_a, self.lora_b, self.scale
         )
         return y if self.bias is None else y + self.bias
+
+    def _with_dropout(self, x: Tensor) -> Tensor:
+        """Base and adapter read different inputs here, so the product takes two matmuls."""
+        branch: Tensor = _MaskedAdapterFunction.apply(  # type: ignore[no-untyped-call]
+            nn.functional.dropout(x, self.dropout),
+            torch.zeros_like(self.weight),
+            self.mask,
+            self.lora_a,
+            self.lora_b,
+            self.scale,
+        )
+        return nn.functional.linear(x, self.weight, self.bias) + branch
+
+    @torch.no_grad()
+    def put_on_grid(self, kind: GridKind, importance: Tensor | None) -> None:
+        """Round to a grid from now on; scales by error, columns weighed by `importance` [in]."""
+        found = search_scales(self.effective(), kind, importance)
+        self.grid, self.scales = kind, nn.Parameter(found, requires_grad=False)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the weight what the grid rounds it to; the layer's function stays as it is."""
+        if self.grid is not None:
+            self.scales.copy_(self.scales.half().float())
+            self.weight.copy_(torch.where(self.mask, rounded(self.weight, self.scales, self.grid), 0.0))
+
+    @torch.no_grad()
+    def leave_grid(self) -> None:
+        """Let the weight have any value again, starting from where it is."""
+        self.settle()
+        self.grid = None
 
     @torch.no_grad()
     def adapter(self) -> Tensor:
@@ -78,7 +122,9 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def effective(self) -> Tensor:
-        """What the layer multiplies by: W + s·(B·A)∘M [out, in]."""
+        """What the layer multiplies by: W + s·(B·A)∘M [out, in], or W on its grid."""
+        if self.grid is not None:
+            return rounded(self.weight.data, self.scales.half().float(), self.grid)
         return self.weight.data.clone() if self.rank == 0 else self.weight + self.adapter()
 
     @torch.no_grad()
@@ -88,6 +134,7 @@ class MaskedLinear(nn.Module):
         Without `effective` the kept weights stay as they are. The adapter is kept and the base
         weight takes up the difference, so that pruning with a weight update loses nothing.
         """
+        self.leave_grid()
         self.mask.copy_(mask)
         if effective is None:
             self.weight.masked_fill_(~self.mask, 0.0)
@@ -96,17 +143,17 @@ class MaskedLinear(nn.Module):
             self.weight.copy_(torch.where(self.mask, base, 0.0))
 
     @torch.no_grad()
-    def set_rank(self, rank: int, alpha: float, generator: torch.Generator) -> None:
-        """Resize the adapter to `rank` without changing the function.
+    def set_rank(self, rank: int, scale: float, generator: torch.Generator) -> None:
+        """Resize the adapter to `rank` with the scale s, without changing the function.
 
         New directions are (random A row, zero B column). Directions that go are folded into the
-        weight first. The scale is alpha/√rank (rank-stabilised), so B is rescaled.
+        weight first, and B is rescaled where the scale changes.
         """
         old_a, old_b, old_scale = self.lora_a.data, self.lora_b.data, self.scale
         keep = min(rank, self.rank)
         if keep < self.rank:
             self.weight.add_(old_scale * (old_b[:, keep:] @ old_a[keep:]) * self.mask)
-        scale = alpha / rank**0.5 if rank else 0.0
+        scale = scale if rank else 0.0
         new_a = torch.empty(rank - keep, self.weight.shape[1])
         new_a.uniform_(-1.0, 1.0, generator=generator).div_(self.weight.shape[1] ** 0.5)
         kept_b = old_b[:, :keep] * (old_scale / scale if scale and old_scale else 1.0)

@@ -1,62 +1,50 @@
 """Block-wise reconstruction: tune the kept weights of one block to match the dense block's output.
 
 No backward pass leaves the block, so memory is one block and minutes on a CPU suffice
-(EBFT, arXiv 2402.12419).
+(EBFT, arXiv 2402.12419). On a grid the block learns with its weights rounded, scales included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from losa_deploy.compress.decoder import Decoder, Stream
-from losa_deploy.compress.masked import MaskedLinear
-from losa_deploy.recipe import AdaptRecipe
+from losa_deploy.compress.losses import learning_factor, require_finite, token_error
+from losa_deploy.compress.precision import products
+from losa_deploy.compress.train import Trained, set_rates
+from losa_deploy.phases import PhaseRecipe
+
+ATTEMPTS = 3
+"""Learning rates that are tried, each half of the one before, until the block gets better."""
+PROBES = (0.5, 1.0, 2.0)
+"""Factors of the learning rate that `rate: probe` compares, each with a quarter of the steps."""
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """‖output - target‖² / ‖target‖² without each sequence's first token.
+@dataclass(frozen=True)
+class BlockTask:
+    """One block of the student, its inputs, and what it should give."""
 
-    The first token's hidden state is an attention sink hundreds of times larger than the rest;
-    with it the loss would be about nothing else.
-    """
-    return (output - target)[:, 1:].square().sum() / target[:, 1:].square().sum().clamp_min(1e-30)
+    student: Decoder
+    block: int
+    names: tuple[str, ...]
+    """Linears that train: those that are pruned."""
+    stream: Stream
+    target: Tensor
+    """[samples, tokens, hidden]: the dense model's output of the block."""
+    precision: str
 
+    def output(self, part: slice) -> Tensor:
+        """The block's output on a batch; differentiable."""
+        return self.student.run_block(self.block, self.stream.hidden[part], self.stream.arguments[self.block])
 
-def kept_rms(linear: MaskedLinear) -> float:
-    """RMS of the kept weights: the unit of the relative learning rate."""
-    kept = linear.mask.sum().clamp_min(1)
-    return float((linear.weight.detach().square().sum() / kept).sqrt()) or 1.0
-
-
-def learning_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over `warmup` of the steps, then linear decay to 0; `step` counts from 0."""
-    warm = max(1, round(warmup * steps))
-    return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
-
-
-def freeze_pruned(linears: Sequence[MaskedLinear]) -> list[torch.utils.hooks.RemovableHandle]:
-    """Let the kept weights of `linears` train; gradients of pruned ones are zero from the start."""
-    handles = []
-    for linear in linears:
-        linear.weight.requires_grad_(True)
-        hook = linear.weight.register_hook(  # type: ignore[no-untyped-call]
-            lambda grad, mask=linear.mask: grad * mask
-        )
-        handles.append(hook)
-    return handles
-
-
-def release(linears: Sequence[MaskedLinear], handles: Sequence[torch.utils.hooks.RemovableHandle]) -> None:
-    """End of training: no gradients, and pruned weights are exactly zero again."""
-    for handle in handles:
-        handle.remove()
-    for linear in linears:
-        linear.weight.requires_grad_(False)
-        linear.weight.grad = None
-        linear.weight.masked_fill_(~linear.mask, 0.0)
+    @torch.no_grad()
+    def error(self, parts: Sequence[slice]) -> float:
+        """Mean relative error per token over batches."""
+        return float(torch.stack([token_error(self.output(p), self.target[p]) for p in parts]).mean())
 
 
 def held_out_count(batches: int) -> int:
@@ -65,57 +53,76 @@ def held_out_count(batches: int) -> int:
 
 
 def reconstruct_block(
-    student: Decoder,
-    block: int,
-    stream: Stream,
-    target: Tensor,
-    recipe: AdaptRecipe,
-    draw: torch.Generator,
+    task: BlockTask, phase: PhaseRecipe, steps: int, draw: torch.Generator
 ) -> tuple[float, float]:
-    """Train the kept weights of `block` so that its output on `stream` matches `target`.
+    """Train the block by one phase for `steps` batches of its stream.
 
-    `target` [samples, tokens, hidden] is the dense model's output of the block. Returns the
-    held-out relative error before and after; a block that got worse is put back as it was.
+    Returns the held-out error before and after. A block that got worse is put back and tried again with
+    half the learning rate; after `ATTEMPTS` it stays as it was. Raises `GateError` if the loss is not finite.
     """
-    linears = [student.masked(name) for name in student.block_linears(block)]
-    parts = list(stream.batches())
+    linears = [task.student.masked(name) for name in task.names]
+    parts = list(task.stream.batches())
     held = parts[len(parts) - held_out_count(len(parts)) :]
     train = parts[: len(parts) - len(held)] or parts
     held = held or parts
-    before = _held_out_error(student, block, stream, target, held)
-    saved = [linear.weight.detach().clone() for linear in linears]
-    groups = [{"params": [m.weight], "lr": recipe.learning_rate * kept_rms(m)} for m in linears]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_factor(step, recipe.steps, recipe.warmup)
-    )
-    handles = freeze_pruned(linears)
-    for number in range(recipe.steps):
-        if number % len(train) == 0:
-            order = torch.randperm(len(train), generator=draw).tolist()
-        part = train[order[number % len(train)]]
-        output = student.run_block(block, stream.hidden[part], stream.arguments[block])
-        loss = relative_error(output, target[part])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    release(linears, handles)
-    after = _held_out_error(student, block, stream, target, held)
-    if not after <= before:
-        with torch.no_grad():
-            for linear, weight in zip(linears, saved, strict=True):
-                linear.weight.copy_(weight)
-        after = before
-    return before, after
+    before = task.error(held)
+    factor = _probed(task, phase, steps, train, held, draw) if phase.rate == "probe" else 1.0
+    for _ in range(ATTEMPTS):
+        trained = Trained(linears, phase, factor=factor)
+        start = trained.snapshot()
+        _descend(task, phase, trained, steps, train, draw)
+        after = task.error(held)
+        if after <= before:
+            return before, after
+        trained.restore(start)
+        factor /= 2
+    return before, before
 
 
-@torch.no_grad()
-def _held_out_error(
-    student: Decoder, block: int, stream: Stream, target: Tensor, parts: Sequence[slice]
+def _probed(
+    task: BlockTask,
+    phase: PhaseRecipe,
+    steps: int,
+    train: Sequence[slice],
+    held: Sequence[slice],
+    draw: torch.Generator,
 ) -> float:
-    errors = [
-        relative_error(student.run_block(block, stream.hidden[p], stream.arguments[block]), target[p])
-        for p in parts
-    ]
-    return float(torch.stack(errors).mean())
+    """The factor of the learning rate that lowers the held-out error most in a quarter of the steps."""
+    errors: dict[float, float] = {}
+    state = draw.get_state()
+    for factor in PROBES:
+        trained = Trained([task.student.masked(name) for name in task.names], phase, factor=factor)
+        start = trained.snapshot()
+        draw.set_state(state)
+        _descend(task, phase, trained, max(1, steps // 4), train, draw)
+        errors[factor] = task.error(held)
+        trained.restore(start)
+    draw.set_state(state)
+    return min(errors, key=errors.__getitem__)
+
+
+def _descend(
+    task: BlockTask,
+    phase: PhaseRecipe,
+    trained: Trained,
+    steps: int,
+    train: Sequence[slice],
+    draw: torch.Generator,
+) -> None:
+    """Adam on the block's error; `trained` is released at the end."""
+    optimizer = torch.optim.AdamW(trained.groups, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
+    order: list[int] = []
+    for number in range(steps):
+        if not order:
+            order = torch.randperm(len(train), generator=draw).tolist()
+        part = train[order.pop(0)]
+        set_rates(optimizer, learning_factor(number, steps, phase.warmup))
+        optimizer.zero_grad(set_to_none=True)
+        with products(task.precision):
+            output = task.output(part)
+        loss = phase.losses.block * token_error(output.float(), task.target[part])
+        loss.backward()  # type: ignore[no-untyped-call]
+        require_finite(float(loss.detach()), f"block {task.block}", phase.learning_rate)
+        torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
+        optimizer.step()
+    trained.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,17 +15,19 @@ from torch import Tensor
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import adapted, allocate
-from losa_deploy.compress.adapt import tune
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
-from losa_deploy.compress.calibrate import calibration_tokens, text_tokens
+from losa_deploy.compress.calibrate import calibration_tokens
+from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
+from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.seeds import generator
-from losa_deploy.compress.walk import Walk, walk_blocks
+from losa_deploy.compress.tune import ModelTask, tune
+from losa_deploy.compress.walk import Walk, settle_grid, walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import tiled
-from losa_deploy.manifest import SourceRecord
+from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.parity import logit_tolerance
 from losa_deploy.recipe import Recipe
 
@@ -40,7 +43,8 @@ class _Run:
     dense: Decoder
     student: Decoder
     tokens: Tensor
-    tuning_tokens: Tensor
+    folder: Path
+    source: Path
     masked: frozenset[str]
     progress: Progress
     sizes: np.ndarray[tuple[int], np.dtype[np.float64]] = field(init=False)
@@ -96,9 +100,10 @@ def compress(
         tokens = _load_tokens(folder)
         if state.step:
             adapted.restore(folder, state, student)
-    run = _Run(recipe, dense, student, tokens, _tuning_tokens(source, recipe, tokens), masked, progress)
+    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
         state = adapted.save_step(folder, _step(run, state, step), student)
+        Partial(folder, step).remove()
     return AdaptedModel(folder, state)
 
 
@@ -145,32 +150,74 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     if group is not None:
         kept = _kept_per_block(rates, target, group, mixed=recipe.sparsity.mixed)
     label = f"step {step}/{steps}: pruning to {target:.3f}"
-    errors = walk_blocks(
-        Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress), run.tokens, rates, kept
-    )
-    ranks = tuple(0 for _ in errors)
-    if recipe.adapt.mode == "adapters":
-        ranks = _set_ranks(run, np.array(errors, np.float64), step)
-    if recipe.adapt.mode in ("adapters", "direct"):
-        last = step == steps
-        count = recipe.adapt.final_steps if last and recipe.adapt.final_steps else recipe.adapt.steps
-        tuning = f"step {step}/{steps}: tuning"
-        draw = generator(recipe.seed, "tune", step)
-        tune(
-            run.student, run.dense, run.tuning_tokens, recipe.adapt, count, draw,
-            lambda done: run.progress(done, count, tuning),
-        )  # fmt: skip
+    partial = Partial(run.folder, step)
+    walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
+    results = walk_blocks(walk, run.tokens, rates, kept)
+    ranks = tuple(0 for _ in results)
+    if any("adapters" in phase.train for phase in recipe.phases):
+        ranks = _set_ranks(run, np.array([result.error for result in results], np.float64), step)
+    training = [
+        TrainingRecord(
+            step=step,
+            phase=number,
+            tokens=phase.steps(*run.tokens.shape, last=step == steps)
+            * phase.batch_size
+            * run.tokens.shape[1],
+            before=tuple(result.trained[place][0] for result in results),
+            after=tuple(result.trained[place][1] for result in results),
+        )
+        for place, (number, phase) in enumerate(walk.phases)
+    ]
+    training += _model_phases(run, partial, step)
     return state.model_copy(
         update={
             "step": step,
             "block_sparsity": tuple(float(s) for s in run.block_sparsity()),
             "block_rank": ranks,
-            "block_error": tuple(errors),
+            "block_error": tuple(result.error for result in results),
             "scales": {
                 n: run.student.masked(n).scale for n in run.student.names if run.student.masked(n).rank
             },
+            "grids": adapted.grid_records(run.student, run.student.names),
+            "training": (*state.training, *training),
         }
     )
+
+
+def _model_phases(run: _Run, partial: Partial, step: int) -> list[TrainingRecord]:
+    """The phases through the whole model that this step has."""
+    recipe, last = run.recipe, step == run.recipe.schedule.steps
+    records: list[TrainingRecord] = []
+    for number, phase in enumerate(recipe.phases):
+        if phase.where == "blocks" or not phase.runs(last=last):
+            continue
+        tokens = phase_tokens(phase, run.tokens, run.source, recipe.seed)
+        steps = phase.steps(*tokens.shape, last=last)
+        linears = [run.student.masked(name) for name in run.student.names]
+        settle_grid(linears, phase, [None] * len(linears))
+        labels = ("tune", step, number)
+        task = ModelTask(
+            run.student, run.dense, tuple(n for n in run.student.names if n in run.masked), tokens, phase,
+            steps, recipe.precision, recipe.seed, labels,
+        )  # fmt: skip
+        losses = tune(
+            task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")
+        )
+        for linear in linears:
+            linear.settle()
+        trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
+        records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
+    return records
+
+
+def _reporter(run: _Run, steps: int, label: str) -> Callable[[int], None]:
+    return lambda done: run.progress(done, steps, label)
+
+
+def _thinned(losses: Sequence[float], most: int = 200) -> tuple[float, ...]:
+    """At most so many means of equal stretches."""
+    pieces = np.array_split(np.array(losses, np.float64), min(most, max(1, len(losses))))
+    return tuple(float(piece.mean()) for piece in pieces if len(piece))
 
 
 def _rates(run: _Run, target: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -232,17 +279,8 @@ def _set_ranks(run: _Run, errors: np.ndarray[tuple[int], np.dtype[np.float64]], 
     for block, rank in enumerate(ranks):
         for name in run.student.block_linears(block):
             draw = generator(recipe.seed, "rank", step, name)
-            run.student.masked(name).set_rank(int(rank), recipe.adapt.alpha, draw)
+            run.student.masked(name).set_rank(int(rank), recipe.rank.scale, draw)
     return tuple(int(r) for r in ranks)
-
-
-def _tuning_tokens(source: Checkpoint, recipe: Recipe, calibration: Tensor) -> Tensor:
-    """What global tuning trains on: the calibration tokens, or windows of the recipe's own text."""
-    if recipe.adapt.data == "calibration" or recipe.adapt.mode not in ("adapters", "direct"):
-        return calibration
-    count = recipe.adapt.batch_size * max(recipe.adapt.steps, recipe.adapt.final_steps)
-    length = recipe.calibration.sequence_length
-    return text_tokens(source.folder, Path(recipe.adapt.data), count, length, recipe.seed)
 
 
 def _save_tokens(folder: Path, tokens: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from losa_deploy.compress import adapted
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
+from losa_deploy.compress.grid import GridKind
+from losa_deploy.compress.masked import MaskedLinear
+from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import (
     InputStatistics,
     Pattern,
@@ -19,9 +23,11 @@ from losa_deploy.compress.prune import (
     prune_sparsegpt,
     prune_wanda,
 )
-from losa_deploy.compress.reconstruct import reconstruct_block
+from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.seeds import generator
 from losa_deploy.interfaces import Progress
+from losa_deploy.manifest import GridRecord, Record
+from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import PruneRecipe, Recipe
 
 
@@ -36,37 +42,131 @@ class Walk:
     step: int
     label: str
     progress: Progress
+    partial: Partial
+
+    @property
+    def phases(self) -> list[tuple[int, PhaseRecipe]]:
+        """Block phases of this step, with their numbers in the recipe."""
+        last = self.step == self.recipe.schedule.steps
+        numbered = enumerate(self.recipe.phases)
+        return [(i, phase) for i, phase in numbered if phase.where == "blocks" and phase.runs(last=last)]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A finished block."""
+
+    error: float
+    """See `block_error`."""
+    trained: tuple[tuple[float, float], ...]
+    """Held-out error before and after each of the walk's phases."""
 
 
 def walk_blocks(
     walk: Walk, tokens: Tensor, rates: NDArray[np.float64], kept: Sequence[int] | None
-) -> list[float]:
-    """Prune every block to its rate (or its N of every M in `kept`) and return each block's error.
+) -> list[BlockResult]:
+    """Prune every block to its rate (or its N of every M in `kept`), train it, and go on from its output.
 
-    In mode `reconstruct` a block is repaired before the stream moves on, so that later masks see
-    repaired activations. Errors are per block, see `block_error`.
+    A block is trained before the stream moves on, so that later masks see repaired activations. Blocks
+    that an interrupted run had finished are taken from `walk.partial`.
     """
-    # The stream's batches are also what reconstruction trains on, so they follow its batch size.
-    batch = batch_size(tokens.shape[0], walk.recipe.adapt.batch_size)
+    # The stream's batches are also what block phases train on, so they follow the batch size.
+    largest = max((phase.batch_size for _, phase in walk.phases), default=8)
+    batch = batch_size(tokens.shape[0], largest)
     ours, dense = walk.student.stream(tokens, batch), walk.dense.stream(tokens, batch)
-    errors: list[float] = []
     count = len(walk.student.blocks)
+    finished = walk.partial.blocks()[:count]
+    results: list[BlockResult] = []
     for block in range(count):
-        local = _needs_local_error(walk.recipe)
-        reference = walk.dense.advance(block, ours).hidden if local else None
-        prune_block(walk, block, ours, float(rates[block]), kept[block] if kept is not None else 0)
+        before = dense
         dense = walk.dense.advance(block, dense)
-        if walk.recipe.adapt.mode == "reconstruct":
-            draw = generator(walk.recipe.seed, "reconstruct", walk.step, block)
-            reconstruct_block(walk.student, block, ours, dense.hidden, walk.recipe.adapt, draw)
+        if block < len(finished):
+            result = _finished_block(walk, block, finished[block])
+        else:
+            kept_here = kept[block] if kept is not None else 0
+            result = _make_block(walk, block, ours, before, dense, float(rates[block]), kept_here)
         ours = walk.student.advance(block, ours)
-        errors.append(block_error(ours.hidden, dense.hidden if reference is None else reference))
+        results.append(result)
         walk.progress(block + 1, count, walk.label)
+    return results
+
+
+def _make_block(
+    walk: Walk, block: int, ours: Stream, before: Stream, dense: Stream, rate: float, kept: int
+) -> BlockResult:
+    """Prune and train one block, and save it; `before` and `dense` are the dense model's in- and output."""
+    reference = walk.dense.advance(block, ours) if _needs_local_error(walk.recipe) else dense
+    statistics = _input_statistics(walk, block, ours)
+    prune_block(walk, block, statistics, rate, kept)
+    trained = _train_block(walk, block, ours, dense.hidden, statistics)
+    error = block_error(walk.student.advance(block, ours).hidden, reference.hidden)
+    names = walk.student.block_linears(block)
+    record = {
+        "error": error,
+        "trained": [list(pair) for pair in trained],
+        "scales": {n: walk.student.masked(n).scale for n in names if walk.student.masked(n).rank},
+        "grids": {n: g.model_dump() for n, g in adapted.grid_records(walk.student, names).items()},
+    }
+    walk.partial.save_block(block, adapted.block_tensors(walk.student, block), record)
+    return BlockResult(error, tuple(trained))
+
+
+def _train_block(
+    walk: Walk, block: int, ours: Stream, target: Tensor, statistics: Mapping[str, InputStatistics]
+) -> list[tuple[float, float]]:
+    """The block phases, one after the other; the held-out error before and after each."""
+    names = walk.student.block_linears(block)
+    trained = tuple(name for name in names if name in walk.masked)
+    task = BlockTask(walk.student, block, trained, ours, target, walk.recipe.precision)
+    errors: list[tuple[float, float]] = []
+    for number, phase in walk.phases:
+        settle_grid([walk.student.masked(name) for name in names], phase, [statistics[n] for n in names])
+        steps = phase.steps(*ours.hidden.shape[:2], last=walk.step == walk.recipe.schedule.steps)
+        draw = generator(walk.recipe.seed, "reconstruct", walk.step, block, number)
+        errors.append(reconstruct_block(task, phase, steps, draw))
+        for name in names:
+            walk.student.masked(name).settle()
     return errors
 
 
+def settle_grid(
+    linears: Sequence[MaskedLinear],
+    phase: PhaseRecipe,
+    statistics: Sequence[InputStatistics | None],
+) -> None:
+    """Put linears on the grid of a phase, or take them off theirs; those already on it stay."""
+    for linear, seen in zip(linears, statistics, strict=True):
+        if phase.grid == "none":
+            linear.leave_grid()
+            continue
+        kind = GridKind.of(phase.grid, phase.group_size)
+        if linear.grid != kind:
+            linear.leave_grid()
+            linear.put_on_grid(kind, None if seen is None else seen.squares / max(1, seen.count))
+
+
+def _finished_block(walk: Walk, block: int, record: Mapping[str, object]) -> BlockResult:
+    """Take a block that was finished before the run was interrupted."""
+    saved = FinishedBlock.model_validate(record)
+    path = walk.partial.block_file(block)
+    adapted.restore_block(walk.student, adapted.read_block(path, saved.scales, saved.grids))
+    return BlockResult(saved.error, saved.trained)
+
+
+class FinishedBlock(Record):
+    """What is recorded beside the tensors of a finished block."""
+
+    step: int
+    sha256: str
+    error: float
+    trained: tuple[tuple[float, float], ...]
+    scales: dict[str, float]
+    grids: dict[str, GridRecord]
+
+
 def _needs_local_error(recipe: Recipe) -> bool:
-    return recipe.adapt.mode == "adapters" and recipe.rank.method == "error" and recipe.rank.error == "local"
+    adapters = any("adapters" in phase.train for phase in recipe.phases)
+    return adapters and recipe.rank.method == "error" and recipe.rank.error == "local"
 
 
 def block_error(output: Tensor, dense: Tensor) -> float:
@@ -77,10 +177,13 @@ def block_error(output: Tensor, dense: Tensor) -> float:
 
 
 @torch.no_grad()
-def prune_block(walk: Walk, block: int, stream: Stream, rate: float, kept: int) -> None:
-    """Choose new masks for the linears of `block` from their inputs on `stream`."""
+def prune_block(
+    walk: Walk, block: int, statistics: Mapping[str, InputStatistics], rate: float, kept: int
+) -> None:
+    """Choose new masks for the linears of `block` from the statistics of their inputs."""
     recipe = walk.recipe
-    statistics = _input_statistics(walk, block, stream)
+    if recipe.sparsity.target == 0.0:
+        return
     group = recipe.sparsity.group
     pattern = Pattern(rate, recipe.sparsity.scope)
     if group is not None:
@@ -127,9 +230,7 @@ def prune_linear(
 
 def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, InputStatistics]:
     """Input moments of every linear of `block`; linears that read the same input share them."""
-    method = walk.recipe.prune.method
-    if method == "magnitude":
-        return {}
+    method = walk.recipe.prune.method if walk.recipe.sparsity.target else "wanda"
     result: dict[str, InputStatistics] = {}
     handles = []
     prefix = f"{walk.student.family.blocks}.{block}."

@@ -31,6 +31,10 @@ class PackOptions:
     """i8 only: dtype of the row scales. Group scales are always f16."""
     table: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
     """i4 only: the level of each of the 16 codes; level 0 must be at code 0."""
+    scales: Component | None = field(default=None, compare=False)
+    """[out, groups] f16: the scales of a grid that the weight is on; None to find them."""
+    search: bool = False
+    """i4 without `scales`: each group tries smaller scales than that of its largest weight, by error."""
     pattern: tuple[int, int] | None = None
     """(N, M) for the layouts nm and tiled: N kept of every M positions along the input dimension."""
 

@@ -14,6 +14,8 @@ LINEAR_TABLE = (0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1)
 BLOCK = 128
 """Positions of a dense i4 row that share 64 bytes: the first half low nibbles, the second high ones."""
 F16_MAX = float(np.finfo(np.float16).max)
+SMALLER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Scales that `search` tries, relative to the one at which the largest weight of a group is exact."""
 
 
 def quantize(
@@ -124,7 +126,9 @@ def _quantize_i8(
 ) -> tuple[NDArray[np.generic], dict[str, Component]]:
     """Symmetric, levels -127..127, scale = largest magnitude of the row / 127."""
     top = np.abs(weight).max(axis=1, initial=0.0)
-    scale = (top / np.float32(127)).astype(np.float32 if options.scale_type == "f32" else np.float16)
+    kind = np.float32 if options.scale_type == "f32" else np.float16
+    found = top / np.float32(127) if options.scales is None else options.scales[:, 0]
+    scale = found.astype(kind)
     if not np.isfinite(scale).all():
         raise ValueError(f"a row of magnitude {top.max():g} has a scale that does not fit f16")
     levels = np.rint(_divide(weight, scale.astype(np.float32)[:, None]))
@@ -147,10 +151,28 @@ def _quantize_i4(
     peak = np.take_along_axis(grouped, index, axis=2)[..., 0]
     widest = table[np.abs(table.astype(np.int16)).argmax()]
     scale = (peak / np.float32(widest)).astype(np.float16)
+    if options.scales is not None:
+        scale = options.scales.astype(np.float16)
+    elif options.search:
+        scale = _searched(grouped, scale, table)
     if not np.isfinite(scale).all():
         raise ValueError(f"a group of magnitude {np.abs(peak).max():g} has a scale that does not fit f16")
     levels = _divide(weight, _spread(scale.astype(np.float32), size, in_features))
     return _nearest(levels, table), {"scale": scale, "table": table}
+
+
+def _searched(
+    grouped: NDArray[np.float32], scale: NDArray[np.float16], table: NDArray[np.int8]
+) -> NDArray[np.float16]:
+    """The scale [out, groups] of the least squared error, of those that are `SMALLER` than `scale`."""
+    best, least = scale, np.full(scale.shape, np.inf, np.float32)
+    for factor in SMALLER:
+        found = (scale.astype(np.float32) * np.float32(factor)).astype(np.float16)
+        wide = found.astype(np.float32)[..., None]
+        codes = _nearest(_divide(grouped, wide).reshape(len(grouped), -1), table).reshape(grouped.shape)
+        error = np.square(table.astype(np.float32)[codes] * wide - grouped).sum(axis=2)
+        best, least = np.where(error < least, found, best), np.minimum(error, least)
+    return best.astype(np.float16)
 
 
 def _nearest(levels: NDArray[np.float32], table: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -1,0 +1,132 @@
+"""The grid that kept weights are rounded to: scales chosen by error, then learned with the weights.
+
+A weight on the grid is level · scale, with whole levels and one scale per group of positions of a row (or per
+row for i8). Scales are f16 numbers, as every format stores them. While training, the forward pass sees
+rounded weights and the gradient passes the rounding (straight-through, Bengio et al. 2013, arXiv 1308.3432);
+scales learn by the gradient of LSQ (Esser et al. 2020, arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losa_deploy.phases import Grid
+
+LEVELS: dict[Grid, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3)}
+"""Grid → lowest and highest level."""
+FACTORS = tuple(1.0 - 0.025 * i for i in range(21))
+"""Scales that are tried, relative to the one at which the largest weight of a group is exact."""
+
+
+@dataclass(frozen=True)
+class GridKind:
+    """Which levels, and how many positions share a scale (0: the whole row)."""
+
+    value_type: Grid
+    group_size: int
+
+    @classmethod
+    def of(cls, value_type: Grid, group_size: int) -> GridKind:
+        """The grid of a value type; i8 has one scale per row."""
+        return cls(value_type, 0 if value_type == "i8" else group_size)
+
+    def width(self, columns: int) -> int:
+        """Positions per scale in rows of `columns`."""
+        return min(self.group_size or columns, columns)
+
+    def groups(self, columns: int) -> int:
+        """Scales per row."""
+        return -(-columns // self.width(columns))
+
+
+def spread(scales: Tensor, width: int, columns: int) -> Tensor:
+    """Scales [out, groups] → one per position [out, columns]."""
+    return scales.repeat_interleave(width, dim=1)[:, :columns]
+
+
+def levels(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+    """The nearest level of every weight [out, in]; 0 where the scale is 0."""
+    low, high = LEVELS[kind.value_type]
+    scale = spread(scales, kind.width(weight.shape[1]), weight.shape[1])
+    ratio = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
+    return ratio.round().clamp(low, high)
+
+
+def rounded(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+    """The weight [out, in] on the grid of `scales` [out, groups], which are f16 numbers in f32."""
+    scale = spread(scales, kind.width(weight.shape[1]), weight.shape[1])
+    # Level 0 times a negative scale is -0; zero is stored as +0.
+    return levels(weight, scales, kind) * scale + 0.0
+
+
+class _Rounding(torch.autograd.Function):
+    """weight, scales ↦ the weight on the grid, with straight-through gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, weight: Tensor, scales: Tensor, kind: GridKind
+    ) -> Tensor:
+        low, high = LEVELS[kind.value_type]
+        width, columns = kind.width(weight.shape[1]), weight.shape[1]
+        exact = scales.half().float()
+        scale = spread(exact, width, columns)
+        ratio = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
+        level = ratio.round().clamp(low, high)
+        inside = (ratio >= low - 0.5) & (ratio <= high + 0.5)
+        ctx.save_for_backward(inside, torch.where(inside, level - ratio, level))
+        ctx.width, ctx.shape = width, scales.shape  # type: ignore[attr-defined]
+        return level * scale
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        inside, slope = ctx.saved_tensors  # type: ignore[attr-defined]
+        width, (rows, groups) = ctx.width, ctx.shape  # type: ignore[attr-defined]
+        product = torch.nn.functional.pad(grad * slope, (0, groups * width - grad.shape[1]))
+        return grad * inside, product.view(rows, groups, width).sum(dim=2), None
+
+
+def straight_through(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+    """`rounded`, differentiable in weight [out, in] and scales [out, groups]."""
+    result: Tensor = _Rounding.apply(weight, scales, kind)  # type: ignore[no-untyped-call]
+    return result
+
+
+@torch.no_grad()
+def search_scales(weight: Tensor, kind: GridKind, importance: Tensor | None = None) -> Tensor:
+    """Scales [out, groups], f16 numbers in f32, with the least squared error of the rounded weight.
+
+    `importance` [in] weighs the columns, e.g. by the mean square of their inputs (the diagonal of the
+    layer's Hessian); None weighs them alike. Each group tries shrunken scales, then the least-squares
+    scale of the levels found.
+    """
+    low, high = LEVELS[kind.value_type]
+    rows, columns = weight.shape
+    width, groups = kind.width(columns), kind.groups(columns)
+    padding = (0, groups * width - columns)
+    grouped = torch.nn.functional.pad(weight, padding).view(rows, groups, width)
+    weighing = torch.ones(columns) if importance is None else importance / importance.mean().clamp_min(1e-30)
+    weighing = torch.nn.functional.pad(weighing, padding).view(1, groups, width)
+    index = grouped.abs().argmax(dim=2, keepdim=True)
+    peak = grouped.gather(2, index)[..., 0]
+    # The largest weight takes the widest level, -8: the scale has the other sign.
+    base = peak.abs() / high if kind.value_type == "i8" else peak / low
+    best, scale = torch.full_like(base, float("inf")), base.half().float()
+    level = torch.zeros_like(grouped)
+
+    def consider(candidate: Tensor) -> None:
+        nonlocal best, scale, level
+        safe = torch.where(candidate == 0, 1.0, candidate)[..., None]
+        found = (grouped / safe).round().clamp(low, high)
+        error = (weighing * (found * candidate[..., None] - grouped).square()).sum(dim=2)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, candidate, scale)
+        level = torch.where(better[..., None], found, level)
+
+    for factor in FACTORS:
+        consider((base * factor).half().float())
+    fit = (weighing * grouped * level).sum(dim=2) / (weighing * level.square()).sum(dim=2).clamp_min(1e-30)
+    consider(fit.half().float())
+    return scale

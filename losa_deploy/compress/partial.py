@@ -1,0 +1,108 @@
+"""What an unfinished schedule step has reached: its finished blocks, and a point inside of a phase.
+
+`<folder>/partial` is replaced piece by piece, each in one move and with a hash, so that a run that was
+killed goes on at the last piece that was written whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from losa_deploy.manifest import sha256_file
+
+FOLDER = "partial"
+SAVE_SECONDS = 120.0
+"""How much training a killed run loses at most."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place inside of a phase: losses so far, and the tensors that training goes on from."""
+
+    labels: tuple[str | int, ...]
+    factor: float
+    """Of the learning rate."""
+    losses: tuple[float, ...]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class Partial:
+    """The partial folder of one schedule step."""
+
+    folder: Path
+    step: int
+    saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / FOLDER
+
+    def blocks(self) -> list[Mapping[str, object]]:
+        """Records of the blocks finished in this step, as given to `save_block`; a damaged one ends them."""
+        found: list[Mapping[str, object]] = []
+        while (record := self._read(f"block-{len(found):05d}")) is not None:
+            found.append(record)
+        return found
+
+    def block_file(self, block: int) -> Path:
+        """The tensors of a finished block."""
+        return self.path / f"block-{block:05d}.safetensors"
+
+    def save_block(self, block: int, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+        """A block is finished."""
+        self._write(f"block-{block:05d}", tensors, record)
+
+    def due(self) -> bool:
+        """Whether it is time to save a point."""
+        return time.monotonic() - self.saved > SAVE_SECONDS
+
+    def save_point(self, point: Point) -> None:
+        """Replace the point that was saved before."""
+        record = {"labels": list(point.labels), "factor": point.factor, "losses": list(point.losses)}
+        self._write("point", point.tensors, record)
+        self.saved = time.monotonic()
+
+    def point(self, labels: tuple[str | int, ...]) -> Point | None:
+        """The point saved in the phase with these labels, None if there is none."""
+        from safetensors.torch import load_file
+
+        record = self._read("point")
+        if record is None or record["labels"] != list(labels):
+            return None
+        losses, factor = record["losses"], record["factor"]
+        assert isinstance(losses, list) and isinstance(factor, float)
+        return Point(labels, factor, tuple(losses), load_file(self.path / "point.safetensors"))
+
+    def remove(self) -> None:
+        """The step is finished."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+        from safetensors.torch import save_file
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The record is written last and names the hash: without it the tensors do not count.
+        (self.path / f"{name}.json").unlink(missing_ok=True)
+        file, partial = self.path / f"{name}.safetensors", self.path / f"{name}.partial"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+        os.replace(partial, file)
+        text = json.dumps({"step": self.step, "sha256": sha256_file(file), **record})
+        partial.write_text(text, "utf-8")
+        os.replace(partial, self.path / f"{name}.json")
+
+    def _read(self, name: str) -> Mapping[str, object] | None:
+        try:
+            record = json.loads((self.path / f"{name}.json").read_text("utf-8"))
+            whole = record["sha256"] == sha256_file(self.path / f"{name}.safetensors")
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if whole and record.get("step") == self.step else None
