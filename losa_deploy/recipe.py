@@ -85,6 +85,8 @@ class CalibrationRecipe(Part):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of `self`."""
+    start: Literal["text", "chat", "mixed", "random"] = "mixed"
+    """What `self` continues: the start of a text, of a user's turn, both in turns, or a random token."""
 
 
 class AllocationRecipe(Part):
@@ -222,7 +224,7 @@ def _with_grid(phase: object, value_type: str, group_size: object) -> object:
     if grid == "export":
         grid = resolved("export", value_type)
     changed: dict[str, object] = {**phase, "grid": grid}
-    if grid == "none" and isinstance(phase.get("train"), list | tuple):
+    if grid == "none" and phase.get("grid") == "export" and isinstance(phase.get("train"), list | tuple):
         changed["train"] = [part for part in phase["train"] if part != "scales"]
     return changed if grid == "none" else {"group_size": group_size, **changed}
 

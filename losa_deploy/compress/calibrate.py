@@ -2,66 +2,86 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.precision import products
 from losa_deploy.compress.seeds import generator
+from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
-from losa_deploy.pretrained import load_hf_tokenizer
 from losa_deploy.recipe import CalibrationRecipe
 
-SAMPLING_BATCH = 64
+if TYPE_CHECKING:
+    from losa_deploy.text import Tokenizer
+
+SAMPLING_BATCH = 128
 
 
 def sampled_tokens(
-    dense: Decoder, recipe: CalibrationRecipe, special_ids: frozenset[int], seed: int, progress: Progress
+    dense: Decoder,
+    recipe: CalibrationRecipe,
+    starts: Sequence[Sequence[int]],
+    seed: int,
+    precision: str,
+    progress: Progress,
 ) -> Tensor:
     """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
 
-    The first token is uniform over the ordinary vocabulary, the rest is sampled at
-    `recipe.temperature` (Liu et al. 2023, LLM-QAT, arXiv 2305.17888, use the same source for
-    quantization-aware training). Special tokens are never drawn: they end or switch the topic.
+    Sequence i continues `starts[i % len(starts)]`, sampled at `recipe.temperature` (Liu et al. 2023,
+    LLM-QAT, arXiv 2305.17888, use the same source for quantization-aware training). Without starts the
+    first token is uniform over the vocabulary.
     """
     draw = generator(seed, "calibration")
     vocabulary = int(dense.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
-    banned = torch.tensor(sorted(i for i in special_ids if i < vocabulary), dtype=torch.int64)
-    ordinary = torch.ones(vocabulary)
-    ordinary[banned] = 0.0
+    length = recipe.sequence_length
+    drawn = torch.randint(vocabulary, (recipe.samples,), generator=draw).tolist()
+    given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
     parts = []
-    total = recipe.sequence_length * -(-recipe.samples // SAMPLING_BATCH)
+    total = length * -(-recipe.samples // SAMPLING_BATCH)
     for start in range(0, recipe.samples, SAMPLING_BATCH):
-        size = min(SAMPLING_BATCH, recipe.samples - start)
-        done = recipe.sequence_length * (start // SAMPLING_BATCH)
-        tokens = torch.multinomial(ordinary, size, replacement=True, generator=draw)[:, None]
-        parts.append(_continue(dense, tokens, recipe, banned, draw, progress, done, total))
+        done = length * (start // SAMPLING_BATCH)
+        with products(precision):
+            parts.append(
+                _continue(dense, given[start : start + SAMPLING_BATCH], recipe, draw, progress, done, total)
+            )
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def _continue(
     dense: Decoder,
-    tokens: Tensor,
+    starts: Sequence[Sequence[int]],
     recipe: CalibrationRecipe,
-    banned: Tensor,
     draw: torch.Generator,
     progress: Progress,
     done: int,
     total: int,
 ) -> Tensor:
-    """Extend `tokens` [batch, 1] to [batch, sequence_length] by ancestral sampling."""
-    result = [tokens]
+    """Extend starts of any lengths to [batch, sequence_length] by ancestral sampling.
+
+    All sequences go on together: while one still has tokens of its start, these are taken.
+    """
+    result = torch.zeros(len(starts), recipe.sequence_length, dtype=torch.int64)
+    lengths = torch.tensor([len(start) for start in starts])
+    for row, start in enumerate(starts):
+        result[row, : len(start)] = torch.tensor(start)
     cache = None
     for position in range(1, recipe.sequence_length):
-        output = dense.model(input_ids=result[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = dense.model(
+            input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True
+        )
         cache = output.past_key_values
-        scores = output.logits[:, -1] / recipe.temperature
-        scores[:, banned] = float("-inf")
-        result.append(draw_tokens(torch.softmax(scores, dim=-1), draw))
+        scores = output.logits[:, -1].float() / recipe.temperature
+        found = draw_tokens(torch.softmax(scores, dim=-1), draw)[:, 0]
+        result[:, position] = torch.where(lengths > position, result[:, position], found)
         progress(done + position + 1, total, "sampling calibration text")
-    return torch.cat(result, dim=1)
+    return result
 
 
 def draw_tokens(probabilities: Tensor, draw: torch.Generator) -> Tensor:
@@ -86,16 +106,39 @@ def text_tokens(folder: Path, source: Path, samples: int, length: int, seed: int
 
 
 def calibration_tokens(
-    dense: Decoder, folder: Path, recipe: CalibrationRecipe, seed: int, progress: Progress
+    dense: Decoder, folder: Path, recipe: CalibrationRecipe, seed: int, precision: str, progress: Progress
 ) -> Tensor:
     """The calibration set [samples, sequence_length] int64 of a recipe."""
     if recipe.source != "self":
         return text_tokens(folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
-    return sampled_tokens(dense, recipe, _special_ids(folder), seed, progress)
+    return sampled_tokens(dense, recipe, text_starts(folder, recipe.start), seed, precision, progress)
 
 
-def _special_ids(folder: Path) -> frozenset[int]:
-    """Ids of control tokens; none if the folder has no tokenizer."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return frozenset()
-    return frozenset(load_hf_tokenizer(folder).all_special_ids)
+def text_starts(folder: Path, kind: str) -> list[list[int]]:
+    """How texts of the model in `folder` begin: a plain one, a user's turn; none if nothing is known.
+
+    A user's turn is what the chat template writes before the user's first word: the model goes on with a
+    question and then its answer.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if kind == "random" or not any((folder / name).is_file() for name in names):
+        return []
+    from losa_deploy.text import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    plain = [i for i in (tokenizer.bos_id, tokenizer.separator_id) if i is not None][:1]
+    starts = [plain] if plain and kind in ("text", "mixed") else []
+    turn = _user_turn(tokenizer) if kind in ("chat", "mixed") else []
+    return [*starts, *([turn] if turn else [])]
+
+
+def _user_turn(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a conversation up to the user's first word; empty without a usable chat template."""
+    if not tokenizer.has_chat_template:
+        return []
+    try:
+        one, other = (tokenizer.chat([{"role": "user", "content": text}]) for text in ("Why", "9"))
+    except InputError:
+        return []
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [token for token, _ in same]

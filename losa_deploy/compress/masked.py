@@ -16,6 +16,7 @@ class _MaskedAdapterFunction(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
@@ -30,6 +31,7 @@ class _MaskedAdapterFunction(torch.autograd.Function):
         return x @ (weight + scale * (lora_b @ lora_a) * mask).T
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, lora_a, lora_b = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]

@@ -84,7 +84,9 @@ def compress(
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tokens = calibration_tokens(dense, source.folder, recipe.calibration, recipe.seed, progress)
+        tokens = calibration_tokens(
+            dense, source.folder, recipe.calibration, recipe.seed, recipe.precision, progress
+        )
         _save_tokens(folder, tokens)
         state = AdaptedState(
             fingerprint=mark,

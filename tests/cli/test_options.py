@@ -9,6 +9,7 @@ import pytest
 from losa_deploy.cli.options import RECIPE_OPTIONS, RecipeOption, make_recipe, revise_recipe
 from losa_deploy.cli.parser import build_parser, parse
 from losa_deploy.errors import UsageError
+from losa_deploy.phases import MODES, TEACHING
 from losa_deploy.recipe import Recipe, load_recipe, preset_names
 
 VALUES = {
@@ -23,9 +24,10 @@ VALUES = {
     "schedule.steps": "9",
     "rank.start": "2",
     "rank.end": "11",
-    "adapt.learning_rate": "0.123",
-    "adapt.steps": "77",
-    "adapt.batch_size": "3",
+    "rank.scale": "3",
+    "phases.learning_rate": "0.123",
+    "phases.steps": "77",
+    "phases.batch_size": "3",
     "export.group_size": "32",
     "verify.text": "notes.txt",
     "verify.window": "64",
@@ -42,6 +44,12 @@ def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def test_flags_of_phases_reach_every_phase() -> None:
+    phases = recipe_of("--preset", "standard", "--learning-rate", "0.5", "--batch-size", "3").phases
+    assert [(phase.learning_rate, phase.batch_size) for phase in phases] == [(0.5, 3)] * 2
+    assert recipe_of("--adapt", "none").phases == ()
+
+
 def recipe_of(*flags: str) -> Recipe:
     return make_recipe(parse(build_parser(), ["compress-and-export", "--format", "onnx", *flags]))
 
@@ -55,19 +63,27 @@ def arguments(option: RecipeOption, default: object) -> list[str]:
 
 @pytest.mark.parametrize("option", RECIPE_OPTIONS, ids=lambda option: option.flag)
 def test_every_flag_changes_its_own_key(option: RecipeOption) -> None:
-    base = flatten(recipe_of().model_dump())
-    changed = flatten(recipe_of(*arguments(option, base[option.key])).model_dump())
+    """Shorthand changes the phases; a value type or group size also the grid that they train on."""
+    preset = ["--preset", "standard"]
+    base = flatten(recipe_of(*preset).model_dump())
+    key = "phases" if option.section == "phases" else option.key
+    changed = flatten(recipe_of(*preset, *arguments(option, base.get(option.key))).model_dump())
     differing = {key for key in base if base[key] != changed[key]}
-    allowed = {option.key} | ({"sparsity.target"} if option.key == "sparsity.pattern" else set())
-    assert option.key in differing
-    assert differing <= allowed
+    follow = {"sparsity.pattern": {"sparsity.target"}, "export.value_type": {"phases"}}
+    follow |= {"export.group_size": {"phases"}}
+    assert key in differing
+    assert differing <= {key} | follow.get(option.key, set())
 
 
 @pytest.mark.parametrize("option", [o for o in RECIPE_OPTIONS if o.choices], ids=lambda option: option.flag)
 def test_choices_are_those_of_the_recipe(option: RecipeOption) -> None:
-    section, _, key = option.key.partition(".")
-    field = type(getattr(Recipe(), section)).model_fields[key]
-    assert set(option.choices) == set(get_args(field.annotation))
+    shorthand = {"phases.mode": set(MODES), "phases.loss": set(TEACHING)}
+    if option.key in shorthand:
+        assert set(option.choices) == shorthand[option.key]
+        return
+    section, _, key = option.key.rpartition(".")
+    owner = type(getattr(Recipe(), section)) if section else Recipe
+    assert set(option.choices) == set(get_args(owner.model_fields[key].annotation))
 
 
 def test_no_flag_and_no_key_is_listed_twice() -> None:

@@ -12,7 +12,7 @@ def _layer(rank: int, seed: int = 0) -> MaskedLinear:
     mask = torch.rand(6, 5, generator=draw) > 0.4
     weight = torch.where(mask, torch.randn(6, 5, generator=draw), 0.0)
     layer = MaskedLinear(weight, torch.randn(6, generator=draw), mask)
-    layer.set_rank(rank, 16.0, draw)
+    layer.set_rank(rank, 2.0, draw)
     with torch.no_grad():
         layer.lora_b.copy_(torch.randn(6, rank, generator=draw))
     return layer
@@ -20,7 +20,7 @@ def _layer(rank: int, seed: int = 0) -> MaskedLinear:
 
 def test_forward_is_weight_plus_masked_adapter() -> None:
     layer, x = _layer(3), torch.randn(2, 4, 5)
-    product = 16.0 / 3**0.5 * layer.lora_b @ layer.lora_a
+    product = 2.0 * layer.lora_b @ layer.lora_a
     expected = x @ (layer.weight + product * layer.mask).T + layer.bias
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
@@ -44,7 +44,8 @@ def test_rank_changes_do_not_change_the_function() -> None:
     layer, draw = _layer(3), torch.Generator().manual_seed(1)
     before = layer.effective()
     for rank in (7, 2, 5, 1):
-        layer.set_rank(rank, 16.0, draw)
+        layer.set_rank(rank, 1.0 + rank, draw)
+        assert layer.scale == 1.0 + rank
         assert layer.rank == rank
         assert torch.allclose(layer.effective(), before, atol=1e-5)
         assert bool((layer.weight[~layer.mask] == 0).all())

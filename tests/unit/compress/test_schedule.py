@@ -23,6 +23,7 @@ BASE = {
     "calibration.samples": 12,
     "calibration.sequence_length": 48,
     "allocation.samples": 12,
+    "allocation.method": "rmi",
     "schedule.steps": 2,
     "adapt.steps": 6,
     "adapt.batch_size": 4,
@@ -55,7 +56,7 @@ def shard_hashes(out: Path, step: int) -> list[str]:
     [
         {"adapt__mode": "reconstruct"},
         {"adapt__mode": "adapters", "prune__method": "wanda", "adapt__learning_rate": 1e-3},
-        {"adapt__mode": "adapters", "adapt__loss": "ce", "rank__error": "cumulative", "adapt__alpha": 8.0},
+        {"adapt__mode": "adapters", "adapt__loss": "ce", "rank__error": "cumulative", "rank__scale": 1.5},
         {"adapt__mode": "direct", "prune__method": "magnitude", "allocation__method": "slope"},
         {"adapt__mode": "none", "prune__regrow": True, "allocation__method": "uniform"},
         {"adapt__mode": "none", "prune__method": "wanda", "prune__regrow": True, "sparsity__scope": "row"},

@@ -1,0 +1,237 @@
+"""Training: it goes downhill towards the dense model, keeps what it must not touch, and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress import partial as partial_module
+from losa_deploy.compress.adapted import AdaptedModel
+from losa_deploy.compress.data import Batches, phase_tokens
+from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.losses import token_error
+from losa_deploy.compress.partial import Partial
+from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
+from losa_deploy.compress.schedule import compress
+from losa_deploy.compress.tune import ModelTask, tune
+from losa_deploy.errors import GateError, InputError
+from losa_deploy.interfaces import no_progress
+from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.phases import DataRecipe, LossRecipe, PhaseRecipe
+from losa_deploy.recipe import Recipe, load_recipe
+
+
+def pruned(source: Checkpoint, *, scale: float = 1.0) -> Decoder:
+    """A student that lost the smaller half of each row; what is kept is multiplied by `scale`."""
+    student = Decoder(source, assembled=True)
+    student.mask_linears()
+    for name in student.names:
+        linear = student.masked(name)
+        middle = linear.weight.abs().median(dim=1, keepdim=True).values
+        linear.set_mask(linear.weight.abs() > middle, linear.effective() * scale)
+    return student
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(5, 290, (24, 24), generator=torch.Generator().manual_seed(0))
+
+
+def block_task(student: Decoder, dense: Decoder, tokens: torch.Tensor, names: tuple[str, ...]) -> BlockTask:
+    stream = student.stream(tokens, 4)
+    target = dense.advance(0, dense.stream(tokens, 4)).hidden
+    return BlockTask(student, 0, names, stream, target, "f32")
+
+
+def test_the_error_counts_every_token_but_the_first_alike() -> None:
+    target = torch.ones(1, 3, 4)
+    target[0, 0], target[0, 2] = 1000.0, 100.0
+    output = target.clone()
+    output[0, 0] = 0.0  # the first token does not count
+    assert float(token_error(output, target)) == 0.0
+    output[0, 1] *= 1.1  # 1 % squared error of a small token, of two that count
+    assert float(token_error(output, target)) == pytest.approx(0.005, rel=1e-4)
+    output[0, 2] *= 1.1  # and the same of a large one
+    assert float(token_error(output, target)) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_reconstruction_approaches_the_dense_block(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    """Against the dense output: a student whose own output were the target would have nothing to learn."""
+    source = Checkpoint.open(tiny_llama)
+    dense, student = Decoder(source), pruned(source, scale=0.8)
+    names = student.block_linears(0)
+    masks = {name: student.masked(name).mask.clone() for name in names}
+    excluded = student.masked(names[2]).weight.clone()
+    task = block_task(student, dense, tokens, tuple(n for n in names if n != names[2]))
+    before, after = reconstruct_block(task, PhaseRecipe(learning_rate=0.02), 60, torch.Generator())
+    assert after < 0.5 * before
+    assert torch.equal(student.masked(names[2]).weight, excluded), "what is not named does not train"
+    for name, mask in masks.items():
+        linear = student.masked(name)
+        assert torch.equal(linear.mask, mask) and not bool(linear.weight[~mask].any())
+        assert not linear.weight.requires_grad
+
+
+def test_reconstruction_that_fails_leaves_the_block(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    source = Checkpoint.open(tiny_llama)
+    dense, student = Decoder(source), pruned(source)
+    task = block_task(student, dense, tokens, student.block_linears(0))
+    start = [student.masked(name).weight.clone() for name in task.names]
+    before, after = reconstruct_block(task, PhaseRecipe(learning_rate=30.0), 4, torch.Generator())
+    assert before == after
+    assert all(torch.equal(student.masked(n).weight, w) for n, w in zip(task.names, start, strict=True))
+
+
+def test_a_block_learns_on_its_grid(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    source = Checkpoint.open(tiny_llama)
+    dense, student = Decoder(source), pruned(source)
+    for name in student.block_linears(0):
+        from losa_deploy.compress.grid import GridKind
+
+        student.masked(name).put_on_grid(GridKind("i3", 32), None)
+    phase = PhaseRecipe(train=("weights", "scales"), grid="i3", group_size=32, learning_rate=0.02)
+    scales = student.masked(student.block_linears(0)[0]).scales.clone()
+    task = block_task(student, dense, tokens, student.block_linears(0))
+    before, after = reconstruct_block(task, phase, 60, torch.Generator())
+    assert after < 0.8 * before
+    assert not torch.equal(student.masked(student.block_linears(0)[0]).scales, scales)
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        PhaseRecipe(where="model", learning_rate=0.01, batch_size=4),
+        PhaseRecipe(where="model", learning_rate=0.01, batch_size=4, loss=LossRecipe(ce=1.0)),
+        PhaseRecipe(where="model", train=("adapters",), rate="absolute", learning_rate=0.01, batch_size=4),
+        PhaseRecipe(where="model", learning_rate=0.02, batch_size=4, rate="probe"),
+    ],
+    ids=["kl", "ce", "adapters", "probe"],
+)
+def test_phases_through_the_model_lower_their_loss(
+    phase: PhaseRecipe, tiny_llama: Path, tmp_path: Path, tiny_text: str
+) -> None:
+    from losa_deploy.corpus import token_windows
+    from losa_deploy.text import load_tokenizer
+
+    text = torch.from_numpy(token_windows(load_tokenizer(tiny_llama), [tiny_text], 32, 40, 0))
+    source = Checkpoint.open(tiny_llama)
+    student = pruned(source, scale=0.9)
+    if "adapters" in phase.train:
+        for name in student.names:
+            student.masked(name).set_rank(4, 2.0, torch.Generator().manual_seed(1))
+    task = ModelTask(student, Decoder(source), student.names, text, phase, 40, "f32", 0, ("tune", 1, 0))
+    losses = tune(task, Partial(tmp_path, 1), lambda done: None)
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert all(not bool(student.masked(n).weight[~student.masked(n).mask].any()) for n in student.names)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(
+    tiny_llama: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(tiny_llama)
+    student = pruned(source)
+    student.masked(student.names[0]).weight.data[0] = float("nan")
+    phase = PhaseRecipe(where="model", batch_size=4)
+    task = ModelTask(student, Decoder(source), student.names, tokens, phase, 2, "f32", 0, ("tune",))
+    with pytest.raises(GateError, match="step 1 of 2 became nan"):
+        tune(task, Partial(tmp_path, 1), lambda done: None)
+
+
+def test_batches_are_shuffled_epochs() -> None:
+    batches = Batches(10, 4, 0, "x")
+    seen = [index for number in range(5) for index in batches[number]]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:] and seen[:10] != list(range(10))
+    assert Batches(10, 4, 0, "x")[3] == batches[3] and Batches(10, 4, 1, "x")[3] != batches[3]
+
+
+def test_sources_are_mixed_by_their_shares(tiny_llama: Path, tiny_text: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text)
+    calibration = torch.zeros(12, 32, dtype=torch.int64)
+    mixed = (DataRecipe(share=0.75), DataRecipe(source=str(text), share=0.25))
+    found = phase_tokens(PhaseRecipe(where="model", data=mixed), calibration, tiny_llama, 0)
+    assert found.shape == (16, 32)
+    assert int((found == 0).all(dim=1).sum()) == 12
+    longer = PhaseRecipe(where="model", data=(DataRecipe(source=str(text)),), sequence_length=64)
+    assert phase_tokens(longer, calibration, tiny_llama, 0).shape[1] == 64
+    with pytest.raises(InputError, match="sequences of 32 tokens, the phase asks for 64"):
+        phase_tokens(PhaseRecipe(where="model", sequence_length=64), calibration, tiny_llama, 0)
+    text.write_text("few")
+    with pytest.raises(InputError, match="fewer than one sequence"):
+        phase_tokens(longer, calibration, tiny_llama, 0)
+
+
+PHASES = [
+    {"train": ["weights"], "where": "blocks", "tokens": 512, "batch_size": 4},
+    {"train": ["weights", "scales"], "where": "model", "grid": "i4", "tokens": 1024, "batch_size": 4},
+]
+
+
+def chosen() -> Recipe:
+    return load_recipe(
+        overrides=[
+            ("calibration.samples", 12),
+            ("calibration.sequence_length", 32),
+            ("phases", PHASES),
+            ("precision", "f32"),
+        ]
+    )
+
+
+def run(folder: Path, out: Path, progress: object = no_progress) -> AdaptedModel:
+    record = SourceRecord(id="tiny", files={"model.safetensors": sha256_file(folder / "model.safetensors")})
+    return compress(Checkpoint.open(folder), record, chosen(), out, progress=progress)  # type: ignore[arg-type]
+
+
+def hashes(model: AdaptedModel) -> dict[str, str]:
+    return model.state.files
+
+
+@pytest.mark.parametrize(("label", "after"), [("pruning", 2), ("phase 1", 5)])
+def test_an_interrupted_run_goes_on_where_it_was(
+    label: str, after: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside of the blocks at the next block, inside of a phase at the last saved step: equal bytes."""
+    monkeypatch.setattr(partial_module, "SAVE_SECONDS", 0.0)
+    whole = run(tiny_llama, tmp_path / "whole")
+    assert whole.state.grids and [t.phase for t in whole.state.training] == [0, 1]
+    assert not (tmp_path / "whole" / "partial").exists()
+
+    def stop(done: int, total: int, text: str) -> None:
+        if label in text and done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_llama, tmp_path / "cut", stop)
+    seen: list[tuple[str, int]] = []
+    resumed = run(tiny_llama, tmp_path / "cut", lambda done, total, text: seen.append((text, done)))
+    assert hashes(resumed) == hashes(whole)
+    if label == "phase 1":
+        assert min(done for text, done in seen if label in text) == after
+    assert resumed.state.training == whole.state.training
+
+
+def test_a_damaged_point_is_not_trusted(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial_module, "SAVE_SECONDS", 0.0)
+    whole = run(tiny_llama, tmp_path / "whole")
+
+    def stop(done: int, total: int, text: str) -> None:
+        if "phase 1" in text and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_llama, tmp_path / "cut", stop)
+    for name in ("point.safetensors", "block-00001.safetensors"):
+        path = tmp_path / "cut" / "partial" / name
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    assert hashes(run(tiny_llama, tmp_path / "cut")) == hashes(whole)
