@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from losa_deploy.layouts.values import SMALLER
 from losa_deploy.manifest import Manifest, TensorRecord, sha256_file
 from losa_deploy.model import SparseModel, WeightGrid
 from losa_deploy.recipe import SparsityRecipe
+from losa_deploy.structure import WINDOW, first_slots, window_starts
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +96,41 @@ def check_pattern(name: str, mask: NDArray[np.bool_], group: tuple[int, int]) ->
     return [f"{name}: found {found} ({first}), expected at most {keep}"]
 
 
+def check_sliding(name: str, mask: NDArray[np.bool_], stride: Fraction) -> list[str]:
+    """Every kept position has a slot of its own, in their order, whose window reaches it."""
+    columns = mask.shape[1]
+    order = mask.cumsum(axis=1) - 1
+    # The k-th kept position needs the first slot that reaches it, or the one behind that of the (k-1)-th.
+    needed = np.where(mask, np.array(first_slots(columns, stride)) - order, 0)
+    slots = np.maximum.accumulate(needed, axis=1) + order
+    starts = np.array([*window_starts(columns, stride), *[columns] * columns])
+    wrong = np.argwhere(mask & (starts[slots] > np.arange(columns)))
+    if not len(wrong):
+        return []
+    row, column = map(int, wrong[0])
+    found = f"{len(wrong)} kept positions without a slot (first at [{row}, {column}])"
+    expected = f"one in each window of {WINDOW} that moves on by {float(stride):g}"
+    return [f"{name}: found {found}, expected {expected}"]
+
+
+def check_pairs(name: str, mask: NDArray[np.bool_]) -> list[str]:
+    """Rows 2 i and 2 i + 1 keep the same positions."""
+    paired = len(mask) // 2 * 2
+    wrong = np.argwhere((mask[:paired:2] != mask[1:paired:2]).any(axis=1))
+    if not len(wrong):
+        return []
+    row = 2 * int(wrong[0][0])
+    found = f"{len(wrong)} pairs of rows with two masks (first rows {row} and {row + 1})"
+    return [f"{name}: found {found}, expected one mask"]
+
+
 def check_group(name: str, mask: NDArray[np.bool_], recipe: SparsityRecipe) -> list[str]:
-    """The recipe's N:M pattern, if it has one; with `mixed` N is the linear's own, from its density."""
+    """The recipe's pattern, if it has one; of N:M with `mixed` N is the linear's own, from its density."""
+    structure = recipe.structure
+    if structure.stride:
+        return check_sliding(name, mask, structure.stride)
+    if structure.paired:
+        return check_pairs(name, mask)
     if recipe.group is None:
         return []
     keep, size = recipe.group

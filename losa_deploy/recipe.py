@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from losa_deploy.errors import UsageError
 from losa_deploy.phases import Part, PhaseRecipe, resolved, translate
+from losa_deploy.structure import Structure, parse_structure
 
 PRESETS = resources.files("losa_deploy") / "recipes"
 """Where the shipped presets are, one file each."""
@@ -34,21 +35,26 @@ class SparsityRecipe(Part):
     target: Sparsity = 0.5
     """Fraction of zeros over all pruned linears, e.g. 0.5; 0 leaves the model dense."""
     pattern: str = "unstructured"
-    """`unstructured`, or `N:M`: N kept of every M along the input dimension (2 ≤ M ≤ 32)."""
+    """`unstructured`; `pair`: one mask for two neighbouring rows; `sliding` or `sliding:STRIDE`: one kept in
+    every window of 4 that moves on by 2 or STRIDE; or `N:M`: N kept of every M along the input dimension
+    (2 ≤ M ≤ 32)."""
     scope: Literal["row", "columns"] = "row"
-    """Unstructured only: equal count per output row, or per block of columns over all rows."""
+    """Unstructured and pair only: equal count per output row, or per block of columns over all rows."""
     mixed: bool = False
     """N:M only: more important blocks keep more than N of M, others fewer, N on average."""
     exclude: tuple[str, ...] = ()
     """Shell-style patterns of linears to leave dense, e.g. `*.v_proj`."""
 
     @property
+    def structure(self) -> Structure:
+        """The pattern, parsed."""
+        return parse_structure(self.pattern)
+
+    @property
     def group(self) -> tuple[int, int] | None:
-        """(N, M) for an N:M pattern, None for unstructured."""
-        if self.pattern == "unstructured":
-            return None
-        n, m = self.pattern.split(":")
-        return int(n), int(m)
+        """(N, M) for an N:M pattern, None for any other."""
+        structure = self.structure
+        return (structure.kept, structure.group) if structure.group else None
 
     @field_validator("target", mode="before")
     @classmethod
@@ -61,19 +67,11 @@ class SparsityRecipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _pattern_sets_target(cls, data: object) -> object:
-        """N:M fixes the sparsity at 1 - N/M; a different target beside it is refused."""
+        """N:M and sliding windows fix the sparsity, whatever target stands beside them."""
         if not isinstance(data, Mapping):
             return data
-        pattern = str(data.get("pattern", "unstructured"))
-        if pattern == "unstructured":
-            return data
-        match = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if not match:
-            raise ValueError(f"pattern {pattern!r} is neither 'unstructured' nor N:M, e.g. '2:4'")
-        n, m = int(match[1]), int(match[2])
-        if not (1 <= n < m <= 32):
-            raise ValueError(f"pattern {pattern!r} needs 1 <= N < M <= 32 (N kept of every M)")
-        return {**data, "target": 1.0 - n / m}
+        fixed = parse_structure(str(data.get("pattern", "unstructured"))).sparsity
+        return data if fixed is None else {**data, "target": fixed}
 
 
 class CalibrationRecipe(Part):

@@ -70,7 +70,8 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
         "--pattern",
         "sparsity.pattern",
         "text",
-        "`unstructured`, or N:M = N kept of every M; 2:4 and N:16 run fastest",
+        "`unstructured`; `pair`: neighbouring rows share a mask; N:M = N kept of every M, 2:4 and N:16 run "
+        "fastest; `sliding`: windows of 4 that move on by 2; `sliding:2.5`: by 2.5",
     ),
     RecipeOption("--mixed", "sparsity.mixed", "switch", "N:M: more important blocks keep more than N of M"),
     _choice("--scope", "sparsity.scope", "row|columns", "what gets an equal count in unstructured pruning"),
@@ -121,6 +122,8 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--text-tokens", "verify.max_tokens", "number", "tokens of the text that are used"),
 )
 
+BITS_HELP = "bits per weight of the pruned linears, e.g. 2.75, instead of --sparsity"
+
 
 def number(text: str) -> int | float:
     """A whole number if the text is one, so that messages repeat it as typed."""
@@ -143,6 +146,8 @@ def add_recipe_options(parser: argparse.ArgumentParser, sections: Iterable[str])
     for option in RECIPE_OPTIONS:
         if option.section in wanted:
             _add(group, option)
+        if option.key == "sparsity.target" and option.section in wanted:
+            group.add_argument("--bits", type=number, metavar="N", help=BITS_HELP)
 
 
 def _add(group: argparse._ArgumentGroup, option: RecipeOption) -> None:
@@ -191,7 +196,19 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     """The effective recipe of a command line: preset ← --recipe ← flags ← --set."""
     from losa_deploy.recipe import load_recipe
 
-    return load_recipe(preset=args.preset, path=args.recipe, overrides=recipe_overrides(args))
+    overrides = recipe_overrides(args)
+    recipe = load_recipe(preset=args.preset, path=args.recipe, overrides=overrides)
+    bits = getattr(args, "bits", None)
+    if bits is None:
+        return recipe
+    if any(key == "sparsity.target" for key, _ in overrides):
+        raise UsageError("--sparsity and --bits both say how much to prune.", hint="Leave one of them out.")
+    from losa_deploy.structure import sparsity_for_bits
+
+    export = recipe.export
+    target = sparsity_for_bits(recipe.sparsity.structure, bits, export.value_type, export.group_size)
+    overrides.append(("sparsity.target", target))
+    return load_recipe(preset=args.preset, path=args.recipe, overrides=overrides)
 
 
 def revise_recipe(recipe: Recipe, args: argparse.Namespace) -> Recipe:

@@ -6,11 +6,13 @@ All functions take a weight [out, in] f32 and give a mask [out, in] bool, True =
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from losa_deploy.compress.patterns import BLOCK, LOOK_AHEAD, Sliding, select_pairs, select_sliding
 from losa_deploy.errors import InputError
 
 
@@ -20,12 +22,20 @@ class Pattern:
 
     Unstructured: `rate` of zeros, per `row` or per block of `columns` (all rows together).
     N:M: `kept` of every `group` positions along the input dimension (rate is 1 - kept/group).
+    Sliding windows: `stride` is not 0; see `structure.window_starts`.
+    `paired`: unstructured, but the rows 2 i and 2 i + 1 have one mask.
     """
 
     rate: float
     scope: str = "row"
     kept: int = 0
     group: int = 0
+    stride: Fraction = Fraction(0)
+    paired: bool = False
+
+    def additive(self, magnitudes: Tensor) -> Tensor:
+        """Scores that may be added up, if the pattern does: squared, they are the error of pruning a weight."""
+        return magnitudes.square() if self.stride or self.paired else magnitudes
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,14 @@ def select(scores: Tensor, pattern: Pattern, allowed: Tensor) -> Tensor:
     """Keep the highest `scores` in the pattern's shape; positions not `allowed` go first.
 
     Counts are exact: round(rate·size) zeros in every row (or over the whole block of columns).
-    The last, shorter N:M group of r positions keeps min(N, r).
+    The last, shorter N:M group of r positions keeps min(N, r). Of sliding windows and pairs the sum of
+    the scores is the largest; pairs count as one row.
     """
+    if pattern.stride:
+        return select_sliding(scores, pattern.stride, allowed)
+    if pattern.paired:
+        single = replace(pattern, paired=False)
+        return select_pairs(scores, allowed, lambda summed, both: select(summed, single, both))
     ranked = scores.masked_fill(~allowed, float("-inf"))
     if pattern.group:
         return select_group(ranked, pattern.kept, pattern.group) & allowed
@@ -93,13 +109,13 @@ def _drop_lowest(scores: Tensor, count: int) -> Tensor:
 
 def prune_magnitude(weight: Tensor, pattern: Pattern, allowed: Tensor) -> Pruned:
     """Keep the largest |w|."""
-    return Pruned(select(weight.abs(), pattern, allowed), None)
+    return Pruned(select(pattern.additive(weight.abs()), pattern, allowed), None)
 
 
 def prune_wanda(weight: Tensor, statistics: InputStatistics, pattern: Pattern, allowed: Tensor) -> Pruned:
     """Keep the largest |w|·√E[x²] (Sun et al. 2023, arXiv 2306.11695)."""
     norms = (statistics.squares / max(1, statistics.count)).sqrt()
-    return Pruned(select(weight.abs() * norms, pattern, allowed), None)
+    return Pruned(select(pattern.additive(weight.abs() * norms), pattern, allowed), None)
 
 
 def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
@@ -142,6 +158,7 @@ def prune_sparsegpt(
 
     Saliency is w²/[H⁻¹]² of the current, already updated weight; the error of a pruned weight
     is spread over the columns to its right. Unstructured counts are kept per block of columns.
+    Sliding windows see some columns beyond their block, as the blocks before left them.
     """
     assert statistics.hessian is not None
     upper = inverse_factor(statistics.hessian, damping, name)
@@ -149,11 +166,17 @@ def prune_sparsegpt(
     work[:, statistics.hessian.diagonal() == 0] = 0.0
     mask = torch.zeros_like(allowed)
     columns = work.shape[1]
+    windows = Sliding(pattern.stride, *work.shape) if pattern.stride else None
     width = block_columns + (-block_columns % pattern.group if pattern.group else 0)
+    width = min(width, BLOCK) if windows else width
     for start in range(0, columns, width):
         end = min(start + width, columns)
         piece, factor = work[:, start:end].clone(), upper[start:end, start:end]
-        if not pattern.group:
+        if windows is not None:
+            seen = slice(start, end + LOOK_AHEAD)
+            saliency = (work[:, seen] / upper.diagonal()[seen]).square()
+            mask[:, start:end] = windows.choose(saliency, allowed[:, seen], end - start)
+        elif not pattern.group:
             saliency = (piece / factor.diagonal()).square()
             counted = _block_pattern(pattern, start, end)
             mask[:, start:end] = select(saliency, counted, allowed[:, start:end])
@@ -178,4 +201,4 @@ def _block_pattern(pattern: Pattern, start: int, end: int) -> Pattern:
     if pattern.scope != "row":
         return pattern
     zeros = round(pattern.rate * end) - round(pattern.rate * start)
-    return Pattern(zeros / (end - start), "row")
+    return replace(pattern, rate=zeros / (end - start))

@@ -145,7 +145,7 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     """One schedule step: rates, then prune (and reconstruct) block by block, then ranks and tuning."""
     recipe = run.recipe
     steps = recipe.schedule.steps
-    target = allocate.sparsity_ramp(recipe.sparsity.target, step, steps, recipe.schedule.ramp)
+    target = _step_target(recipe, step)
     rates = _rates(run, target)
     kept = None
     group = recipe.sparsity.group
@@ -222,10 +222,20 @@ def _thinned(losses: Sequence[float], most: int = 200) -> tuple[float, ...]:
     return tuple(float(piece.mean()) for piece in pieces if len(piece))
 
 
+def _step_target(recipe: Recipe, step: int) -> float:
+    """Mean sparsity after `step`. Sliding windows have none in between: they wait for the last step."""
+    steps, ramp = recipe.schedule.steps, recipe.schedule.ramp
+    if recipe.sparsity.structure.stride and ramp != "none" and step < steps:
+        return 0.0
+    return allocate.sparsity_ramp(recipe.sparsity.target, step, steps, ramp)
+
+
 def _rates(run: _Run, target: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Sparsity rate per block, mean exactly `target` over the prunable weights."""
     recipe = run.recipe.allocation
     blocks = len(run.sizes)
+    if run.recipe.sparsity.structure.stride:
+        return np.full(blocks, target)
     if recipe.method == "rmi":
         importance = rmi_importance(run.student, run.tokens[: recipe.samples], recipe.beta)
         rule = allocate.graded_deviation if recipe.rule == "graded" else allocate.two_level_deviation

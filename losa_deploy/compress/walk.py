@@ -184,8 +184,10 @@ def prune_block(
     recipe = walk.recipe
     if recipe.sparsity.target == 0.0:
         return
-    group = recipe.sparsity.group
-    pattern = Pattern(rate, recipe.sparsity.scope)
+    group, structure = recipe.sparsity.group, recipe.sparsity.structure
+    if structure.stride and rate == 0:
+        return
+    pattern = Pattern(rate, recipe.sparsity.scope, stride=structure.stride, paired=structure.paired)
     if group is not None:
         if kept >= group[1]:
             return
