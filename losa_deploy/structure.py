@@ -93,7 +93,7 @@ def sparsity_for_bits(structure: Structure, bits: float, value_type: str, group_
         raise UsageError(
             f"--bits {bits:g} cannot be reached with {value_type} values: the mask and scales alone take "
             f"{least:g} bits per weight, unpruned weights {dense:g}.",
-            hint=f"Give a number between {least:g} and {dense:g}, or another --value-type.",
+            hint=f"Give a number between {least:g} and {dense:g}, or another export.value_type.",
         )
     return min(round(1.0 - (bits - least) / width, 6), 1 - 1e-6)
 

@@ -34,7 +34,7 @@ class Pattern:
     paired: bool = False
 
     def additive(self, magnitudes: Tensor) -> Tensor:
-        """Scores that may be added up, if the pattern does: squared, they are the error of pruning a weight."""
+        """Scores to add up, if the pattern adds: the squares, which are the error of pruning each weight."""
         return magnitudes.square() if self.stride or self.paired else magnitudes
 
 
