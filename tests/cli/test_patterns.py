@@ -1,0 +1,104 @@
+"""Mask patterns through the command line: compress, merge, verify and export on the tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from losa_deploy.cli.main import main
+from losa_deploy.manifest import hash_files
+from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+
+SMALL = ["--samples", "8", "--sequence-length", "32", "--steps", "2", "--adapt-steps", "2", "--threads", "1"]
+
+
+def losa(*argv: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command line, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sparsity"),
+    [
+        (["--pattern", "sliding", "--prune-method", "wanda"], 0.5),
+        (["--pattern", "sliding:2.5", "--adapt", "none"], 0.6),
+        (["--pattern", "pair", "--bits", "2.75", "--set", "export.value_type=i4"], 0.46875),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_a_pattern_holds_from_compress_to_the_exported_model(
+    tiny_llama: Path, tmp_path: Path, flags: list[str], sparsity: float
+) -> None:
+    adapted, merged, onnx = (tmp_path / name for name in ("adapted", "merged", "onnx"))
+    code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags, "--offline")
+    assert code == 0, err
+    code, _, err = losa("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline")
+    assert code == 0, err
+    code, _, err = losa("verify", merged)
+    assert code == 0, err
+    model = SparseModel.open(merged)
+    assert model.manifest.sparsity_achieved == pytest.approx(sparsity, abs=0.01)
+    code, _, err = losa("export", merged, "-f", "onnx", "-o", onnx, "--verify", "off", "--threads", "1")
+    assert code == 0, err
+    layouts = {t["layout"] for t in json.loads((onnx / "losa.json").read_text())["linears"]}
+    assert layouts == {"bitmask"}
+
+    damage(merged, model)
+    code, out, err = losa("verify", merged)
+    assert code == 6
+    assert "without a slot" in out + err or "two masks" in out + err
+
+
+def damage(merged: Path, model: SparseModel) -> None:
+    """Keep other positions of one row: as many as before, but all at its end."""
+    name = "model.layers.0.mlp.down_proj"
+    mask = model.mask(name).copy()
+    mask[0] = np.arange(mask.shape[1]) >= mask.shape[1] - mask[0].sum()
+    masks = load_file(merged / MASK_FILE)
+    key = next(k for k in masks if k.startswith(name))
+    masks[key] = pack_mask(mask)
+    save_file(masks, merged / MASK_FILE)
+    document = json.loads((merged / "losa.json").read_text())
+    (merged / "losa.json").write_text(json.dumps(document | {"files": hash_files(merged)}))
+
+
+def printed(*flags: str) -> tuple[int, str, str]:
+    return losa("compress", *flags, "--print-recipe")
+
+
+def test_bits_set_the_sparsity_of_the_printed_recipe(tmp_path: Path) -> None:
+    i4 = ("--set", "export.value_type=i4")
+    for flags, target in (((), 0.78125), (i4, 0.59375), ((*i4, "--pattern", "pair"), 0.46875)):
+        code, out, err = printed("--bits", "2.75", *flags)
+        assert code == 0, err
+        assert f"\n  target: {target}\n" in out
+    file = tmp_path / "recipe.yaml"
+    file.write_text("sparsity: {target: 0.9}\nexport: {value_type: i4, group_size: 32}\n")
+    assert "\n  target: 0.6875\n" in printed("--recipe", str(file), "--bits", "2.75")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--sparsity", "0.5"), "--sparsity and --bits"),
+        (("--set", "sparsity.target=0.5"), "--sparsity and --bits"),
+        (("--pattern", "sliding"), "take 5 bits per weight"),
+        (("--pattern", "2:16"), "take 1.5 bits per weight"),
+        (("--set", "export.value_type=f16"), "unpruned weights 16"),
+    ],
+    ids=str,
+)
+def test_bits_beside_what_already_says_it_are_refused(flags: tuple[str, ...], words: str) -> None:
+    code, out, err = printed("--bits", "16", *flags)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
