@@ -102,6 +102,25 @@ def test_group_patterns_hold_in_every_group(tiny_llama: Path, tmp_path: Path, pa
                 assert bool((group.sum(dim=1) == min(n, group.shape[1])).all())
 
 
+@pytest.mark.parametrize(("ramp", "first"), [("cubic", 0.0), ("none", 0.5)])
+def test_sliding_windows_wait_for_the_last_step_of_a_ramp(
+    tiny_llama: Path, tmp_path: Path, ramp: str, first: float
+) -> None:
+    chosen = recipe(sparsity__pattern="sliding", schedule__ramp=ramp)
+    out, between = tmp_path / "adapted", set()
+
+    def look(done: int, total: int, label: str) -> None:
+        state = read_state(out) if out.is_dir() else None
+        if state is not None and state.step == 1:
+            between.add((state.block_sparsity, label))
+
+    checkpoint, record = source_of(tiny_llama)
+    model = compress(checkpoint, record, chosen, out, progress=look)
+    assert between == {((first,) * 3, "step 2/2: pruning to 0.500")}
+    assert model.state.block_sparsity == (0.5,) * 3
+    assert not any(bool(torch.isnan(x.weight).any()) for x in model.block(0).values())
+
+
 @pytest.mark.parametrize(("n", "m", "unit"), [(4, 8, 1), (6, 16, 2)])
 def test_mixed_pattern_differs_between_blocks_and_averages_to_n(
     tiny_llama: Path, tmp_path: Path, n: int, m: int, unit: int
