@@ -182,10 +182,8 @@ def prune_block(
 ) -> None:
     """Choose new masks for the linears of `block` from the statistics of their inputs."""
     recipe = walk.recipe
-    if recipe.sparsity.target == 0.0:
-        return
     group, structure = recipe.sparsity.group, recipe.sparsity.structure
-    if structure.stride and rate == 0:
+    if recipe.sparsity.target == 0.0 or (structure.stride and rate == 0.0):
         return
     pattern = Pattern(rate, recipe.sparsity.scope, stride=structure.stride, paired=structure.paired)
     if group is not None:

@@ -76,8 +76,8 @@ def printed(*flags: str) -> tuple[int, str, str]:
 
 
 def test_bits_set_the_sparsity_of_the_printed_recipe(tmp_path: Path) -> None:
-    i4 = ("--set", "export.value_type=i4")
-    for flags, target in (((), 0.78125), (i4, 0.59375), ((*i4, "--pattern", "pair"), 0.46875)):
+    i4, i8 = (("--set", f"export.value_type={value_type}") for value_type in ("i4", "i8"))
+    for flags, target in ((i8, 0.78125), (i4, 0.59375), ((*i4, "--pattern", "pair"), 0.46875)):
         code, out, err = printed("--bits", "2.75", *flags)
         assert code == 0, err
         assert f"\n  target: {target}\n" in out
@@ -91,8 +91,8 @@ def test_bits_set_the_sparsity_of_the_printed_recipe(tmp_path: Path) -> None:
     [
         (("--sparsity", "0.5"), "--sparsity and --bits"),
         (("--set", "sparsity.target=0.5"), "--sparsity and --bits"),
-        (("--pattern", "sliding"), "take 5 bits per weight"),
-        (("--pattern", "2:16"), "take 1.5 bits per weight"),
+        (("--pattern", "sliding"), "take 3.125 bits per weight"),
+        (("--pattern", "2:16"), "take 1.125 bits per weight"),
         (("--set", "export.value_type=f16"), "unpruned weights 16"),
     ],
     ids=str,
