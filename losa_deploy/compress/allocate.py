@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+MOST_SUMS = 1 << 18
+"""Sums that `mixed_kept` tells apart: megabytes, and seconds at most. Real models need some thousand."""
 
 
 def sparsity_ramp(target: float, step: int, steps: int, ramp: str) -> float:
@@ -128,6 +132,45 @@ def allocate_ranks(errors: Floats, mean_rank: float, maximum: int) -> NDArray[np
     return largest_remainder(wanted, budget, 1, maximum)
 
 
-def mixed_kept(rates: Floats, group: int, kept_mean: int) -> NDArray[np.int64]:
-    """N per block for mixed N:M: near M·(1 - s_i), within 1…M-1, mean exactly `kept_mean`."""
-    return largest_remainder(group * (1.0 - rates), kept_mean * len(rates), 1, group - 1)
+def mixed_kept(
+    wanted: Floats, levels: Sequence[Sequence[int]], sizes: Floats, mean: float
+) -> NDArray[np.int64]:
+    """N per block for mixed N:M: one of the block's `levels`, near its `wanted`.
+
+    The mean over `sizes` (weights per block, > 0) is as near `mean` as the levels allow; among such
+    choices the sum of sizes·(N - wanted)² is least. Levels of a block rise by one step that is common to all.
+    """
+    step = min((b - a for block in levels for a, b in itertools.pairwise(block)), default=1)
+    units = _common_units(sizes, max(map(len, levels)))
+    tops = [(len(block) - 1) * unit for block, unit in zip(levels, units, strict=True)]
+    # cost[k]: the least cost of the blocks so far if they are k units·steps above their lowest levels.
+    cost = np.full(sum(tops) + 1, np.inf)
+    cost[0] = 0.0
+    chosen = np.zeros((len(levels), len(cost)), np.int8)
+    for i, (block, unit) in enumerate(zip(levels, units, strict=True)):
+        best = np.full_like(cost, np.inf)
+        for j, level in enumerate(block):
+            shifted = cost[: len(cost) - j * unit] + float(sizes[i]) * (level - float(wanted[i])) ** 2
+            better = shifted < best[j * unit :]
+            best[j * unit :][better] = shifted[better]
+            chosen[i, j * unit :][better] = j
+        cost = best
+    lowest = sum(unit * block[0] for block, unit in zip(levels, units, strict=True))
+    distance = np.abs(np.arange(len(cost)) - (mean * sum(units) - lowest) / step)
+    # Of two sums equally near, the one that keeps more: the last.
+    k = len(cost) - 1 - int(np.argmin(np.where(np.isfinite(cost), distance, np.inf)[::-1]))
+    result = np.zeros(len(levels), np.int64)
+    for i in reversed(range(len(levels))):
+        j = int(chosen[i, k])
+        result[i] = levels[i][j]
+        k -= j * units[i]
+    return result
+
+
+def _common_units(sizes: Floats, levels: int) -> list[int]:
+    """Sizes in their greatest common divisor, or rounded where that would make sums beyond `MOST_SUMS`."""
+    whole = [round(float(size)) for size in sizes]
+    divisor = math.gcd(*whole)
+    if sum(whole) // divisor * levels > MOST_SUMS:
+        return [max(1, round(size * MOST_SUMS / (sum(whole) * levels))) for size in whole]
+    return [size // divisor for size in whole]

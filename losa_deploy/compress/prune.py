@@ -202,3 +202,11 @@ def _block_pattern(pattern: Pattern, start: int, end: int) -> Pattern:
         return pattern
     zeros = round(pattern.rate * end) - round(pattern.rate * start)
     return replace(pattern, rate=zeros / (end - start))
+
+
+def kept_of_group(mask: Tensor, group: int) -> int:
+    """N of an N:M mask with M = `group`: the most that any group keeps; M if nothing is pruned."""
+    if bool(mask.all()):
+        return group
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[1] % group))
+    return int(padded.view(mask.shape[0], -1, group).sum(dim=-1).max())

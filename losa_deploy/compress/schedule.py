@@ -21,6 +21,7 @@ from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.partial import Partial
+from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.compress.walk import Walk, settle_grid, walk_blocks
@@ -29,7 +30,7 @@ from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import tiled
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.parity import logit_tolerance
-from losa_deploy.recipe import Recipe
+from losa_deploy.recipe import Recipe, SparsityRecipe
 
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
 """Length of the sequence that compares two models, and how far apart its token ids are."""
@@ -62,6 +63,15 @@ class _Run:
         """Share of pruned positions per block, over the prunable linears."""
         kept = [sum(int(m.sum()) for m in self.block_masks(b)) for b in range(len(self.sizes))]
         return 1.0 - np.array(kept, np.float64) / np.maximum(self.sizes, 1)
+
+    def block_kept(self) -> list[int]:
+        """The largest N of every M that each block can have in the next step of an N:M recipe."""
+        assert self.recipe.sparsity.group is not None
+        m = self.recipe.sparsity.group[1]
+        if self.recipe.prune.regrow:
+            return [m] * len(self.sizes)
+        masks = [self.block_masks(block) for block in range(len(self.sizes))]
+        return [max((kept_of_group(mask, m) for mask in block), default=m) for block in masks]
 
 
 def compress(
@@ -148,9 +158,8 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     target = _step_target(recipe, step)
     rates = _rates(run, target)
     kept = None
-    group = recipe.sparsity.group
-    if group is not None:
-        kept = _kept_per_block(rates, target, group, mixed=recipe.sparsity.mixed)
+    if recipe.sparsity.group is not None:
+        kept = _kept_per_block(rates, target, recipe.sparsity, run.sizes, run.block_kept())
     label = f"step {step}/{steps}: pruning to {target:.3f}"
     partial = Partial(run.folder, step)
     walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
@@ -264,22 +273,36 @@ def rmi_importance(
 
 
 def _kept_per_block(
-    rates: np.ndarray[tuple[int], np.dtype[np.float64]], target: float, group: tuple[int, int], *, mixed: bool
+    rates: np.ndarray[tuple[int], np.dtype[np.float64]],
+    target: float,
+    recipe: SparsityRecipe,
+    sizes: np.ndarray[tuple[int], np.dtype[np.float64]],
+    most: Sequence[int],
 ) -> list[int]:
-    """N of every M for each block at this step's mean rate: all equal, or mixed around it."""
-    n, m = group
+    """N of every M for each block at this step's mean rate: all equal, or mixed around it.
+
+    `sizes` are the prunable weights of the blocks, `most` the N that each has now and cannot exceed.
+    """
+    assert recipe.group is not None
+    n, m = recipe.group
     # On the ramp, before the target is reached, N is rounded up: nothing is pruned too early.
     mean_kept = max(n, int(np.ceil(m * (1.0 - target) - 1e-9)))
-    if mean_kept >= m:
-        return [m] * len(rates)
-    if not mixed:
-        return [mean_kept] * len(rates)
+    result = [min(mean_kept, m)] * len(rates)
+    if mean_kept >= m or not recipe.mixed:
+        return result
     # Tiles store pairs of slots: an odd N of 16 takes the bytes of the next even one.
     unit = 2 if m == tiled.WIDE and mean_kept % 2 == 0 else 1
-    spread = rates - rates.mean()
+    # Wholly excluded blocks keep everything anyway: they neither count nor give way.
+    counted: list[int] = np.flatnonzero(sizes).tolist()
+    spread = rates[counted] - np.average(rates[counted], weights=sizes[counted])
     largest = float(np.abs(spread).max())
-    wanted = 1.0 - mean_kept / m + (spread / largest * unit / m if largest > 0 else spread)
-    return [unit * int(k) for k in allocate.mixed_kept(wanted, m // unit, mean_kept // unit)]
+    # Rates often differ by less than one N; the blocks furthest apart then still get a neighbouring N.
+    stretch = max(float(m), unit / largest) if largest > 1e-9 else 0.0
+    levels = [tuple(range(unit, min(most[b], m - unit) + 1, unit)) or (most[b],) for b in counted]
+    kept = allocate.mixed_kept(mean_kept - spread * stretch, levels, sizes[counted], mean_kept)
+    for block, count in zip(counted, kept, strict=True):
+        result[block] = int(count)
+    return result
 
 
 def _set_ranks(run: _Run, errors: np.ndarray[tuple[int], np.dtype[np.float64]], step: int) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -89,5 +91,48 @@ def test_steep_error_profile_does_not_lose_budget() -> None:
 
 
 def test_mixed_kept_averages_to_n() -> None:
-    kept = allocate.mixed_kept(np.array([0.3, 0.5, 0.5, 0.7]), 8, 4)
+    wanted = 8 * (1 - np.array([0.3, 0.5, 0.5, 0.7]))
+    kept = allocate.mixed_kept(wanted, [range(1, 8)] * 4, np.ones(4), 4)
     assert kept.tolist() == [6, 4, 4, 2]
+
+
+@given(
+    blocks=st.lists(
+        st.tuples(st.floats(0.5, 8.5), st.integers(1, 8), st.sampled_from([1, 2, 3, 7, 50])),
+        min_size=1,
+        max_size=4,
+    ),
+    step=st.sampled_from([1, 2]),
+    mean=st.integers(1, 7),
+)
+def test_mixed_kept_is_the_nearest_mean_and_then_the_nearest_to_what_is_wanted(
+    blocks: list[tuple[float, int, int]], step: int, mean: int
+) -> None:
+    """Against all choices, for unequal blocks some of which can no longer keep much."""
+    wanted = np.array([w for w, _, _ in blocks])
+    levels = [tuple(range(step, most + 1, step)) or (most,) for _, most, _ in blocks]
+    sizes = np.array([64.0 * size for _, _, size in blocks])
+    every = [np.array(choice) for choice in itertools.product(*levels)]
+    off = [abs(float(np.average(choice, weights=sizes)) - mean) for choice in every]
+    cost = [float(sizes @ (choice - wanted) ** 2) for choice in every]
+    nearest = min(off)
+    found = allocate.mixed_kept(wanted, levels, sizes, mean)
+    assert all(int(n) in block for n, block in zip(found, levels, strict=True))
+    assert abs(float(np.average(found, weights=sizes)) - mean) == pytest.approx(nearest, abs=1e-9)
+    # Means equally far on both sides: the one above is taken whatever it costs.
+    above = max(
+        float(np.average(c, weights=sizes)) for c, o in zip(every, off, strict=True) if o < nearest + 1e-9
+    )
+    same = [
+        price
+        for choice, price in zip(every, cost, strict=True)
+        if abs(float(np.average(choice, weights=sizes)) - above) < 1e-9
+    ]
+    assert float(sizes @ (found - wanted) ** 2) == pytest.approx(min(same), abs=1e-6)
+
+
+def test_mixed_kept_of_sizes_without_a_common_divisor_is_near_and_bounded() -> None:
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(10**6, 10**8, 40).astype(np.float64)
+    kept = allocate.mixed_kept(draw.uniform(2, 6, 40), [range(1, 8)] * 40, sizes, 4)
+    assert float(np.average(kept, weights=sizes)) == pytest.approx(4, abs=1e-3)

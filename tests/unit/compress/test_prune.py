@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from losa_deploy.compress.prune import (
     InputStatistics,
     Pattern,
+    kept_of_group,
     prune_magnitude,
     prune_sparsegpt,
     prune_wanda,
@@ -60,6 +61,12 @@ def test_every_group_keeps_exactly_n_including_the_partial_one(
         lowest = scores[:, part].masked_fill(~kept, 2.0).amin(1)
         highest = scores[:, part].masked_fill(kept, -1.0).amax(1)
         assert bool((lowest >= highest).all())
+
+
+@pytest.mark.parametrize("columns", [32, 19, 6])
+def test_the_pattern_of_a_mask_is_read_off_it(columns: int) -> None:
+    assert [kept_of_group(select_group(torch.rand(3, columns), n, 8), 8) for n in (1, 5)] == [1, 5]
+    assert kept_of_group(_all((3, columns)), 8) == 8
 
 
 def test_positions_not_allowed_never_return() -> None:

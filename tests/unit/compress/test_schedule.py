@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress import schedule
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
 from losa_deploy.compress.calibrate import draw_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
@@ -128,17 +129,68 @@ def test_mixed_pattern_differs_between_blocks_and_averages_to_n(
     """Of 16 even numbers are kept: tiles store pairs of slots."""
     chosen = recipe(sparsity__pattern=f"{n}:{m}", sparsity__mixed=True, adapt__mode="none")
     model = run(tiny_llama, tmp_path / "adapted", chosen)
-    kept = []
-    for block in range(3):
-        counts = {
-            int(c)
-            for linear in model.block(block).values()
-            for c in linear.mask.view(linear.mask.shape[0], -1, m).sum(dim=-1).unique()
-        }
-        assert len(counts) == 1, "one N per block"
-        kept.append(counts.pop())
+    kept = [n for n in kept_of_blocks(model, m) if n is not None]
     assert sum(kept) == 3 * n
     assert len(set(kept)) > 1 and all(count % unit == 0 for count in kept)
+
+
+def kept_of_blocks(model: AdaptedModel, m: int) -> list[int | None]:
+    """The one N of every M that a block of the tiny model keeps; None for a dense block."""
+    result: list[int | None] = []
+    for block in range(3):
+        masks = [linear.mask for n, linear in model.block(block).items() if n in model.state.masked]
+        counts = {int(c) for mask in masks for c in mask.view(len(mask), -1, m).sum(dim=-1).flatten()}
+        assert len(counts) <= 1, "one N per block"
+        result.append(counts.pop() if counts else None)
+    return result
+
+
+def test_mixed_pattern_keeps_more_in_blocks_of_lower_rate(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rates that rise with depth: every block keeps less than the one before."""
+    chosen = recipe(
+        sparsity__pattern="4:8", sparsity__mixed=True, adapt__mode="none", allocation__method="slope"
+    )
+    assert kept_of_blocks(run(tiny_llama, tmp_path / "adapted", chosen), 8) == [5, 4, 3]
+    wide = recipe(
+        sparsity__pattern="4:8",
+        sparsity__mixed=True,
+        adapt__mode="none",
+        allocation__method="slope",
+        allocation__delta=[0.25, 0.25, 0.25],
+    )
+    assert kept_of_blocks(run(tiny_llama, tmp_path / "wide", wide), 8) == [6, 4, 2]
+
+
+def test_mixed_pattern_counts_only_prunable_blocks(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = recipe(
+        sparsity__pattern="4:8",
+        sparsity__mixed=True,
+        sparsity__exclude=["*.layers.0.*"],
+        adapt__mode="none",
+        allocation__method="slope",
+    )
+    assert kept_of_blocks(run(tiny_llama, tmp_path / "adapted", chosen), 8) == [None, 5, 3]
+
+
+def test_mixed_counts_weigh_blocks_by_their_prunable_weights() -> None:
+    """The second block is excluded, the last ones hold twice the weights of the others."""
+    pattern = recipe(sparsity__pattern="6:16", sparsity__mixed=True).sparsity
+    sizes = np.array([1.0, 0.0, 1.0, 2.0, 2.0]) * 64
+    rates = np.array([0.605, 0.9, 0.615, 0.625, 0.635])
+    kept = np.array(schedule._kept_per_block(rates, pattern.target, pattern, sizes, [16] * 5))
+    counted = sizes > 0
+    assert float(np.average(kept[counted], weights=sizes[counted])) == 6
+    assert len(set(kept[counted])) > 1 and not (kept[counted] % 2).any()
+    assert sorted(kept[counted], reverse=True) == kept[counted].tolist()
+
+
+def test_a_block_cannot_get_back_what_it_gave_and_others_make_up_for_it() -> None:
+    """The ranking turned round between two steps; the mean is met all the same."""
+    pattern = recipe(sparsity__pattern="4:8", sparsity__mixed=True).sparsity
+    rates, have = np.array([0.49, 0.5, 0.5, 0.51]), [3, 5, 5, 7]
+    kept = schedule._kept_per_block(rates, 0.5, pattern, np.full(4, 64.0), have)
+    assert all(now <= before for now, before in zip(kept, have, strict=True))
+    assert sum(kept) == 16
 
 
 def test_excluded_linears_stay_dense(tiny_llama: Path, tmp_path: Path) -> None:
