@@ -10,11 +10,12 @@ import torch
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.walk import Walk
+from losa_deploy.compress.walk import Walk, prune_block
 from losa_deploy.interfaces import no_progress
 from losa_deploy.recipe import Recipe
 
 NewWalk = Callable[[Recipe], Walk]
+PruneFirst = Callable[[Walk, torch.Tensor, int, float], None]
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +55,13 @@ def new_walk(correlated_llama: Path) -> NewWalk:
         return Walk(student, dense, frozenset(source.linears), recipe, 1, "", no_progress)
 
     return make
+
+
+@pytest.fixture
+def prune_first() -> PruneFirst:
+    """A function: prune block 0 of a walk to a rate, on windows of tokens taken in batches."""
+
+    def prune(walk: Walk, windows: torch.Tensor, batch: int, rate: float) -> None:
+        prune_block(walk, 0, walk.student.stream(windows, batch), rate, 0)
+
+    return prune

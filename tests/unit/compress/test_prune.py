@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from losa_deploy.compress.prune import (
     InputStatistics,
@@ -100,6 +102,65 @@ def _sparsegpt(weight: torch.Tensor, x: torch.Tensor, pattern: Pattern, **option
     assert pruned.weight is not None
     assert bool((pruned.weight[~pruned.mask] == 0).all())
     return pruned.weight
+
+
+def _reference(
+    weight: torch.Tensor, x: torch.Tensor, rate: float, group: tuple[int, int] | None, damping: float
+) -> NDArray[np.float64]:
+    """SparseGPT in NumPy f64 with an explicit inverse for every column, one block of columns, row counts."""
+    inputs, result = x.double().numpy(), weight.double().numpy().copy()
+    columns = result.shape[1]
+    hessian = inputs.T @ inputs
+    hessian += damping * np.mean(np.diag(hessian)) * np.eye(columns)
+    inverses = [np.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    diagonal = np.array([inverse[0, 0] for inverse in inverses])
+    kept = np.ones(result.shape, bool)
+    for j in range(columns):
+        width = columns if group is None else group[1]
+        if j % width == 0:
+            part = slice(j, min(j + width, columns))
+            drop = round(rate * columns) if group is None else max(0, part.stop - j - group[0])
+            saliency = result[:, part] ** 2 / diagonal[part]
+            kept[:, part] = saliency.argsort(axis=1).argsort(axis=1) >= drop
+        lost = np.where(kept[:, j], 0.0, result[:, j])
+        result[:, j] -= lost
+        result[:, j + 1 :] -= np.outer(lost / diagonal[j], inverses[j][0, 1:])
+    return result * kept
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.2])
+@pytest.mark.parametrize("group", [None, (2, 4), (3, 8)])
+def test_sparsegpt_equals_an_independent_reference(group: tuple[int, int] | None, damping: float) -> None:
+    """Inputs correlated and of very different size, so that saliency and damping decide the masks."""
+    draw = torch.Generator().manual_seed(6)
+    scale = torch.logspace(-1, 1, 22)[torch.randperm(22, generator=draw)]
+    x = (torch.randn(300, 8, generator=draw) @ torch.randn(8, 22, generator=draw)) * scale
+    x += 0.3 * scale * torch.randn(300, 22, generator=draw)
+    weight = torch.randn(12, 22, generator=draw)
+    pattern = (
+        Pattern(0.5) if group is None else Pattern(1 - group[0] / group[1], kept=group[0], group=group[1])
+    )
+    ours = prune_sparsegpt(
+        weight, _statistics(x), pattern, _all((12, 22)), damping=damping, block_columns=128, name="test"
+    )
+    expected = _reference(weight, x, 0.5, group, damping)
+    assert ours.weight is not None
+    assert np.array_equal(ours.mask.numpy(), expected != 0)
+    assert np.allclose(ours.weight.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_sum_over_all_batches() -> None:
+    """Batches of different size and scale, against NumPy on all tokens at once."""
+    draw = torch.Generator().manual_seed(7)
+    batches = [torch.randn(n, 3, 5, generator=draw) * s for n, s in ((4, 3.0), (2, 1.0), (1, 0.1))]
+    statistics = InputStatistics(5, hessian=True)
+    for batch in batches:
+        statistics.add(batch)
+    everything = torch.cat(batches).flatten(0, 1).double().numpy()
+    assert statistics.count == 21
+    assert statistics.hessian is not None
+    assert np.allclose(statistics.squares.numpy(), np.square(everything).sum(axis=0), rtol=1e-5)
+    assert np.allclose(statistics.hessian.numpy(), everything.T @ everything, rtol=1e-5, atol=1e-4)
 
 
 def test_sparsegpt_single_removal_is_the_exact_surgeon_update() -> None:
