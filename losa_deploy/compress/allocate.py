@@ -14,13 +14,16 @@ MOST_SUMS = 1 << 18
 """Sums that `mixed_kept` tells apart: megabytes, and seconds at most. Real models need some thousand."""
 
 
-def sparsity_ramp(target: float, step: int, steps: int, ramp: str) -> float:
+def sparsity_ramp(target: float, step: int, steps: int, ramp: str, *, at_once: bool = False) -> float:
     """Mean sparsity after `step` of `steps`: S - S·(1 - t/T)³; with ramp `none` always S.
 
-    S=0.7, T=5 gives 0.342, 0.549, 0.655, 0.694, 0.700.
+    S=0.7, T=5 gives 0.342, 0.549, 0.655, 0.694, 0.700. A pattern that can only be reached `at_once` waits
+    for the last step of a ramp.
     """
     if ramp == "none":
         return target
+    if at_once and step < steps:
+        return 0.0
     return target - target * (1.0 - step / steps) ** 3
 
 

@@ -155,7 +155,10 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     """One schedule step: rates, then prune (and reconstruct) block by block, then ranks and tuning."""
     recipe = run.recipe
     steps = recipe.schedule.steps
-    target = _step_target(recipe, step)
+    at_once = recipe.sparsity.structure.stride > 0  # sliding windows have no sparsity in between
+    target = allocate.sparsity_ramp(
+        recipe.sparsity.target, step, steps, recipe.schedule.ramp, at_once=at_once
+    )
     rates = _rates(run, target)
     kept = None
     if recipe.sparsity.group is not None:
@@ -229,14 +232,6 @@ def _thinned(losses: Sequence[float], most: int = 200) -> tuple[float, ...]:
     """At most so many means of equal stretches."""
     pieces = np.array_split(np.array(losses, np.float64), min(most, max(1, len(losses))))
     return tuple(float(piece.mean()) for piece in pieces if len(piece))
-
-
-def _step_target(recipe: Recipe, step: int) -> float:
-    """Mean sparsity after `step`. Sliding windows have none in between: they wait for the last step."""
-    steps, ramp = recipe.schedule.steps, recipe.schedule.ramp
-    if recipe.sparsity.structure.stride and ramp != "none" and step < steps:
-        return 0.0
-    return allocate.sparsity_ramp(recipe.sparsity.target, step, steps, ramp)
 
 
 def _rates(run: _Run, target: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
