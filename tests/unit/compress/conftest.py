@@ -10,7 +10,9 @@ import torch
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.walk import Walk, prune_block
+from losa_deploy.compress.walk import _input_statistics as input_statistics
 from losa_deploy.interfaces import no_progress
 from losa_deploy.recipe import Recipe
 
@@ -45,14 +47,16 @@ def correlated_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: P
 
 
 @pytest.fixture
-def new_walk(correlated_llama: Path) -> NewWalk:
+def new_walk(correlated_llama: Path, tmp_path: Path) -> NewWalk:
     """A function: recipe → a walk over the fresh model, every linear of which is to be pruned."""
 
     def make(recipe: Recipe) -> Walk:
         source = Checkpoint.open(correlated_llama)
         dense, student = Decoder(source), Decoder(source, assembled=True)
         student.mask_linears()
-        return Walk(student, dense, frozenset(source.linears), recipe, 1, "", no_progress)
+        return Walk(
+            student, dense, frozenset(source.linears), recipe, 1, "", no_progress, Partial(tmp_path, 1)
+        )
 
     return make
 
@@ -62,6 +66,7 @@ def prune_first() -> PruneFirst:
     """A function: prune block 0 of a walk to a rate, on windows of tokens taken in batches."""
 
     def prune(walk: Walk, windows: torch.Tensor, batch: int, rate: float) -> None:
-        prune_block(walk, 0, walk.student.stream(windows, batch), rate, 0)
+        stream = walk.student.stream(windows, batch)
+        prune_block(walk, 0, input_statistics(walk, 0, stream), rate, 0)
 
     return prune

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from losa_deploy.compress.adapt import cross_entropy, distillation
-from losa_deploy.compress.reconstruct import learning_factor
+from losa_deploy.compress.losses import cross_entropy, distillation, learning_factor
 
 
 def logits(seed: int) -> torch.Tensor:

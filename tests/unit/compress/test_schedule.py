@@ -248,14 +248,15 @@ def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
     assert again.state.recipe.sparsity.target == 0.4
 
 
-@pytest.mark.parametrize("key", ["calibration__source", "adapt__data"])
+@pytest.mark.parametrize("use", ["calibration", "phase"])
 def test_another_text_under_the_same_name_starts_afresh(
-    tiny_llama: Path, tmp_path: Path, tiny_text: str, key: str
+    tiny_llama: Path, tmp_path: Path, tiny_text: str, use: str
 ) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "adapted"
     text.write_text(tiny_text)
-    mode = "none" if key == "calibration__source" else "direct"
-    chosen = recipe(**{key: str(text)}, adapt__mode=mode)
+    chosen = recipe(calibration__source=str(text), adapt__mode="none")
+    if use == "phase":
+        chosen = recipe(phases=[{"where": "model", "data": [{"source": str(text)}]}])
     before = shard_hashes(run(tiny_llama, out, chosen).folder, 2)
     labels: list[str] = []
     checkpoint, record = source_of(tiny_llama)
