@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.layouts import tiled
+from losa_deploy.recipe import SparsityRecipe
+
 Floats = NDArray[np.float64]
 MOST_SUMS = 1 << 18
 """Sums that `mixed_kept` tells apart: megabytes, and seconds at most. Real models need some thousand."""
@@ -133,6 +136,39 @@ def allocate_ranks(errors: Floats, mean_rank: float, maximum: int) -> NDArray[np
             break
         wanted = np.where(free, wanted * rest / float(wanted[free].sum()), clipped)
     return largest_remainder(wanted, budget, 1, maximum)
+
+
+def kept_per_block(
+    rates: Floats,
+    target: float,
+    recipe: SparsityRecipe,
+    sizes: Floats,
+    most: Sequence[int],
+) -> list[int]:
+    """N of every M for each block at this step's mean rate: all equal, or mixed around it.
+
+    `sizes` are the prunable weights of the blocks, `most` the N that each has now and cannot exceed.
+    """
+    assert recipe.group is not None
+    n, m = recipe.group
+    # On the ramp, before the target is reached, N is rounded up: nothing is pruned too early.
+    mean_kept = max(n, int(np.ceil(m * (1.0 - target) - 1e-9)))
+    result = [min(mean_kept, m)] * len(rates)
+    if mean_kept >= m or not recipe.mixed:
+        return result
+    # Tiles store pairs of slots: an odd N of 16 takes the bytes of the next even one.
+    unit = 2 if m == tiled.WIDE and mean_kept % 2 == 0 else 1
+    # Wholly excluded blocks keep everything anyway: they neither count nor give way.
+    counted: list[int] = np.flatnonzero(sizes).tolist()
+    spread = rates[counted] - np.average(rates[counted], weights=sizes[counted])
+    largest = float(np.abs(spread).max())
+    # Rates often differ by less than one N; the blocks furthest apart then still get a neighbouring N.
+    stretch = max(float(m), unit / largest) if largest > 1e-9 else 0.0
+    levels = [tuple(range(unit, min(most[b], m - unit) + 1, unit)) or (most[b],) for b in counted]
+    kept = mixed_kept(mean_kept - spread * stretch, levels, sizes[counted], mean_kept)
+    for block, count in zip(counted, kept, strict=True):
+        result[block] = int(count)
+    return result
 
 
 def mixed_kept(

@@ -27,10 +27,9 @@ from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.compress.walk import Walk, settle_grid, walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
-from losa_deploy.layouts import tiled
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.parity import logit_tolerance
-from losa_deploy.recipe import Recipe, SparsityRecipe
+from losa_deploy.recipe import Recipe
 
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
 """Length of the sequence that compares two models, and how far apart its token ids are."""
@@ -162,7 +161,7 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     rates = _rates(run, target)
     kept = None
     if recipe.sparsity.group is not None:
-        kept = _kept_per_block(rates, target, recipe.sparsity, run.sizes, run.block_kept())
+        kept = allocate.kept_per_block(rates, target, recipe.sparsity, run.sizes, run.block_kept())
     label = f"step {step}/{steps}: pruning to {target:.3f}"
     partial = Partial(run.folder, step)
     walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
@@ -265,39 +264,6 @@ def rmi_importance(
         stream = student.advance(block, stream)
     importance = block_importance(linear_cka(grams), beta).numpy()
     return np.asarray(importance, np.float64)
-
-
-def _kept_per_block(
-    rates: np.ndarray[tuple[int], np.dtype[np.float64]],
-    target: float,
-    recipe: SparsityRecipe,
-    sizes: np.ndarray[tuple[int], np.dtype[np.float64]],
-    most: Sequence[int],
-) -> list[int]:
-    """N of every M for each block at this step's mean rate: all equal, or mixed around it.
-
-    `sizes` are the prunable weights of the blocks, `most` the N that each has now and cannot exceed.
-    """
-    assert recipe.group is not None
-    n, m = recipe.group
-    # On the ramp, before the target is reached, N is rounded up: nothing is pruned too early.
-    mean_kept = max(n, int(np.ceil(m * (1.0 - target) - 1e-9)))
-    result = [min(mean_kept, m)] * len(rates)
-    if mean_kept >= m or not recipe.mixed:
-        return result
-    # Tiles store pairs of slots: an odd N of 16 takes the bytes of the next even one.
-    unit = 2 if m == tiled.WIDE and mean_kept % 2 == 0 else 1
-    # Wholly excluded blocks keep everything anyway: they neither count nor give way.
-    counted: list[int] = np.flatnonzero(sizes).tolist()
-    spread = rates[counted] - np.average(rates[counted], weights=sizes[counted])
-    largest = float(np.abs(spread).max())
-    # Rates often differ by less than one N; the blocks furthest apart then still get a neighbouring N.
-    stretch = max(float(m), unit / largest) if largest > 1e-9 else 0.0
-    levels = [tuple(range(unit, min(most[b], m - unit) + 1, unit)) or (most[b],) for b in counted]
-    kept = allocate.mixed_kept(mean_kept - spread * stretch, levels, sizes[counted], mean_kept)
-    for block, count in zip(counted, kept, strict=True):
-        result[block] = int(count)
-    return result
 
 
 def _set_ranks(run: _Run, errors: np.ndarray[tuple[int], np.dtype[np.float64]], step: int) -> tuple[int, ...]:

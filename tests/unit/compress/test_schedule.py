@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.compress import schedule
+from losa_deploy.compress import allocate
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
 from losa_deploy.compress.calibrate import draw_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
@@ -177,7 +177,7 @@ def test_mixed_counts_weigh_blocks_by_their_prunable_weights() -> None:
     pattern = recipe(sparsity__pattern="6:16", sparsity__mixed=True).sparsity
     sizes = np.array([1.0, 0.0, 1.0, 2.0, 2.0]) * 64
     rates = np.array([0.605, 0.9, 0.615, 0.625, 0.635])
-    kept = np.array(schedule._kept_per_block(rates, pattern.target, pattern, sizes, [16] * 5))
+    kept = np.array(allocate.kept_per_block(rates, pattern.target, pattern, sizes, [16] * 5))
     counted = sizes > 0
     assert float(np.average(kept[counted], weights=sizes[counted])) == 6
     assert len(set(kept[counted])) > 1 and not (kept[counted] % 2).any()
@@ -188,7 +188,7 @@ def test_a_block_cannot_get_back_what_it_gave_and_others_make_up_for_it() -> Non
     """The ranking turned round between two steps; the mean is met all the same."""
     pattern = recipe(sparsity__pattern="4:8", sparsity__mixed=True).sparsity
     rates, have = np.array([0.49, 0.5, 0.5, 0.51]), [3, 5, 5, 7]
-    kept = schedule._kept_per_block(rates, 0.5, pattern, np.full(4, 64.0), have)
+    kept = allocate.kept_per_block(rates, 0.5, pattern, np.full(4, 64.0), have)
     assert all(now <= before for now, before in zip(kept, have, strict=True))
     assert sum(kept) == 16
 
