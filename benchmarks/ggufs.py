@@ -87,15 +87,20 @@ def build_peer(
     return _build(folder, spec, size, lambda path: None)
 
 
-def quantize(source: Path, kind: str, threads: int, target: Path) -> None:
-    """Quantize a GGUF file with llama.cpp, in a process of its own: it prints as it likes."""
+def quantize(source: Path, kind: str, threads: int, target: Path, importance: Path | None = None) -> None:
+    """Quantize a GGUF file with llama.cpp, in a process of its own: it prints as it likes.
+
+    `importance` is a file of `imatrix.importance_file`, which types below 3.5 bits need.
+    """
     command = [sys.executable, "-m", "losa_deploy.benchmarks.quantize"]
     command += [str(source), str(target), kind, str(threads)]
+    command += [str(importance)] if importance else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise LosaError(
-            f"llama.cpp could not quantize {source} to {kind}: {last}", hint="Leave it out of --peers."
+            f"llama.cpp could not quantize {source} to {kind}: {last}",
+            hint="Leave it out of the measurement.",
         )
 
 
