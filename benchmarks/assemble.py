@@ -17,9 +17,10 @@ from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.manifest import Manifest
 from losa_deploy.model import SparseModel
+from losa_deploy.parity import Floats
 from losa_deploy.recipe import Recipe, ValueType
 
-from .accuracy import Perplexity
+from .accuracy import Perplexity, loss_difference
 from .environment import collect
 from .latency import Latency
 from .memory import Footprint
@@ -30,10 +31,13 @@ from .report import (
     ModelNumbers,
     ParityPart,
     Report,
+    RivalPart,
     SamplesPart,
     SparsityPart,
     WorkloadPart,
 )
+from .rival import RivalFile
+from .rival_verdict import Match, Side
 from .verdict import Evidence, decide
 from .workloads import QUICK, Workload
 
@@ -64,6 +68,9 @@ class Found:
     """Numbers by model name, filled in step by step."""
 
     dense_folder: Path
+    rival: RivalFile
+    losses: dict[str, list[Floats]] = field(default_factory=dict)
+    """Of every window, in nats per token."""
     quality: dict[str, Perplexity] = field(default_factory=dict)
     speed: dict[str, Latency] = field(default_factory=dict)
     footprint: dict[str, Footprint] = field(default_factory=dict)
@@ -80,6 +87,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
     merged_bytes = folder_bytes(job.model.folder, merged)
     merged_numbers = _numbers("merged", job.reference.name, merged_bytes, merged, found)
     exported_numbers = _numbers("exported", job.runtime.name, exported_bytes, exported, found)
+    rival = rival_part(found)
     quality = found.quality["exported"]
     same_type = dense_same_type_bytes(exported_bytes, exported)
     return Report(
@@ -98,6 +106,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         dense=dense_numbers,
         merged=merged_numbers,
         exported=exported_numbers,
+        rival=rival,
         dense_same_type_bytes=same_type,
         evaluation=EvaluationPart(
             text=job.recipe.verify.text, window=quality.window, windows=quality.windows, tokens=quality.tokens
@@ -108,6 +117,20 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         environment=collect(),
         timings=found.timings,
         verdict=decide(_evidence(job, found, exported, dense, dense_numbers, exported_numbers, same_type)),
+    )
+
+
+def rival_part(found: Found) -> RivalPart:
+    """What was measured on the rival, or why nothing was."""
+    rival = found.rival
+    if rival.path is None:
+        return RivalPart(kind=rival.kind, reason=rival.reason)
+    difference = loss_difference(found.losses["exported"], found.losses["rival"])
+    return RivalPart(
+        kind=rival.kind,
+        numbers=_measured("rival", rival.runtime, rival.path.stat().st_size, rival.bits_per_weight, found),
+        loss_difference=difference.value,
+        loss_difference_stderr=difference.stderr,
     )
 
 
@@ -138,13 +161,18 @@ def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
 
 
 def _numbers(name: str, runtime: str, size_bytes: int, manifest: Manifest, found: Found) -> ModelNumbers:
-    """What was measured on one model; the rest stays None."""
+    """What was measured on one of the three models."""
+    return _measured(name, runtime, size_bytes, mean_bits(manifest), found)
+
+
+def _measured(name: str, runtime: str, size_bytes: int, bits: float, found: Found) -> ModelNumbers:
+    """What was measured under this name; the rest stays None."""
     quality, speed = found.quality.get(name), found.speed.get(name)
     footprint = found.footprint.get(name)
     return ModelNumbers(
         runtime=runtime,
         size_bytes=size_bytes,
-        bits_per_weight=mean_bits(manifest),
+        bits_per_weight=bits,
         perplexity=quality.perplexity if quality else None,
         perplexity_stderr=quality.stderr if quality else None,
         perplexity_stderr_windows=quality.stderr_windows if quality else None,
@@ -228,4 +256,33 @@ def _evidence(
         merged_perplexity=found.quality["merged"].perplexity,
         exported_perplexity=found.quality["exported"].perplexity,
         merged_perplexity_stderr=found.quality["merged"].stderr,
+        rival=_match(found, exported_numbers.size_bytes),
+        rival_missing=found.rival.reason,
+    )
+
+
+def _match(found: Found, exported_bytes: int) -> Match | None:
+    """The artifact beside the rival; None if that was not measured."""
+    path = found.rival.path
+    if path is None:
+        return None
+    difference = loss_difference(found.losses["exported"], found.losses["rival"])
+
+    def side(name: str, label: str, size: int) -> Side:
+        speed = found.speed[name]
+        return Side(
+            label,
+            size,
+            found.quality[name].perplexity,
+            speed.decode_tokens_per_second,
+            speed.prefill_tokens_per_second,
+            found.footprint[name].peak_rss_bytes,
+        )
+
+    return Match(
+        side("exported", "this file", exported_bytes),
+        side("rival", found.rival.label, path.stat().st_size),
+        difference.value,
+        difference.stderr,
+        max(found.speed[name].decode_spread for name in ("exported", "rival")),
     )

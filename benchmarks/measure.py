@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from losa_deploy.gate import Parity, evaluation_text
-from losa_deploy.interfaces import Progress, Session, no_progress
+from losa_deploy.interfaces import Progress, Runtime, no_progress
 from losa_deploy.model import SparseModel
+from losa_deploy.plugins import load_runtime
 from losa_deploy.text import load_tokenizer
 
-from .accuracy import perplexity, text_windows
+from .accuracy import summarize, text_windows, window_losses
 from .assemble import Found, Job, assemble
 from .baseline import dense_baseline
 from .latency import Open, measure_latency
 from .memory import measure_footprint
 from .report import Report
+from .rival import RivalFile, rival_file
 
-STEPS = 7
+STEPS = 10
+RIVAL = "rival"
 
 
 def measure(
@@ -34,18 +37,21 @@ def measure(
     progress(0, STEPS, "dense baseline")
     with _timed(stage_times, "dense baseline"):
         folder = _dense_folder(job)
-    found = Found(folder, timings=stage_times)
+    progress(1, STEPS, "quantized rival")
+    with _timed(stage_times, "quantized rival"):
+        rival = _rival(job, folder)
+    found = Found(folder, rival, timings=stage_times)
+    models = _models(job, found)
     with _timed(stage_times, "perplexity"):
-        _measure_quality(job, found, progress)
+        _measure_quality(job, found, models, progress)
     with _timed(stage_times, "memory"):
-        for done, (name, path) in enumerate((("dense", folder), ("exported", job.exported)), start=4):
+        for done, (name, (runtime, path)) in enumerate(models.items(), start=6):
             progress(done, STEPS, f"memory of {name}")
-            runtime = job.runtime if name == "exported" else job.runtime.baseline()
             found.footprint[name] = measure_footprint(runtime.name, path, threads=job.threads)
-    progress(6, STEPS, "speed")
+    progress(9, STEPS, "speed")
     with _timed(stage_times, "speed"):
-        openers = {"dense": _dense_opener(job, folder), "exported": _opener(job, job.exported)}
         workload = job.workload.fits(_context(job.model))
+        openers = {name: _opener(job, *model) for name, model in models.items()}
         found.speed = measure_latency(openers, workload, seed=job.recipe.seed)
     progress(STEPS, STEPS, "done")
     return assemble(job, found, parity)
@@ -58,39 +64,47 @@ def _dense_folder(job: Job) -> Path:
     return dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress, job.warn)
 
 
-def _measure_quality(job: Job, found: Found, progress: Progress) -> None:
-    """Perplexity of the three models, one in memory at a time."""
+def _rival(job: Job, dense_folder: Path) -> RivalFile:
+    """The file that people would run otherwise; the dense baseline is what it is made of if it is a GGUF."""
+    dense = next(iter(sorted(dense_folder.glob("*.gguf"))), None)
+    kind = job.recipe.verify.rival
+    return rival_file(job.source, job.exported, dense, kind, job.work, job.threads, job.warn)
+
+
+def _models(job: Job, found: Found) -> dict[str, tuple[Runtime, Path]]:
+    """Runtime and place of all that is timed."""
+    models = {
+        "dense": (job.runtime.baseline(), found.dense_folder),
+        "exported": (job.runtime, job.exported),
+    }
+    if found.rival.path is not None:
+        models[RIVAL] = (load_runtime(found.rival.runtime), found.rival.path)
+    return models
+
+
+def _measure_quality(
+    job: Job, found: Found, models: Mapping[str, tuple[Runtime, Path]], progress: Progress
+) -> None:
+    """Perplexity of all models on the same windows, one in memory at a time."""
     verify = job.recipe.verify
     window = min(verify.window, _context(job.model))
     tokenizer = load_tokenizer(job.model.folder)
     windows = text_windows(tokenizer, evaluation_text(verify.text), window, verify.max_tokens)
-    models: dict[str, Open] = {
-        "merged": lambda: job.reference.open(job.model.folder, threads=job.threads),
-        "exported": _opener(job, job.exported),
-    }
-    if job.source is not None:
-        models = {"dense": _dense_opener(job, found.dense_folder), **models}
-    for done, (name, open_model) in enumerate(models.items(), start=1):
+    scored = {**models, "merged": (job.reference, job.model.folder)}
+    if job.source is None:
+        del scored["dense"]
+    for done, (name, model) in enumerate(scored.items(), start=2):
         progress(done, STEPS, f"perplexity of {name}")
-        session = open_model()
+        session = _opener(job, *model)()
         try:
-            found.quality[name] = perplexity(session, windows, window)
+            found.losses[name] = window_losses(session, windows)
         finally:
             session.close()
+        found.quality[name] = summarize(found.losses[name], window)
 
 
-def _opener(job: Job, folder: Path) -> Open:
-    def open_model() -> Session:
-        return job.runtime.open(folder, threads=job.threads)
-
-    return open_model
-
-
-def _dense_opener(job: Job, folder: Path) -> Open:
-    def open_model() -> Session:
-        return job.runtime.baseline().open(folder, threads=job.threads)
-
-    return open_model
+def _opener(job: Job, runtime: Runtime, path: Path) -> Open:
+    return lambda: runtime.open(path, threads=job.threads)
 
 
 def _context(model: SparseModel) -> int:

@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .report import ModelNumbers, Report
 
-TableRow = tuple[str, str, str, str]
-"""Label, dense, merged, exported; empty where a number does not apply."""
+TableRow = tuple[str, ...]
+"""Label and one cell per model; empty where a number does not apply."""
+CardRow = tuple[str, str, str, str]
+"""Label, dense, merged, exported."""
 BAR_WIDTH = 30
 FULL, EMPTY = "█", "░"
 
 
+def table_header(report: Report) -> TableRow:
+    """Names of the columns of `terminal_rows`."""
+    rival = measured_rival(report)
+    return ("", "dense", "merged", "exported", *([rival[0]] if rival else []))
+
+
+def measured_rival(report: Report) -> tuple[str, ModelNumbers] | None:
+    """Its name and numbers, None if it was not measured."""
+    rival = report.rival
+    return (rival.kind.upper(), rival.numbers) if rival and rival.numbers else None
+
+
 def terminal_rows(report: Report) -> list[TableRow]:
-    """At most 14 rows: numbers side by side, then proof, parity and verdict in the last column."""
-    rows = card_rows(report)
-    rows.append(("merge proof", "", proof_line(report), ""))
-    rows.append(("parity", "", "", parity_line(report)))
+    """At most 13 rows: numbers side by side, then proof, parity and verdict under the artifact."""
     smaller = "smaller" if report.verdict.smaller else "not smaller"
     faster = "faster" if report.verdict.faster else "not faster"
-    rows.append(("verdict", "", "", f"{smaller}, {faster}"))
-    return rows
-
-
-def card_rows(report: Report) -> list[TableRow]:
-    """The measured numbers of the three models."""
-
-    def row(label: str, show: Callable[[ModelNumbers], str]) -> TableRow:
-        return (label, show(report.dense), show(report.merged), show(report.exported))
-
-    found = report.sparsity
-    return [
-        row("size", lambda m: f"{m.size_bytes / 1e6:.1f} MB"),
-        row("bits per block weight", lambda m: f"{m.bits_per_weight:.2f}"),
-        ("sparsity achieved", "", f"{found.achieved:.2%}", f"{found.achieved:.2%}"),
-        row("perplexity", perplexity_cell),
-        row("decode tokens/s", lambda m: number(m.decode_tokens_per_second, "{:.1f}")),
-        row("prefill tokens/s", lambda m: number(m.prefill_tokens_per_second, "{:.1f}")),
-        row("peak RSS", lambda m: "" if m.peak_rss_bytes is None else f"{m.peak_rss_bytes / 1e6:.0f} MB"),
-        row("load", lambda m: number(m.load_seconds, "{:.2f} s")),
+    rows: list[TableRow] = [
+        *card_rows(report),
+        ("merge proof", "", proof_line(report), ""),
+        ("parity", "", "", parity_line(report)),
+        ("verdict", "", "", f"{smaller}, {faster}"),
     ]
+    rival = measured_rival(report)
+    if rival is None:
+        return rows
+    cells = {label: show(rival[1]) for label, show in NUMBERS.items()}
+    return [(*row, cells.get(row[0], "")) for row in rows]
+
+
+def card_rows(report: Report) -> list[CardRow]:
+    """The measured numbers of the three models."""
+    models = (report.dense, report.merged, report.exported)
+    rows: list[CardRow] = []
+    for label, show in NUMBERS.items():
+        dense, merged, exported = map(show, models)
+        rows.append((label, dense, merged, exported))
+    achieved = f"{report.sparsity.achieved:.2%}"
+    rows.insert(2, ("sparsity achieved", "", achieved, achieved))
+    return rows
 
 
 def perplexity_cell(m: ModelNumbers) -> str:
@@ -54,6 +67,18 @@ def perplexity_cell(m: ModelNumbers) -> str:
 def number(value: float | None, form: str) -> str:
     """A number, or nothing where it does not apply."""
     return "" if value is None else form.format(value)
+
+
+NUMBERS: Mapping[str, Callable[[ModelNumbers], str]] = {
+    "size": lambda m: f"{m.size_bytes / 1e6:.1f} MB",
+    "bits per block weight": lambda m: f"{m.bits_per_weight:.2f}",
+    "perplexity": perplexity_cell,
+    "decode tokens/s": lambda m: number(m.decode_tokens_per_second, "{:.1f}"),
+    "prefill tokens/s": lambda m: number(m.prefill_tokens_per_second, "{:.1f}"),
+    "peak RSS": lambda m: "" if m.peak_rss_bytes is None else f"{m.peak_rss_bytes / 1e6:.0f} MB",
+    "load": lambda m: number(m.load_seconds, "{:.2f} s"),
+}
+"""Label of a row → what it shows of a model."""
 
 
 def proof_line(report: Report) -> str:
@@ -108,16 +133,35 @@ def markdown(report: Report) -> str:
         "",
         "## Numbers",
         "",
-        *markdown_table(("", "dense", "merged", "exported"), terminal_rows(report)),
+        *markdown_table(table_header(report), terminal_rows(report)),
         "",
         conditions(report),
         "",
+        *_rival_section(report),
         *_parity_section(report),
         *_blocks_section(report),
         *_samples_section(report),
         *_environment_section(report),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _rival_section(report: Report) -> list[str]:
+    rival = report.rival
+    if rival is None:
+        return []
+    name = rival.kind.upper() if rival.kind != "none" else "A dense 4-bit file"
+    if rival.numbers is None:
+        return ["## Rival", "", f"- {name} of the same model: not measured, {rival.reason}", ""]
+    made = (
+        f"- {name} of the same dense model, made by llama.cpp and measured in `{rival.numbers.runtime}`, "
+        "on the same windows and in turns with the others"
+    )
+    loss = (
+        f"- loss of the export minus that of {name} over the same tokens: {rival.loss_difference:+.4f} ± "
+        f"{rival.loss_difference_stderr:.4f} nats per token"
+    )
+    return ["## Rival", "", made, loss, f"- {report.verdict.lines[-1]}", ""]
 
 
 def _parity_section(report: Report) -> list[str]:

@@ -13,7 +13,7 @@ from losa_deploy import __version__
 from losa_deploy.card import CardNumbers
 
 from .environment import Environment
-from .render import TableRow, card_rows, markdown, terminal_rows
+from .render import TableRow, card_rows, markdown, table_header, terminal_rows
 from .verdict import Verdict
 
 
@@ -71,6 +71,20 @@ class ModelNumbers(Part):
     load_seconds: float | None = None
 
 
+class RivalPart(Part):
+    """llama.cpp's own quantization of the same dense model, measured in the same run; or why it was not."""
+
+    kind: str
+    """llama.cpp's name of the type, e.g. q4_0."""
+    numbers: ModelNumbers | None = None
+    """None if it was not measured."""
+    reason: str = ""
+    """Why it was not."""
+    loss_difference: float | None = None
+    """Exported minus rival over the same tokens, nats per token."""
+    loss_difference_stderr: float | None = None
+
+
 class EvaluationPart(Part):
     """What perplexity was measured on."""
 
@@ -121,6 +135,8 @@ class Report(Part):
     dense: ModelNumbers
     merged: ModelNumbers
     exported: ModelNumbers
+    rival: RivalPart | None = None
+    """None in reports of earlier versions."""
     dense_same_type_bytes: int
     """The exported folder if every linear were dense in its value type, computed from shapes."""
     evaluation: EvaluationPart
@@ -148,8 +164,12 @@ class Report(Part):
         return cls.model_validate_json((folder / "report.json").read_bytes())
 
     def table(self) -> list[TableRow]:
-        """Rows (label, dense, merged, exported) for the terminal; at most 15 lines with the header."""
+        """Rows for the terminal, at most 13; `header` names their columns."""
         return terminal_rows(self)
+
+    def header(self) -> TableRow:
+        """Names of the columns: a label, dense, merged, exported, and the rival if it was measured."""
+        return table_header(self)
 
     def card(self) -> CardNumbers:
         """What the model card shows of this report."""

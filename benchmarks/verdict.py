@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from .rival_verdict import LEAST_NOISE, Match, match_line
+
 CACHE_BYTES = 32_000_000
 """Weights up to here are read from the last-level cache of a usual CPU, not from memory."""
-LEAST_NOISE = 0.02
-"""Speeds closer than this are equal, however little the samples spread."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Evidence:
     """Where the baseline ran, if not in the same runtime."""
     packed_at_load: bool = False
     """The runtime leaves the zeros of dense weights out when it loads them."""
+    rival: Match | None = None
+    """Beside llama.cpp's quantization of the dense model; None if that was not measured."""
+    rival_missing: str = "switched off"
+    """Why it was not."""
 
 
 class Verdict(BaseModel):
@@ -67,7 +71,7 @@ def decide(evidence: Evidence) -> Verdict:
         speed_line(evidence, faster, margin),
         memory_line(evidence),
         quality_line(evidence),
-        bits_line(evidence.block_bits_per_weight),
+        rival_line(evidence),
     )
     return Verdict(smaller=smaller, faster=faster, lines=lines)
 
@@ -144,11 +148,13 @@ def quality_line(e: Evidence) -> str:
     return f"Quality: perplexity {e.dense_perplexity:.2f} dense, {merged} ({cost:.2f}×), {exported}."
 
 
-def bits_line(bits: float) -> str:
-    """The size of the blocks. No rival of that size is measured, so nothing is said of one."""
+def rival_line(e: Evidence) -> str:
+    """Beside what people would run otherwise, if this run measured that; else nothing is said of it."""
+    if e.rival is not None:
+        return match_line(e.rival)
     return (
-        f"Blocks at {bits:.2f} bits per weight. Which format gives this model more quality per byte was not "
-        "measured: run `losa-deploy evaluate` on this folder and on a dense 4-bit file of the same model."
+        f"A dense 4-bit file of the same model: not measured, {e.rival_missing}. Blocks here take "
+        f"{e.block_bits_per_weight:.2f} bits per weight."
     )
 
 

@@ -172,6 +172,8 @@ class VerifyRecipe(Part):
     """Text for the perplexities: `builtin` or a path."""
     window: Annotated[int, Field(ge=16)] = 512
     max_tokens: Annotated[int, Field(ge=16)] = 4096
+    rival: Literal["q4_0", "none"] = "q4_0"
+    """The report measures llama.cpp's quantization of the dense model beside the export."""
 
 
 class Recipe(Part):

@@ -110,12 +110,15 @@ def _measurement(job: Job, folder: Path, runtime: Runtime, console: Console) -> 
 
 
 def show(report: Report, output: Path, console: Console, *, as_json: bool) -> None:
-    """The result of a run: its table and verdict (at most 15 lines), then the folder; or the report."""
+    """The result of a run: its table and verdict (at most 15 lines), then the folder; or the report.
+
+    Of the verdict the lines on size and speed, and the last, on what people would run otherwise.
+    """
     if as_json:
         console.result_json(report.to_json())
         return
-    console.result(table(("", "dense", "merged", "exported"), report.table()))
-    for line in report.verdict.lines[:2]:
+    console.result(table(report.header(), report.table()))
+    for line in (*report.verdict.lines[:2], report.verdict.lines[-1]):
         console.result(line)
     console.result(str(output))
     console.info(f"Report: {output / 'report.md'}. Next: losa-deploy chat -m {output}")

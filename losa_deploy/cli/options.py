@@ -120,6 +120,9 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--text", "verify.text", "text", "text for the perplexities: `builtin` or a file"),
     RecipeOption("--window", "verify.window", "number", "tokens per perplexity window"),
     RecipeOption("--text-tokens", "verify.max_tokens", "number", "tokens of the text that are used"),
+    _choice(
+        "--rival", "verify.rival", "q4_0|none", "llama.cpp file of the dense model to measure beside ours"
+    ),
 )
 
 BITS_HELP = "bits per weight of the pruned linears, e.g. 2.75, instead of --sparsity"

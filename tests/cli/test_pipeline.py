@@ -92,7 +92,8 @@ def test_the_result_is_a_short_table_and_the_folder(finished: tuple[Path, Result
     *table, folder = result.out.splitlines()
     assert folder == str(output)
     assert 10 <= len(table) <= 15
-    assert table[0].split() == ["dense", "merged", "exported"]
+    assert table[0].split() == ["dense", "merged", "exported", "Q4_0"]
+    assert table[-1].startswith("Q4_0 of the same model in llama.cpp: ")
     for word in ("size", "sparsity", "perplexity", "decode", "peak RSS", "merge proof", "parity", "verdict"):
         assert any(line.startswith(word) for line in table), word
     assert result.err.startswith(f"Output: {output}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from losa_deploy.benchmarks.measure import measure
 from losa_deploy.benchmarks.memory import measure_footprint
 from losa_deploy.benchmarks.render import bar, markdown
 from losa_deploy.benchmarks.report import Report
+from losa_deploy.benchmarks.rival import RivalFile, rival_file
 from losa_deploy.benchmarks.workloads import Workload
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import LosaError
@@ -65,7 +67,7 @@ def measured(
     told: list[tuple[int, int, str]] = []
     task = job(tiny_llama, merged_half, exported_half, folder_exporter, work, dense=True)
     report = measure(task, PARITY, timings={"compress": 1.5}, progress=lambda *step: told.append(step))
-    assert told[0][0] == 0 and told[-1] == (7, 7, "done")
+    assert told[0][0] == 0 and told[-1] == (10, 10, "done")
     assert [step[0] for step in told] == sorted(step[0] for step in told)
     return report, work
 
@@ -99,7 +101,12 @@ def test_the_numbers_are_of_the_right_models(measured: tuple[Report, Path]) -> N
     assert len(report.samples["dense"].decode_tokens_per_second) == 3
     assert not report.verdict.smaller
     assert (work / "dense-folder" / "losa.json").is_file()
-    assert sorted(path.name for path in work.iterdir()) == ["dense-folder", "dense-folder.seal"]
+    assert sorted(path.name for path in work.iterdir()) == [
+        "dense-folder",
+        "dense-folder.seal",
+        "rival-q4_0",
+        "rival-q4_0.seal",
+    ]
 
 
 def test_the_dense_baseline_is_the_dense_model_and_is_reused(
@@ -138,7 +145,9 @@ def test_the_table_fits_the_terminal_and_the_markdown_has_bars(measured: tuple[R
     labels = [row[0] for row in rows]
     for label in ("size", "sparsity achieved", "perplexity", "decode tokens/s", "peak RSS", "merge proof"):
         assert label in labels
-    assert rows[-1] == ("verdict", "", "", "not smaller, " + rows[-1][3].split(", ")[1])
+    assert rows[-1] == ("verdict", "", "", "not smaller, " + rows[-1][3].split(", ")[1], "")
+    assert report.header() == ("", "dense", "merged", "exported", "Q4_0")
+    assert all(len(row) == 5 for row in rows) and all(rows[labels.index("size")][1:])
     assert rows[labels.index("parity")][3] == "ok, 1 tie(s), Δlogit 2.5e-01"
     text = markdown(report)
     assert "  0 " + bar(0.5, 1.0) + " 50.0%" in text
@@ -146,6 +155,73 @@ def test_the_table_fits_the_terminal_and_the_markdown_has_bars(measured: tuple[R
     assert "Adapter rank" not in text
     assert "prompt 'x': found token 3 at step 2" in text
     assert all(line in text for line in report.verdict.lines)
+
+
+def test_the_rival_is_measured_on_the_same_windows_and_in_the_same_turns(
+    measured: tuple[Report, Path], tmp_path: Path
+) -> None:
+    report, work = measured
+    rival = report.rival
+    assert rival is not None and rival.numbers is not None and rival.kind == "q4_0"
+    path = work / "rival-q4_0" / "q4_0.gguf"
+    assert rival.numbers.size_bytes == path.stat().st_size
+    assert 4.5 <= rival.numbers.bits_per_weight < 5
+    assert rival.numbers.runtime == "llamacpp-stock"
+    assert report.dense.perplexity is not None and report.exported.perplexity is not None
+    assert rival.numbers.perplexity == pytest.approx(report.dense.perplexity, rel=0.2)
+    assert rival.loss_difference == pytest.approx(
+        math.log(report.exported.perplexity) - math.log(rival.numbers.perplexity), rel=1e-6
+    )
+    assert len(report.samples["rival"].decode_tokens_per_second) == 3
+    assert rival.numbers.peak_rss_bytes and rival.numbers.peak_rss_bytes > 0
+    line = report.verdict.lines[-1]
+    assert line.startswith(f"Q4_0 of the same model in llama.cpp: {rival.numbers.size_bytes / 1e6:.1f} MB, ")
+    assert f"perplexity {rival.numbers.perplexity:.2f}" in line and "for speed" in line
+    assert "## Rival" in markdown(report)
+    report.write(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["rival"]["numbers"]["perplexity"] > 1
+
+
+def test_the_file_of_the_rival_is_reused_unless_a_byte_changed(
+    measured: tuple[Report, Path], tiny_llama: Path, exported_half: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(measured[1], work)
+    path, source, told = work / "rival-q4_0" / "q4_0.gguf", Checkpoint.open(tiny_llama), []
+
+    def again() -> RivalFile:
+        return rival_file(source, exported_half, None, "q4_0", work, 1, told.append)
+
+    before = path.stat().st_mtime_ns
+    assert again().path == path and path.stat().st_mtime_ns == before and not told
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert again().path == path and path.read_bytes() == good
+    assert "q4_0.gguf changed" in told[0] and len(told) == 1
+    assert not list(work.glob("*.partial"))
+
+
+def test_a_rival_that_cannot_be_had_is_said_to_be_not_measured(
+    tiny_llama: Path,
+    merged_half: Path,
+    exported_half: Path,
+    folder_exporter: Exporter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Checkpoint.open(tiny_llama)
+    monkeypatch.setattr("losa_deploy.benchmarks.rival.version", lambda: "")
+    missing = rival_file(source, exported_half, None, "q4_0", tmp_path, 1, print)
+    assert missing.path is None and missing.reason == "llama-cpp-python is not installed"
+    assert rival_file(source, exported_half, None, "none", tmp_path, 1, print).reason.startswith(
+        "switched off"
+    )
+    assert not list(tmp_path.iterdir())
+    report = measure(job(tiny_llama, merged_half, exported_half, folder_exporter, tmp_path, dense=True), None)
+    assert report.rival is not None and report.rival.numbers is None
+    assert report.header() == ("", "dense", "merged", "exported")
+    assert "not measured, llama-cpp-python is not installed" in report.verdict.lines[-1]
+    assert "not measured, llama-cpp-python is not installed" in markdown(report).split("## Rival")[1]
 
 
 def test_bars() -> None:

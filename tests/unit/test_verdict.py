@@ -1,10 +1,10 @@
 """Both sides of every branch of the verdict."""
 
-import re
 from dataclasses import replace
 
 import pytest
 
+from losa_deploy.benchmarks.rival_verdict import Match, Side, quality_advice, speed_advice
 from losa_deploy.benchmarks.verdict import Evidence, decide
 
 GOOD = Evidence(
@@ -103,8 +103,64 @@ def test_quality_separates_sparsity_from_rounding() -> None:
 
 @pytest.mark.parametrize("bits", [1.5, 3.14, 3.2, 3.99, 4.0, 8.6])
 def test_no_size_alone_makes_a_format_the_better_one(bits: float) -> None:
-    found = decide(replace(GOOD, block_bits_per_weight=bits)).lines[4]
-    assert found.startswith(f"Blocks at {bits:.2f} bits per weight. ")
-    assert "was not measured" in found and "losa-deploy evaluate" in found
-    assert "better" not in found
-    assert not re.search(r"\d", found.removeprefix(f"Blocks at {bits:.2f}").replace("4-bit", ""))
+    missing = "llama-cpp-python is not installed"
+    found = line(replace(GOOD, block_bits_per_weight=bits, rival_missing=missing), 4)
+    assert found == (
+        f"A dense 4-bit file of the same model: not measured, {missing}. "
+        f"Blocks here take {bits:.2f} bits per weight."
+    )
+
+
+OURS = Side("this file", 80_000_000, 50.0, 110.0, 500.0, 300_000_000)
+Q4_0 = Side("Q4_0", 90_000_000, 45.0, 95.0, 400.0, 200_000_000)
+MATCH = Match(OURS, Q4_0, loss_difference=0.1, loss_error=0.01, decode_noise=0.03)
+
+
+def test_the_rivals_numbers_stand_beside_ours() -> None:
+    found = line(replace(GOOD, rival=MATCH), 4)
+    assert found.startswith(
+        "Q4_0 of the same model in llama.cpp: 90.0 MB, perplexity 45.00, decode 95.0 and prefill 400 "
+        "tokens/s, peak 200 MB; this file: 80.0 MB, perplexity 50.00, decode 110.0 and prefill 500 "
+        "tokens/s, peak 300 MB. "
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "difference", "expected"),
+    [
+        (
+            80,
+            0.1,
+            "neither wins: take Q4_0 for quality (0.100 ± 0.010 nats per token better), this file for size",
+        ),
+        (80, -0.1, "take this file: 11% smaller and 0.100 ± 0.010 nats per token better"),
+        (100, 0.1, "take Q4_0: 10% smaller and 0.100 ± 0.010 nats per token better"),
+        (
+            100,
+            -0.1,
+            "neither wins: take this file for quality (0.100 ± 0.010 nats per token better), Q4_0 for size",
+        ),
+        (90, -0.1, "take this file: 0.100 ± 0.010 nats per token better"),
+        (90, 0.1, "take Q4_0: 0.100 ± 0.010 nats per token better"),
+        (80, 0.019, "take this file: 11% smaller, the losses differ by no more than chance"),
+        (100, -0.019, "take Q4_0: 10% smaller, the losses differ by no more than chance"),
+        (90, 0.019, "either: both have the same size, the losses differ by no more than chance"),
+    ],
+)
+def test_which_file_has_more_quality_per_byte(ours: int, difference: float, expected: str) -> None:
+    match = replace(MATCH, ours=replace(OURS, bytes=ours * 1_000_000), loss_difference=difference)
+    assert quality_advice(match).removeprefix("For quality per byte ").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("decode", "noise", "expected"),
+    [
+        (110.0, 0.03, "for speed take this file: decode 1.16×"),
+        (80.0, 0.03, "for speed take Q4_0: decode 1.19×"),
+        (96.0, 0.0, "for speed either: decode differs by less than the noise of ±2%"),
+        (110.0, 0.2, "for speed either: decode differs by less than the noise of ±20%"),
+        (80.0, 0.2, "for speed either: decode differs by less than the noise of ±20%"),
+    ],
+)
+def test_which_file_is_faster(decode: float, noise: float, expected: str) -> None:
+    assert speed_advice(replace(MATCH, ours=replace(OURS, decode=decode), decode_noise=noise)) == expected
