@@ -114,6 +114,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         workload=_workload_part(found.speed["exported"].workload, job.threads),
         samples={name: _samples_part(speed) for name, speed in found.speed.items()},
         blocks=BlocksPart(sparsity=merged.block_sparsity, rank=merged.block_rank, error=merged.block_error),
+        training=merged.training,
         environment=collect(),
         timings=found.timings,
         verdict=decide(_evidence(job, found, exported, dense, dense_numbers, exported_numbers, same_type)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .training import training_section
+
 if TYPE_CHECKING:
     from .report import ModelNumbers, Report
 
@@ -140,6 +142,7 @@ def markdown(report: Report) -> str:
         *_rival_section(report),
         *_parity_section(report),
         *_blocks_section(report),
+        *training_section(report.training),
         *_samples_section(report),
         *_environment_section(report),
     ]

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from losa_deploy import __version__
 from losa_deploy.card import CardNumbers
+from losa_deploy.manifest import TrainingRecord
 
 from .environment import Environment
 from .render import TableRow, card_rows, markdown, table_header, terminal_rows
+from .training import FILE as TRAINING_FILE
+from .training import training_plot
 from .verdict import Verdict
 
 
@@ -143,6 +146,8 @@ class Report(Part):
     workload: WorkloadPart
     samples: Mapping[str, SamplesPart]
     blocks: BlocksPart
+    training: tuple[TrainingRecord, ...] = ()
+    """One per phase and schedule step, as in `losa.json`."""
     environment: Environment
     timings: Mapping[str, float]
     """Stage → seconds."""
@@ -153,10 +158,12 @@ class Report(Part):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def write(self, folder: Path) -> None:
-        """Write `report.json` and `report.md`."""
+        """Write `report.json`, `report.md` and, if something was trained, `training.svg`."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         (folder / "report.json").write_text(text + "\n", "utf-8")
         (folder / "report.md").write_text(markdown(self), "utf-8")
+        if plot := training_plot(self.training):
+            (folder / TRAINING_FILE).write_text(plot, "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Report:

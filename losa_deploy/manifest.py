@@ -155,7 +155,8 @@ def sha256_file(path: Path) -> str:
 
 def hash_files(folder: Path, skip: Iterable[str] = ()) -> dict[str, str]:
     """Hashes of all files below `folder`, by relative POSIX name, sorted; reports are left out."""
-    left_out = {MANIFEST_FILE, "report.json", "report.md", "README.md", "export.log", *skip}
+    reports = {"report.json", "report.md", "training.svg", "README.md", "export.log"}
+    left_out = {MANIFEST_FILE, *reports, *skip}
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     names: Mapping[str, Path] = {p.relative_to(folder).as_posix(): p for p in paths}
     return {name: sha256_file(path) for name, path in names.items() if name not in left_out}

@@ -105,6 +105,8 @@ def test_all_files_are_there_and_nothing_half_written(finished: tuple[Path, Resu
     assert names(output) >= FILES
     assert names(output.parent) == {"demo", "demo.work"}
     assert {"adapted", "merged"} <= names(work(output))
+    assert "training.svg" in names(output) and "](training.svg)" in (output / "report.md").read_text()
+    assert "training.svg" not in json.loads((output / "losa.json").read_text())["files"]
     report = json.loads((output / "report.json").read_text())
     assert report["schema"] == "losa.report/1"
     assert report["merge_proof"]["ok"] is True
