@@ -10,6 +10,7 @@ from pathlib import Path
 from losa_deploy.errors import InputError
 
 BLOCK = "blk."
+PACKED = "losa.blk."
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class BlockSizes:
 
     bytes: int
     weights: int
+    """Of a packed file, whose tensors do not say how many they hold, its bytes."""
     types: Mapping[str, int]
     """Name of each tensor type, e.g. Q4_0 → matrices stored as it."""
 
@@ -28,13 +30,17 @@ class BlockSizes:
 
 
 def block_sizes(path: Path) -> BlockSizes:
-    """Sizes in a GGUF file that holds ordinary tensors; `InputError` if it cannot be read."""
+    """Sizes in a GGUF file; `InputError` if it cannot be read."""
     from gguf import GGUFReader
 
     try:
-        tensors = [t for t in GGUFReader(path).tensors if t.name.startswith(BLOCK) and len(t.shape) == 2]
+        tensors = [
+            t
+            for t in GGUFReader(path).tensors
+            if (t.name.startswith(BLOCK) and len(t.shape) == 2) or t.name.startswith(PACKED)
+        ]
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise InputError(f"{path} cannot be read as GGUF: {error}.", hint="Make the file again.") from None
     types = Counter(tensor.tensor_type.name for tensor in tensors)
-    sizes = sum(int(tensor.n_bytes) for tensor in tensors)
-    return BlockSizes(sizes, sum(int(tensor.n_elements) for tensor in tensors), dict(sorted(types.items())))
+    count = sum(int(tensor.n_elements) for tensor in tensors)
+    return BlockSizes(sum(int(tensor.n_bytes) for tensor in tensors), count, dict(sorted(types.items())))

@@ -17,10 +17,8 @@ from pathlib import Path
 import psutil
 
 from losa_deploy.artifact import require_disk
-from losa_deploy.gguf_view import find_gguf
 from losa_deploy.interfaces import Progress, Runtime, Session, no_progress
 from losa_deploy.layouts.base import ValueType
-from losa_deploy.plugins import load_runtime
 
 from . import ggufs
 from .accuracy import Perplexity
@@ -159,37 +157,6 @@ def _ggufs(
 def _slug(storage: Storage) -> str:
     """E.g. bitmask-60-i4 or nm-2-4-i8, for a folder name."""
     return "-".join(re.findall(r"[a-z0-9.]+", storage.label))
-
-
-def real_contenders(
-    artifacts: Sequence[Path],
-    dense: Path,
-    peers: Sequence[str],
-    folder: Path,
-    threads: int,
-    progress: Progress = no_progress,
-) -> list[Contender]:
-    """GGUF artifacts in our backend, and the types `peers` of the file `dense` in llama.cpp as it is."""
-    ours = load_runtime(LLAMACPP)
-    stock = ours.baseline()
-    contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
-    for done, name in enumerate(peers):
-        progress(done, len(peers), f"quantizing to {name}")
-        target = folder / f"{dense.stem}-{name}.gguf"
-        if name == ggufs.SOURCE:
-            target = dense
-        elif not target.is_file():
-            unfinished = target.with_suffix(".partial")
-            ggufs.quantize(dense, name, threads, unfinished)
-            unfinished.rename(target)
-        contenders.append(Contender(name, target, target.stat().st_size, stock))
-    progress(len(peers), len(peers), "done")
-    return contenders
-
-
-def _gguf_bytes(path: Path) -> int:
-    """Of the file itself, or of the one that is opened in a folder."""
-    return (path if path.is_file() else find_gguf(path)).stat().st_size
 
 
 def measure_contenders(

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from losa_deploy.benchmarks.workloads import Workload
     from losa_deploy.interfaces import Runtime, Session
 
-KERNELS = "kernels"
+KERNELS, RECIPES = "kernels", "recipes"
 FOLDERS, PEERS, GEOMETRY, KERNEL_TABLE = "model folders", "--peers", "--geometry", "`bench kernels`"
+GRID = "`bench recipes`"
 MODES: Mapping[str, tuple[str, ...]] = {
     "baseline": (FOLDERS, PEERS),
     "runtime": (FOLDERS, GEOMETRY),
@@ -36,13 +37,17 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
     **dict.fromkeys(("seconds", "plot", "deepsparse"), (KERNEL_TABLE,)),
+    "output": (GRID,),
 }
 """Flags that only some kinds of measurement have; None where they are not given."""
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="model folders or GGUF files, or the word `kernels`"
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="model folders or GGUF files, or the word `kernels`, or `recipes GRID.yaml`",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="DIR", help="dense model (default: in <PATH>.work if there)"
@@ -59,6 +64,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     _add_geometry(parser.add_argument_group("synthetic models, instead of PATH"))
     _add_kernels(parser.add_argument_group("`bench kernels`"))
+    grid = parser.add_argument_group("`bench recipes`")
+    grid.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="results, and what continues (default: GRID.results)"
+    )
 
 
 def _add_geometry(group: argparse._ArgumentGroup) -> None:
@@ -79,7 +88,8 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--peers",
         metavar="NAMES",
-        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q2_k,f16 (all); or none",
+        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q2_k,f16 (all); or none; "
+        "with PATH also iq3_xxs,iq2_m,ours-dense-i4",
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"
@@ -108,6 +118,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         from losa_deploy.cli.bench_kernels import run_kernels
 
         run_kernels(args, console)
+    elif mode == GRID:
+        from losa_deploy.cli.bench_recipes import run_recipes
+
+        run_recipes(args, console)
     elif mode == PEERS:
         from losa_deploy.cli.bench_peers import run_peers
 
@@ -130,6 +144,13 @@ def _mode(args: argparse.Namespace) -> str:
         return GEOMETRY
     if args.paths == [KERNELS]:
         return KERNEL_TABLE
+    if args.paths and args.paths[0] == RECIPES:
+        if len(args.paths) != 2:
+            raise UsageError(
+                f"`bench recipes` takes one grid, found {len(args.paths) - 1}.",
+                hint="Example: losa-deploy bench recipes grid.yaml",
+            )
+        return GRID
     if KERNELS in args.paths:
         raise UsageError("`bench kernels` takes no model folders.", hint="Measure them in another call.")
     if not args.paths:
@@ -260,7 +281,7 @@ COMMAND = Command(
     summary="measure speed, load time and memory of models, of synthetic ones, or of the kernels",
     examples=(
         "losa-deploy bench build/demo --threads 2 --json",
-        "losa-deploy bench --geometry llama-1b --value-type i4 --sparsity 0.6 --peers ort-int4 --json",
+        "losa-deploy bench recipes grid.yaml --output build/grid",
     ),
     add_arguments=_add,
     run=_run,

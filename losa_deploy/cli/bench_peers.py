@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from losa_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.peers import Contender, Load
+    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.interfaces import Progress
 
 RUNTIME = "llamacpp"
@@ -28,7 +30,8 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
     """Quantize the peers, measure everything interleaved, and write the table or document."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
-    from losa_deploy.benchmarks.peers import known_peers, measure_contenders, real_contenders
+    from losa_deploy.benchmarks.peers import measure_contenders
+    from losa_deploy.benchmarks.real_peers import real_contenders, real_peers
 
     runtime, threads = plugins.load_runtime(RUNTIME), thread_count(args)
     paths = [Path(path) for path in args.paths]
@@ -38,12 +41,13 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
                 f"{path} holds no GGUF file, and --peers quantizes GGUF files.",
                 hint="Leave --peers out, or export with --format gguf.",
             )
-    peers = chosen_peers(args.peers, known_peers(RUNTIME))
+    peers = chosen_peers(args.peers, real_peers())
     load = chosen_load(args, RUNTIME)
     dense = dense_file(paths[0], args.baseline)
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
-            contenders = real_contenders(paths, dense, peers, Path(folder), threads, progress)
+            source = partial(_source, dense, Path(folder), console)
+            contenders = real_contenders(paths, dense, peers, source, Path(folder), threads, progress)
         with console.stage("perplexity") as progress:
             _measure_quality(contenders, paths[0], threads, progress)
         with console.stage("speed") as progress:
@@ -53,6 +57,23 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
         console.result_json(bench_document([contender.record() for contender in contenders], workload))
     else:
         console.result(_table(contenders, load))
+
+
+def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:
+    """The dense file as a Hugging Face folder, of which importances and our own dense i4 are made."""
+    from losa_deploy.interfaces import no_progress
+    from losa_deploy.source import load_source
+
+    checkpoint, _ = load_source(
+        str(dense),
+        revision=None,
+        work=folder,
+        offline=True,
+        cache_dir=None,
+        progress=no_progress,
+        warn=console.warn,
+    )
+    return checkpoint
 
 
 def dense_file(path: Path, baseline: Path | None) -> Path:

@@ -171,10 +171,11 @@ def test_bench_beside_the_dense_model_and_its_quantizations(finished: tuple[Path
     assert result.code == 0, result.err
     models = json.loads(result.out)["results"]
     assert [m["runtime"] for m in models] == ["llamacpp-stock", "llamacpp"]
-    result = losa("bench", output, "--peers", "q4_0,f16", "--prefill-tokens", "32", *load)
+    peers = ("q4_0", "f16", "iq3_xxs", "ours-dense-i4")
+    result = losa("bench", output, "--peers", ",".join(peers), "--prefill-tokens", "32", *load)
     assert result.code == 0, result.err
     models = json.loads(result.out)["results"]
-    assert [m["name"] for m in models] == [str(output), "q4_0", "f16"]
+    assert [m["name"] for m in models] == [str(output), *peers]
     assert all(m["perplexity"] > 1 and m["peak_rss_bytes"] > 0 for m in models)
     assert models[1]["bytes"] < models[2]["bytes"]
 

@@ -1,0 +1,198 @@
+"""One row of a grid in a process of its own, so that its peak memory is its own.
+
+`python -m losa_deploy.cli.bench_row JOB RESULT`: both are JSON files. An error goes to stderr as a
+`losa.error/1` document, with its exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.console import Console
+from losa_deploy.errors import LosaError
+
+if TYPE_CHECKING:
+    from losa_deploy.benchmarks.grid import PeerRow, RecipeRow
+    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.manifest import SourceRecord
+    from losa_deploy.model import SparseModel
+    from losa_deploy.recipe import Recipe
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowJob:
+    """What a row needs; paths as text, because it travels as JSON."""
+
+    row: dict[str, object]
+    model: str | None
+    """As in the grid."""
+    shared: str
+    """Folder of what rows share: the converted source, importances."""
+    dense: str | None
+    """GGUF file of the dense model, for peers."""
+    folder: str
+    """Of this row alone."""
+    threads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A model that can be evaluated."""
+
+    path: str
+    bytes: int
+    block_bytes: int
+    block_bits_per_weight: float
+    sparsity: float
+    grid_bits_per_weight: float | None = None
+    """Of a merged folder whose weights are all on a trained grid: levels and f16 scales, stored dense."""
+    make_peak_rss_bytes: int = 0
+
+
+def make(job: RowJob, console: Console) -> Made:
+    """Make the model of a row."""
+    from losa_deploy.benchmarks.grid import DenseRow, PeerRow, parse_row
+    from losa_deploy.cli import stages
+
+    row = parse_row(job.row, "this row")
+    stages.set_threads(job.threads)
+    if isinstance(row, PeerRow):
+        return _peer(row, job)
+    source, record = open_model(job.model, Path(job.shared), console)
+    if isinstance(row, DenseRow):
+        return _dense(source)
+    return _recipe(row, source, record, Path(job.folder), console)
+
+
+def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpoint, SourceRecord]:
+    """The dense model of a grid; a GGUF is converted once into `work`."""
+    import os
+
+    from losa_deploy.source import load_source
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    with console.stage("source") as progress:
+        return load_source(
+            model,
+            revision=None,
+            work=work,
+            offline=offline,
+            cache_dir=None,
+            progress=progress,
+            warn=console.warn,
+        )
+
+
+def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, folder: Path, console: Console) -> Made:
+    """Compressed, merged and exported; an interrupted compression goes on where it was."""
+    from losa_deploy import plugins
+    from losa_deploy.benchmarks.assemble import folder_bytes
+    from losa_deploy.card import mean_bits
+    from losa_deploy.cli import pipeline
+    from losa_deploy.manifest import Manifest
+
+    recipe = row.effective()
+    if row.format != "none":
+        plugins.load_exporter(row.format).check_source(source, recipe.export)
+    model = pipeline.merged_model(source, record, recipe, folder, {}, console)
+    place = model.folder if row.format == "none" else _exported(row.format, model, recipe, folder, console)
+    manifest = Manifest.read(place)
+    return Made(
+        str(place),
+        folder_bytes(place, manifest),
+        sum(linear.bytes for linear in manifest.linears),
+        mean_bits(manifest),
+        manifest.sparsity_achieved,
+        grid_bits(model) if row.format == "none" else None,
+    )
+
+
+def grid_bits(model: SparseModel) -> float | None:
+    """Bits per weight of the trained grid; None where a weight is on none, or pruned, or needs a position."""
+    if model.manifest.sparsity_achieved > 0:
+        return None
+    bits = weights = 0
+    for name, shape in model.linears.items():
+        grid = model.grid(name)
+        if grid is None:
+            return None
+        bits += int(grid.value_type[1:]) * prod(shape) + 16 * grid.scales.size
+        weights += prod(shape)
+    return bits / weights
+
+
+def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, console: Console) -> Path:
+    from losa_deploy import plugins
+    from losa_deploy.artifact import staged_output
+    from losa_deploy.cli import stages
+
+    exporter = plugins.load_exporter(name)
+    exporter.check(model, recipe.export)
+    output = folder / name
+    with staged_output(output, overwrite=True) as place, console.stage("export") as progress:
+        exporter.export(model, recipe.export, place, progress)
+        stages.stamp_recipe(place, recipe)
+    return output
+
+
+def _peer(row: PeerRow, job: RowJob) -> Made:
+    from losa_deploy.benchmarks.gguf_sizes import block_sizes
+    from losa_deploy.benchmarks.real_peers import make_peer
+
+    assert job.dense is not None  # the parent makes it for grids with peers
+    dense, console = Path(job.dense), Console()
+    path = make_peer(
+        row.peer,
+        dense,
+        lambda: open_model(job.model, Path(job.shared), console)[0],
+        Path(job.folder),
+        job.threads,
+        imatrix=row.imatrix,
+        shared=Path(job.shared),
+    )
+    stored, weights = block_sizes(path).bytes, block_sizes(dense).weights
+    return Made(str(path), path.stat().st_size, stored, 8 * stored / weights, 0.0)
+
+
+def _dense(source: Checkpoint) -> Made:
+    """The source itself; f32 in memory, whatever its files hold."""
+    weights = sum(prod(shape) for shape in source.linears.values())
+    stored = sum(
+        prod(shape) * DTYPE_BYTES[source.header(f"{name}.weight")[0]]
+        for name, shape in source.linears.items()
+    )
+    size = sum(path.stat().st_size for path in set(source.files.values()))
+    return Made(str(source.folder), size, stored, 8 * stored / weights, 0.0)
+
+
+def peak_rss_bytes() -> int:
+    """Of this process, or of the largest one that it started."""
+    from losa_deploy.benchmarks import probe
+
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return max(probe.peak_rss_bytes(), children if sys.platform == "darwin" else children * 1024)
+
+
+def main(arguments: list[str]) -> int:
+    """Read the job, make the model, write the result."""
+    job = RowJob(**json.loads(Path(arguments[0]).read_text("utf-8")))
+    try:
+        made = make(job, Console(color=False))
+    except LosaError as error:
+        sys.stderr.write(json.dumps(error.to_json()) + "\n")
+        return error.exit_code
+    result = dataclasses.replace(made, make_peak_rss_bytes=peak_rss_bytes())
+    Path(arguments[1]).write_text(json.dumps(dataclasses.asdict(result)), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
