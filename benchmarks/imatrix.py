@@ -39,7 +39,7 @@ def importance(
     from losa_deploy.compress.decoder import Decoder
 
     dense = Decoder(source)
-    tokens = calibration_tokens(dense, source.folder, calibration, seed, progress)
+    tokens = calibration_tokens(dense, source.folder, calibration, seed, "auto", progress)
     sums = {name: torch.zeros(shape[1], dtype=torch.float64) for name, shape in source.linears.items()}
     hooks = [dense.linear(name).register_forward_pre_hook(_adder(total)) for name, total in sums.items()]
     try:

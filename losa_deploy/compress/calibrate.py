@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.precision import products
+from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
@@ -20,7 +21,7 @@ from losa_deploy.recipe import CalibrationRecipe
 if TYPE_CHECKING:
     from losa_deploy.text import Tokenizer
 
-SAMPLING_BATCH = 128
+SAMPLING_BATCH = 64
 
 
 def sampled_tokens(
@@ -42,20 +43,20 @@ def sampled_tokens(
     length = recipe.sequence_length
     drawn = torch.randint(vocabulary, (recipe.samples,), generator=draw).tolist()
     given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
+    # A copy in bf16 is read twice as fast, and so are its keys and values.
+    model = copy.deepcopy(dense.model).to(torch.bfloat16) if uses_bf16(precision) else dense.model
     parts = []
     total = length * -(-recipe.samples // SAMPLING_BATCH)
     for start in range(0, recipe.samples, SAMPLING_BATCH):
         done = length * (start // SAMPLING_BATCH)
-        with products(precision):
-            parts.append(
-                _continue(dense, given[start : start + SAMPLING_BATCH], recipe, draw, progress, done, total)
-            )
+        batch = given[start : start + SAMPLING_BATCH]
+        parts.append(_continue(model, batch, recipe, draw, progress, done, total))
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def _continue(
-    dense: Decoder,
+    model: nn.Module,
     starts: Sequence[Sequence[int]],
     recipe: CalibrationRecipe,
     draw: torch.Generator,
@@ -73,9 +74,7 @@ def _continue(
         result[row, : len(start)] = torch.tensor(start)
     cache = None
     for position in range(1, recipe.sequence_length):
-        output = dense.model(
-            input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         scores = output.logits[:, -1].float() / recipe.temperature
         found = draw_tokens(torch.softmax(scores, dim=-1), draw)[:, 0]

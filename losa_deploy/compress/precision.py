@@ -13,8 +13,13 @@ def has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
+def uses_bf16(precision: str) -> bool:
+    """What a recipe's `precision` (`auto`, `f32` or `bf16`) means on this CPU."""
+    return precision == "bf16" or (precision == "auto" and has_bf16())
+
+
 def products(precision: str) -> AbstractContextManager[object]:
-    """A context in which matmuls take bf16 numbers; `precision` is `auto`, `f32` or `bf16`."""
-    if precision == "bf16" or (precision == "auto" and has_bf16()):
+    """A context in which matmuls take bf16 numbers, if `uses_bf16`."""
+    if uses_bf16(precision):
         return torch.autocast("cpu", torch.bfloat16)
     return nullcontext()
