@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -160,8 +160,3 @@ def number_of(record: Mapping[str, object], *keys: str) -> float | None:
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     return float(found) if isinstance(found, int | float) else None
-
-
-def records_of(document: Mapping[str, object]) -> Sequence[Mapping[str, object]]:
-    """The rows of a `losa.grid/1` document."""
-    return cast("Sequence[Mapping[str, object]]", document["rows"])

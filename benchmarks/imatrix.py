@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 REQUIRED = ("iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s")
 """Types that llama.cpp does not write without importances."""
-Importance = Mapping[str, NDArray[np.float32]]
 
 
 def importance(
@@ -39,7 +38,7 @@ def importance(
     from losa_deploy.compress.decoder import Decoder
 
     dense = Decoder(source)
-    tokens = calibration_tokens(dense, source.folder, calibration, seed, "auto", progress)
+    tokens = calibration_tokens(dense, source.folder, calibration, seed, "f32", progress)
     sums = {name: torch.zeros(shape[1], dtype=torch.float64) for name, shape in source.linears.items()}
     hooks = [dense.linear(name).register_forward_pre_hook(_adder(total)) for name, total in sums.items()]
     try:
