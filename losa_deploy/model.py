@@ -131,13 +131,19 @@ class SparseModel:
     @cached_property
     def _grids(self) -> Mapping[str, tuple[str, int]]:
         """Value type and group size of the linears that have a grid."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        if not (self.folder / GRID_FILE).is_file():
+        from losa_deploy.errors import InputError
+
+        path = self.folder / GRID_FILE
+        if not path.is_file():
             return {}
-        with safe_open(self.folder / GRID_FILE, framework="numpy") as handle:
-            found = json.loads(handle.metadata()[GRID_KEY])
-        return {name: (str(value_type), int(group_size)) for name, (value_type, group_size) in found.items()}
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                found = json.loads(handle.metadata()[GRID_KEY])
+            return {name: (str(kind), int(size)) for name, (kind, size) in found.items()}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {error}.", hint="Merge the model again.") from None
 
     def mask(self, linear: str) -> NDArray[np.bool_]:
         """Mask [out, in], True = kept. All True for a linear without a mask."""

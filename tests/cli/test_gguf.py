@@ -34,12 +34,12 @@ def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def packed(finished: tuple[Path, Result]) -> Path:
-    return next(finished[0].glob("*-LOSA-I8.gguf"))
+    return next(finished[0].glob("*-LOSA-I4.gguf"))
 
 
 @pytest.fixture(scope="module")
 def portable(finished: tuple[Path, Result]) -> Path:
-    return next(finished[0].glob("*-Q8_0.gguf"))
+    return next(finished[0].glob("*-Q4_0.gguf"))
 
 
 def alone(path: Path, folder: Path) -> Path:
@@ -109,7 +109,8 @@ def test_distance_from_a_dense_model_in_any_runtime(
         found = json.loads(result.out)
         assert found["dense_runtime"] == runtime
         assert found["kl_to_dense"] < 0.02 and found["same_top_to_dense"] > 0.9
-        assert (found["kl_to_dense"] > 0) == (merged in (model, dense))  # the files hold the same weights
+        if merged not in (model, dense):  # the same weights, in groups of 128 and of 32
+            assert found["kl_to_dense"] < 1e-3
 
 
 def test_inspect_shows_what_a_file_holds(packed: Path, portable: Path) -> None:
@@ -119,7 +120,7 @@ def test_inspect_shows_what_a_file_holds(packed: Path, portable: Path) -> None:
         assert document["sparsity_achieved"] == pytest.approx(0.5, abs=0.01)
         assert document["architecture"] == "llama"
     assert found[packed]["packed"] and not found[portable]["packed"]
-    assert found[packed]["bits_per_weight"] < found[portable]["bits_per_weight"] == 8.5
+    assert found[packed]["bits_per_weight"] < found[portable]["bits_per_weight"] == 4.5
     tensor = next(t for t in found[packed]["tensors"] if t["name"] == "blk.0.ffn_down.weight")
     assert (tensor["layout"], tensor["shape"]) == ("bitmask", [64, 192])
     assert tensor["sparsity"] == pytest.approx(0.5, abs=0.05)

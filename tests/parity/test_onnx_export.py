@@ -135,7 +135,7 @@ def test_llama_equals_torch_on_the_decoded_weights(
     assert set(weights) == set(merged_llama.linears)
     for record in packing.linears:
         mask = job.mask(record.name)
-        options = PackOptions(value_type, 32)
+        options = PackOptions(value_type, 32, search=True)
         packed = LAYOUTS[layout].pack(merged_llama.weight(record.name), mask, options)
         assert record.sha256 == packed.sha256 and record.bytes == packed.nbytes
         assert np.array_equal(weights[record.name], unpack(packed).weight)
@@ -158,7 +158,7 @@ def test_tiles_equal_torch_on_the_decoded_weights(
     assert {record.layout for record in packing.linears} == {"tiled"}
     weights = {name: w for name, w in decode(tmp_path).items() if name in model.linears}
     for name, mask in masks.items():
-        packed = LAYOUTS["tiled"].pack(model.weight(name), mask, PackOptions(value_type, 32))
+        packed = LAYOUTS["tiled"].pack(model.weight(name), mask, PackOptions(value_type, 32, search=True))
         assert np.array_equal(weights[name], unpack(packed).weight)
     check_session(tmp_path, torch_model(model, {**weights, **tables_of(job)}))
 
