@@ -63,9 +63,9 @@ def make(job: RowJob, console: Console) -> Made:
     from losa_deploy.cli import stages
 
     row = parse_row(job.row, "this row")
-    stages.set_threads(job.threads)
-    if isinstance(row, PeerRow):
+    if isinstance(row, PeerRow):  # torch, which most peers do not need, would count as their memory
         return _peer(row, job)
+    stages.set_threads(job.threads)
     source, record = open_model(job.model, Path(job.shared), console)
     if isinstance(row, DenseRow):
         return _dense(source)
@@ -146,13 +146,19 @@ def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, conso
 def _peer(row: PeerRow, job: RowJob) -> Made:
     from losa_deploy.benchmarks.gguf_sizes import block_sizes
     from losa_deploy.benchmarks.real_peers import make_peer
+    from losa_deploy.cli import stages
 
     assert job.dense is not None  # the parent makes it for grids with peers
-    dense, console = Path(job.dense), Console()
+    dense = Path(job.dense)
+
+    def source() -> Checkpoint:
+        stages.set_threads(job.threads)
+        return open_model(job.model, Path(job.shared), Console(color=False))[0]
+
     path = make_peer(
         row.peer,
         dense,
-        lambda: open_model(job.model, Path(job.shared), console)[0],
+        source,
         Path(job.folder),
         job.threads,
         imatrix=row.imatrix,

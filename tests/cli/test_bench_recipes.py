@@ -99,6 +99,8 @@ def test_a_grid_gives_one_record_per_row(finished: tuple[Path, int, str, str]) -
     assert rows["dense"]["perplexity"] == pytest.approx(rows["Q4_0"]["evaluation"]["dense_perplexity"])
     assert rows["dense"]["block_bits_per_weight"] == 32.0
     assert 4.5 <= rows["Q4_0"]["block_bits_per_weight"] < 5
+    # Quantizing does not load torch, whose size is no matter of the file.
+    assert rows["Q4_0"]["make_peak_rss_bytes"] < 0.9 * rows["dense"]["make_peak_rss_bytes"]
     output = path.with_name("grid.results")
     assert json.loads((output / "results.json").read_text()) == document
 
