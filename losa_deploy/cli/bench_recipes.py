@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -186,6 +187,7 @@ def _measure(row: Row, folder: Path, place: Place, log: Path) -> dict[str, objec
         str(place.dense) if place.dense else None,
         str(folder),
         place.threads,
+        os.getpid(),
     )
     job.write_text(json.dumps(dataclasses.asdict(whole)), "utf-8")
     start = time.perf_counter()

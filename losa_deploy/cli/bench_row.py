@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
+import os
 import resource
+import signal
 import sys
 from math import prod
 from pathlib import Path
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
 
+PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -41,6 +46,8 @@ class RowJob:
     folder: str
     """Of this row alone."""
     threads: int
+    parent: int
+    """The process that waits for this row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +194,21 @@ def peak_rss_bytes() -> int:
     return max(probe.peak_rss_bytes(), children if sys.platform == "darwin" else children * 1024)
 
 
+def end_with(parent: int) -> bool:
+    """Let this process end when `parent` is killed: its successor works in the same folder.
+
+    False if the parent is gone already. Only Linux can do the former.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    return os.getppid() == parent
+
+
 def main(arguments: list[str]) -> int:
     """Read the job, make the model, write the result."""
     job = RowJob(**json.loads(Path(arguments[0]).read_text("utf-8")))
+    if not end_with(job.parent):
+        return 1
     try:
         made = make(job, Console(color=False))
     except LosaError as error:
