@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import partial as partial_module
+from losa_deploy.compress import walk as walk_module
 from losa_deploy.compress.adapted import AdaptedModel
 from losa_deploy.compress.data import Batches, phase_tokens
 from losa_deploy.compress.decoder import Decoder
@@ -235,3 +237,23 @@ def test_a_damaged_point_is_not_trusted(
         data[-3] ^= 1
         path.write_bytes(data)
     assert hashes(run(tiny_llama, tmp_path / "cut")) == hashes(whole)
+
+
+def test_every_block_is_trained_towards_the_dense_stream(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not towards what the dense block would make of the student's own, already pruned stream."""
+    source = Checkpoint.open(tiny_llama)
+    seen: dict[int, torch.Tensor] = {}
+
+    def spy(task: BlockTask, *rest: object) -> tuple[float, float]:
+        seen[task.block] = task.target
+        return reconstruct_block(task, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(walk_module, "reconstruct_block", spy)
+    model = run(tiny_llama, tmp_path / "adapted")
+    dense = Decoder(source)
+    stream = dense.stream(load_file(model.folder / "calibration.safetensors")["tokens"], 4)
+    for block in range(3):
+        stream = dense.advance(block, stream)
+        assert torch.allclose(seen[block], stream.hidden, atol=1e-4), block
