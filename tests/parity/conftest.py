@@ -108,3 +108,47 @@ def merged_opt(make_merged: Make) -> SparseModel:
     from transformers import OPTConfig
 
     return make_merged(OPTConfig(**SHAPE, ffn_dim=172, word_embed_proj_dim=64, pad_token_id=1))
+
+
+@pytest.fixture(scope="session")
+def merged_mistral(make_merged: Make) -> SparseModel:
+    """Untied, 4 heads on 1 key/value head, heads wider than hidden / heads."""
+    from transformers import MistralConfig
+
+    config = {**GATED, "num_key_value_heads": 1, "head_dim": 32}
+    return make_merged(MistralConfig(**config, tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="session")
+def merged_biased(make_merged: Make) -> SparseModel:
+    """A Llama with biases everywhere and Llama 3's rotary scaling."""
+    from transformers import LlamaConfig
+
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "rope_theta": 5000.0,
+    }
+    return make_merged(
+        LlamaConfig(
+            **GATED, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, rope_parameters=scaling
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def merged_yarn(make_merged: Make) -> SparseModel:
+    """A Llama whose rotary embedding is scaled by YaRN."""
+    from transformers import LlamaConfig
+
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+        "rope_theta": 10000.0,
+    }
+    return make_merged(LlamaConfig(**GATED, tie_word_embeddings=True, rope_parameters=scaling))

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from losa_deploy import gguf_view
 from losa_deploy.benchmarks.assemble import dense_same_type_bytes, folder_bytes
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.gguf_view import find_gguf
@@ -73,50 +72,6 @@ def export(model: SparseModel, folder: Path, **recipe: object) -> Path:
     reasons, _ = _check_weights(Manifest.read(folder), model, exporter.decode(folder))
     assert reasons == []
     return folder
-
-
-@pytest.fixture(scope="session")
-def merged_mistral(make_merged: Make) -> SparseModel:
-    """Untied, 4 heads on 1 key/value head, heads wider than hidden / heads."""
-    from transformers import MistralConfig
-
-    config = {**GATED, "num_key_value_heads": 1, "head_dim": 32}
-    return make_merged(MistralConfig(**config, tie_word_embeddings=False))
-
-
-@pytest.fixture(scope="session")
-def merged_biased(make_merged: Make) -> SparseModel:
-    """A Llama with biases everywhere and Llama 3's rotary scaling."""
-    from transformers import LlamaConfig
-
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "rope_theta": 5000.0,
-    }
-    return make_merged(
-        LlamaConfig(
-            **GATED, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, rope_parameters=scaling
-        )
-    )
-
-
-@pytest.fixture(scope="session")
-def merged_yarn(make_merged: Make) -> SparseModel:
-    """A Llama whose rotary embedding is scaled by YaRN."""
-    from transformers import LlamaConfig
-
-    scaling = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-        "beta_fast": 32.0,
-        "rope_theta": 10000.0,
-    }
-    return make_merged(LlamaConfig(**GATED, tie_word_embeddings=True, rope_parameters=scaling))
 
 
 @pytest.fixture(scope="session")
@@ -423,65 +378,6 @@ def test_the_dense_baseline_is_f16_or_f32(merged_llama: SparseModel, tmp_path: P
         found, expected = llama_logits(path, list(TOKENS)), torch_logits(merged_llama, {})
         tolerance = 1e-5 if kind == "F32" else 5e-3
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-
-
-def test_opt_is_refused_before_any_work(merged_opt: SparseModel) -> None:
-    with pytest.raises(InputError, match="no graph for opt") as caught:
-        GgufExporter().check_source(merged_opt.checkpoint, ExportRecipe())
-    assert "--format onnx" in caught.value.hint
-
-
-def test_flags_of_other_formats_are_refused(merged_llama: SparseModel) -> None:
-    from losa_deploy.exporters.onnx.exporter import OnnxExporter
-
-    cases = [
-        (GgufExporter(), {"bundle_runtime": True}, "--bundle-runtime is for"),
-        (GgufExporter(), {"layout": "bitmask"}, "needs --packed"),
-        (OnnxExporter(), {"packed": True}, "--packed is for --format gguf"),
-    ]
-    for exporter, recipe, message in cases:
-        with pytest.raises(UsageError, match=message):
-            exporter.check(merged_llama, ExportRecipe.model_validate(recipe))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "yarn", "mscale": 0.7}}, "mscale of YaRN"),
-        ({"rope_parameters": {"rope_type": "yarn", "beta_fast": 16.0}}, "beta_fast of YaRN"),
-        ({"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate of YaRN to False"),
-        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layer_interval 2"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
-        ({"model_type": "qwen2"}, "llama.cpp's qwen2 does not read"),
-    ],
-)
-def test_what_llama_cpp_would_compute_otherwise_is_refused(
-    merged_biased: SparseModel, change: dict[str, object], message: str
-) -> None:
-    source = Checkpoint(
-        merged_biased.folder, {**merged_biased.config, **change}, merged_biased.checkpoint.family
-    )
-    with pytest.raises(InputError, match=message) as caught:
-        GgufExporter().check_source(source, ExportRecipe())
-    assert "--format onnx" in caught.value.hint
-
-
-def test_a_window_shorter_than_the_context_is_refused_before_any_work(merged_llama: SparseModel) -> None:
-    """llama.cpp attends to everything; mistral's window is 4096 where config.json does not say."""
-    config = {**merged_llama.config, "model_type": "mistral", "max_position_embeddings": 8192}
-    for change, window in (({}, 4096), ({"sliding_window": 64}, 64)):
-        source = Checkpoint(merged_llama.folder, {**config, **change}, merged_llama.family)
-        with pytest.raises(InputError, match=f"sliding_window of {window} tokens in 2 blocks") as caught:
-            GgufExporter().check_source(source, ExportRecipe())
-        assert "--format onnx" in caught.value.hint
-        assert f"max_position_embeddings to {window}" in caught.value.hint
-    for change in ({"sliding_window": None}, {"sliding_window": 8192}, {"model_type": "llama"}):
-        source = Checkpoint(merged_llama.folder, {**config, **change}, merged_llama.family)
-        GgufExporter().check_source(source, ExportRecipe())
 
 
 def test_decode_of_a_damaged_folder(merged_llama: SparseModel, tmp_path: Path) -> None:
