@@ -37,7 +37,7 @@ class SourceRecord(Record):
 class GridRecord(Record):
     """The grid that a linear's weights are on."""
 
-    value_type: Literal["none", "export", "i8", "i4", "i3"]
+    value_type: Literal["none", "export", "i8", "i4", "i3", "i2"]
     group_size: int
     """Positions per scale; 0: a scale per row."""
 

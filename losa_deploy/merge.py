@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, copy_side_files, write_weights
-from losa_deploy.errors import GateError
+from losa_deploy.errors import GateError, InputError
 from losa_deploy.manifest import Manifest, MergeProof, TensorRecord, hash_files
 from losa_deploy.model import GRID_FILE, GRID_KEY, MASK_FILE, SparseModel, pack_mask
 
@@ -118,11 +118,17 @@ def _merged_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of `source` in its order of blocks, the linears merged; one block in memory."""
     linears = source.linears
-    masked = frozenset(adapted.state.masked)
+    masked, rest = frozenset(adapted.state.masked), adapted.rest()
+    if missing := sorted(set(rest) - set(source.files)):
+        raise InputError(
+            f"{adapted.folder} trained {missing[0]}, which the source has under another name.",
+            hint="Leave `norms` out of `train` for this model.",
+        )
     for name in source.files:
         if name.removesuffix(".weight") not in linears:
             tensor = source.tensor(name)
-            yield name, tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+            kept_dtype = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+            yield name, rest.get(name, tensor).to(kept_dtype)
     for block in range(source.block_count):
         for name, linear in adapted.block(block).items():
             kept_dtype = source.tensor(f"{name}.weight").dtype if dtype is None else dtype
@@ -223,7 +229,10 @@ def _branch_logits(decoder: Decoder, adapted: AdaptedModel, tokens: torch.Tensor
     """Logits of base plus adapter branch: x·(W∘M)ᵀ + s·x·((BA)∘M)ᵀ, two matmuls, nothing merged."""
     from torch import nn
 
+    from losa_deploy.compress.adapted import restore_rest
+
     handles = []
+    restore_rest(decoder, adapted.rest())
     for block in range(len(decoder.blocks)):
         for name, linear in adapted.block(block).items():
             module = decoder.linear(name)

@@ -20,7 +20,7 @@ MASK_FILE = "masks.safetensors"
 GRID_FILE = "grid.safetensors"
 GRID_KEY = "losa.grid"
 """Key of the header of `grid.safetensors`: a JSON object, linear → [value type, group size]."""
-HIGHEST = {"i8": 127, "i4": 7, "i3": 3}
+HIGHEST = {"i8": 127, "i4": 7, "i3": 3, "i2": 1}
 """Value type of a grid → its highest level; the lowest is -127, -8 or -4."""
 
 

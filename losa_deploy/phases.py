@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Grid = Literal["none", "export", "i8", "i4", "i3"]
+Grid = Literal["none", "export", "i8", "i4", "i3", "i2"]
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0.0)]
 TEACHING: Mapping[str, Mapping[str, object]] = {
@@ -66,8 +66,9 @@ class LossRecipe(Part):
 class PhaseRecipe(Part):
     """One training phase. Block phases run block by block after pruning, the others after the last block."""
 
-    train: tuple[Literal["adapters", "weights", "scales"], ...] = ("weights",)
-    """`weights` are the kept ones; `scales` those of the grid, learned with the weights."""
+    train: tuple[Literal["adapters", "weights", "scales", "norms"], ...] = ("weights",)
+    """`weights` are the kept ones; `scales` those of the grid, learned with the weights; `norms` are norms
+    and biases."""
     where: Literal["blocks", "model"] = "blocks"
     """Each block against the dense block's output, or all through the whole model."""
     data: tuple[DataRecipe, ...] = (DataRecipe(),)
@@ -124,7 +125,7 @@ class PhaseRecipe(Part):
     def _possible(self) -> PhaseRecipe:
         trained = set(self.train)
         if not trained:
-            raise ValueError("train is empty; name adapters, weights or scales")
+            raise ValueError("train is empty; name adapters, weights, scales or norms")
         if "scales" in trained and self.grid == "none":
             raise ValueError("scales are those of a grid; set grid to i8, i4, i3 or export")
         if "adapters" in trained and (trained != {"adapters"} or self.grid != "none"):

@@ -83,6 +83,8 @@ class CalibrationRecipe(Part):
     sequence_length: Annotated[int, Field(ge=8)] = 256
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Sampling temperature of `self`."""
+    min_p: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """`self` never takes tokens that are less likely than this times the likeliest."""
     start: Literal["text", "chat", "mixed", "random"] = "mixed"
     """What `self` continues: the start of a text, of a user's turn, both in turns, or a random token."""
 

@@ -27,6 +27,8 @@ from losa_deploy.model import pack_mask, unpack_mask
 from losa_deploy.recipe import Recipe
 
 STATE_FILE = "state.json"
+REST_FILE = "norms.safetensors"
+"""Norms and biases by full name; only of a step in which a phase trains them."""
 CALIBRATION_FILE = "calibration.safetensors"
 SCHEMA = "losa.adapted/1"
 
@@ -113,6 +115,10 @@ class AdaptedModel:
         """The linears of one block, by full name."""
         return load_block(self.folder, self.state, block)
 
+    def rest(self) -> Mapping[str, Tensor]:
+        """Trained norms and biases by full name; empty if no phase trains them."""
+        return load_rest(self.folder, self.state)
+
 
 def fingerprint(source_files: Mapping[str, str], recipe: Recipe) -> str:
     """SHA-256 over the source's hashes, the recipe parts that decide the weights, and the recipe's texts.
@@ -178,6 +184,10 @@ def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedSta
     partial.mkdir(parents=True)
     for block in range(len(student.blocks)):
         save_file(block_tensors(student, block), partial / f"block-{block:05d}.safetensors")
+    if trains_rest(state.recipe):
+        parts = [student.rest(block) for block in (*range(len(student.blocks)), None)]
+        values = {name: value.data.contiguous() for part in parts for name, value in part.items()}
+        save_file(values, partial / REST_FILE)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     state = write_state(folder, state)
@@ -198,6 +208,18 @@ def block_tensors(student: Decoder, block: int) -> dict[str, Tensor]:
         if linear.grid is not None:
             tensors[f"{name}.scales"] = linear.scales.data.contiguous()
     return tensors
+
+
+def trains_rest(recipe: Recipe) -> bool:
+    """Whether a phase of the recipe trains norms and biases."""
+    return any("norms" in phase.train for phase in recipe.phases)
+
+
+def load_rest(folder: Path, state: AdaptedState) -> Mapping[str, Tensor]:
+    """The norms and biases of the saved step by full name; empty if no phase trains them."""
+    if not state.step or not trains_rest(state.recipe):
+        return {}
+    return read_tensors(step_folder(folder, state.step) / REST_FILE)
 
 
 def grid_records(student: Decoder, names: Iterable[str]) -> dict[str, GridRecord]:
@@ -225,22 +247,26 @@ def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
 def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, AdaptedLinear]:
     """Read one shard; raises `InputError` naming the file if it is missing or damaged."""
     path = step_folder(folder, state.step) / f"block-{block:05d}.safetensors"
-    return read_block(path, state.scales, state.grids)
+    return linears_of(read_tensors(path), state.scales, state.grids)
 
 
-def read_block(
-    path: Path, scales: Mapping[str, float], grids: Mapping[str, GridRecord]
-) -> dict[str, AdaptedLinear]:
-    """The linears stored by `block_tensors`; adapter scales and grids by linear come from the record."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What a file of `compress` holds; raises `InputError` naming it if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read: {error}.", hint=f"Delete {path.parent.parent} and compress again."
         ) from None
+
+
+def linears_of(
+    tensors: Mapping[str, Tensor], scales: Mapping[str, float], grids: Mapping[str, GridRecord]
+) -> dict[str, AdaptedLinear]:
+    """The linears stored by `block_tensors`; adapter scales and grids by linear come from the record."""
     result: dict[str, AdaptedLinear] = {}
     for key in tensors:
         if not key.endswith(".weight"):
@@ -265,6 +291,14 @@ def restore(folder: Path, state: AdaptedState, student: Decoder) -> None:
     """Put the saved step into `student`, whose linears are `MaskedLinear`s."""
     for block in range(len(student.blocks)):
         restore_block(student, load_block(folder, state, block))
+    restore_rest(student, load_rest(folder, state))
+
+
+@torch.no_grad()
+def restore_rest(student: Decoder, values: Mapping[str, Tensor]) -> None:
+    """Put saved norms and biases into `student`."""
+    for name, value in values.items():
+        student.model.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,18 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
         self.seen = (hidden, arguments)
         return hidden
+
+
+class _Replay(nn.Module):
+    """Stands in for all blocks: gives hidden states that are known already."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.attention_type = getattr(block, "attention_type", "full_attention")
+
+    def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
+        return self.hidden
 
 
 @dataclass(frozen=True)
@@ -100,16 +113,40 @@ class Decoder:
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, MaskedLinear.from_linear(self.linear(name)))
 
-    def logits(self, tokens: Tensor, precision: str = "f32") -> Tensor:
-        """Logits [samples, tokens, vocab] f32 of `tokens` [samples, tokens] int64; differentiable.
+    def rest(self, block: int | None) -> dict[str, nn.Parameter]:
+        """What phases call norms: norms, and biases of linears, of one block or (None) behind the last one.
 
-        With bf16 products (see `precision.products`) the head still computes in f32: rounded logits would
-        blur what distillation compares.
+        By full name, as in the checkpoint.
         """
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()  # type: ignore[operator]
+        prefix = self.family.final_norm if block is None else f"{self.family.blocks}.{block}"
+        module = self.model.get_submodule(prefix)
+        inner = {name for name, child in module.named_modules() if isinstance(child, MaskedLinear)}
+        return {
+            f"{prefix}.{name}": parameter
+            for name, parameter in module.named_parameters()
+            if name.endswith("bias") or name.rpartition(".")[0] not in inner
+        }
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear that gives logits."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def features(self, tokens: Tensor, precision: str = "f32") -> Tensor:
+        """What the head reads, [samples, tokens, hidden] f32, of `tokens` [samples, tokens] int64.
+
+        Differentiable.
+        """
+        decoder = self.model.get_decoder()  # type: ignore[operator]
         with products(precision):
-            hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        logits: Tensor = head(hidden.float())
+            hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden.float()
+
+    def logits(self, tokens: Tensor, precision: str = "f32") -> Tensor:
+        """Logits [samples, tokens, vocab] f32 of `tokens` [samples, tokens] int64; differentiable."""
+        logits: Tensor = self.head(self.features(tokens, precision))
         return logits
 
     @torch.no_grad()
@@ -121,18 +158,35 @@ class Decoder:
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, tuple[BlockArguments, ...]]:
         """What the model passes to block 0, and what to every block besides the hidden states."""
-        parent_name, _, child = self.family.blocks.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
         blocks = self.blocks
         recorders = [_Recorder(block) for block in blocks]
-        setattr(parent, child, nn.ModuleList(recorders))
-        try:
+        with self._replaced(recorders) as parent:
             parent(input_ids=tokens, use_cache=False)
-        finally:
-            setattr(parent, child, blocks)
         seen = [recorder.seen for recorder in recorders if recorder.seen is not None]
         assert len(seen) == len(blocks)
         return seen[0][0], tuple(arguments for _, arguments in seen)
+
+    @torch.no_grad()
+    def finish(self, stream: Stream) -> Tensor:
+        """What the head reads, [samples, tokens, hidden], of the stream after the last block."""
+        parts = []
+        for part in stream.batches():
+            hidden = stream.hidden[part]
+            with self._replaced([_Replay(self.blocks[0], hidden)]) as parent:
+                tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+                parts.append(parent(input_ids=tokens, use_cache=False).last_hidden_state)
+        return torch.cat(parts)
+
+    @contextmanager
+    def _replaced(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """The module that holds the blocks, with others in their place for a while."""
+        parent_name, _, child = self.family.blocks.rpartition(".")
+        parent, blocks = self.model.get_submodule(parent_name), self.blocks
+        setattr(parent, child, nn.ModuleList(modules))
+        try:
+            yield parent
+        finally:
+            setattr(parent, child, blocks)
 
     def run_block(self, block: int, hidden: Tensor, arguments: BlockArguments) -> Tensor:
         """One block on a batch [any, tokens, hidden] with a stream's arguments; differentiable."""
@@ -141,9 +195,10 @@ class Decoder:
         return result
 
     @torch.no_grad()
-    def advance(self, block: int, stream: Stream) -> Stream:
-        """The stream after `block`."""
-        parts = [
-            self.run_block(block, stream.hidden[part], stream.arguments[block]) for part in stream.batches()
-        ]
-        return Stream(torch.cat(parts), stream.arguments, stream.batch)
+    def advance(self, block: int, stream: Stream, precision: str = "f32") -> Stream:
+        """The stream after `block`; hidden states stay f32 (see `precision.products`)."""
+        result = torch.empty_like(stream.hidden)
+        for part in stream.batches():
+            with products(precision):
+                result[part] = self.run_block(block, stream.hidden[part], stream.arguments[block])
+        return Stream(result, stream.arguments, stream.batch)

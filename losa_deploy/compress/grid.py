@@ -15,7 +15,7 @@ from torch import Tensor
 
 from losa_deploy.phases import Grid
 
-LEVELS: dict[Grid, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3)}
+LEVELS: dict[Grid, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3), "i2": (-2, 1)}
 """Grid → lowest and highest level."""
 FACTORS = tuple(1.0 - 0.025 * i for i in range(21))
 """Scales that are tried, relative to the one at which the largest weight of a group is exact."""
@@ -47,12 +47,16 @@ def spread(scales: Tensor, width: int, columns: int) -> Tensor:
     return scales.repeat_interleave(width, dim=1)[:, :columns]
 
 
+def ratios(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+    """Every weight [out, in] as a multiple of its scale; 0 where the scale is 0."""
+    # Few scales are inverted, not many weights divided: this runs in every training step.
+    inverse = torch.where(scales == 0, 0.0, 1.0 / torch.where(scales == 0, 1.0, scales))
+    return weight * spread(inverse, kind.width(weight.shape[1]), weight.shape[1])
+
+
 def levels(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
     """The nearest level of every weight [out, in]; 0 where the scale is 0."""
-    low, high = LEVELS[kind.value_type]
-    scale = spread(scales, kind.width(weight.shape[1]), weight.shape[1])
-    ratio = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
-    return ratio.round().clamp(low, high)
+    return ratios(weight, scales, kind).round_().clamp_(*LEVELS[kind.value_type])
 
 
 def rounded(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
@@ -72,18 +76,23 @@ class _Rounding(torch.autograd.Function):
         low, high = LEVELS[kind.value_type]
         width, columns = kind.width(weight.shape[1]), weight.shape[1]
         exact = scales.half().float()
-        scale = spread(exact, width, columns)
-        ratio = torch.where(scale == 0, 0.0, weight / torch.where(scale == 0, 1.0, scale))
-        level = ratio.round().clamp(low, high)
+        ratio = ratios(weight, exact, kind)
+        level = ratio.round().clamp_(low, high)
         inside = (ratio >= low - 0.5) & (ratio <= high + 0.5)
-        ctx.save_for_backward(inside, torch.where(inside, level - ratio, level))
+        learns = scales.requires_grad
+        slope = torch.where(inside, level - ratio, level) if learns else level.new_zeros(0)
+        ctx.save_for_backward(inside, slope)
         ctx.width, ctx.shape = width, scales.shape  # type: ignore[attr-defined]
-        return level * scale
+        return level.mul_(spread(exact, width, columns))
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, None]:
         inside, slope = ctx.saved_tensors  # type: ignore[attr-defined]
         width, (rows, groups) = ctx.width, ctx.shape  # type: ignore[attr-defined]
+        if not slope.numel():
+            return grad * inside, None, None
         product = torch.nn.functional.pad(grad * slope, (0, groups * width - grad.shape[1]))
         return grad * inside, product.view(rows, groups, width).sum(dim=2), None
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+POSITIONS = 256
+"""Positions whose logits exist at a time: 50 MB in f32 for a vocabulary of 49,152."""
+
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of ‖output - target‖² / ‖target‖² of [samples, tokens, hidden], without the first.
@@ -26,6 +29,81 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     log_student = student.flatten(0, 1).log_softmax(dim=-1)
     log_teacher = teacher.flatten(0, 1).log_softmax(dim=-1)
     return nn.functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Hidden states ↦ loss through a frozen head; the gradient is made in the forward pass.
+
+    So logits exist for a few positions at a time, and each is computed once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor,
+        head: nn.Linear,
+        weights: tuple[float, float],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        matrix = head.weight.detach().to(dtype)
+        bias = None if head.bias is None else head.bias.detach().to(dtype)
+        kl = weights[0] / len(hidden)
+        ce = weights[1] / max(1, int((labels >= 0).sum()))
+        grad, total = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float64)
+        for start in range(0, len(hidden), POSITIONS):
+            part = slice(start, start + POSITIONS)
+            student = _log_softmax(hidden[part], matrix, bias)
+            slope = torch.zeros_like(student)
+            if teacher is not None and kl:
+                aim = _log_softmax(teacher[part], matrix, bias)
+                chances = aim.exp()
+                total += kl * (aim.sub_(student).mul_(chances)).sum(dtype=torch.float64)
+                slope += kl * (student.exp() - chances)
+            if ce:
+                rows = torch.nonzero(labels[part] >= 0)[:, 0]
+                wanted = labels[part][rows]
+                total -= ce * student[rows, wanted].sum(dtype=torch.float64)
+                slope[rows] += ce * student[rows].exp()
+                slope[rows, wanted] -= ce
+            grad[part] = (slope.to(dtype) @ matrix).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        return total.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return saved * grad, None, None, None, None, None
+
+
+def _log_softmax(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Log-probabilities [n, vocab] of hidden states [n, hidden]; f32 or wider."""
+    logits = nn.functional.linear(hidden.to(matrix.dtype), matrix, bias)
+    return (logits.float() if logits.dtype == torch.bfloat16 else logits).log_softmax(dim=-1)
+
+
+def head_loss(
+    hidden: Tensor,
+    teacher: Tensor | None,
+    tokens: Tensor,
+    head: nn.Linear,
+    *,
+    kl: float,
+    ce: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """kl · `distillation` + ce · `cross_entropy`, of what enters the head instead of what leaves it.
+
+    `hidden` and `teacher` [b, t, h], the latter of the dense model (None if `kl` is 0); `tokens` [b, t];
+    `head`, which both models share, does not train; `dtype` is that of its products.
+    """
+    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
+    flat = None if teacher is None else teacher.flatten(0, 1)
+    result: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), flat, labels, head, (kl, ce), dtype
+    )
+    return result
 
 
 def learning_factor(step: int, steps: int, warmup: float) -> float:

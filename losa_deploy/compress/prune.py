@@ -59,7 +59,7 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         """Add a batch [..., in]."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).float()
         self.count += flat.shape[0]
         if self.hessian is not None:
             self.hessian.addmm_(flat.T, flat)

@@ -39,7 +39,16 @@ class BlockTask:
 
     def output(self, part: slice) -> Tensor:
         """The block's output on a batch; differentiable."""
-        return self.student.run_block(self.block, self.stream.hidden[part], self.stream.arguments[self.block])
+        with products(self.precision):
+            found = self.student.run_block(
+                self.block, self.stream.hidden[part], self.stream.arguments[self.block]
+            )
+        return found.float()
+
+    def trained(self, phase: PhaseRecipe, factor: float) -> Trained:
+        """The parameters that `phase` trains here."""
+        linears = [self.student.masked(name) for name in self.names]
+        return Trained(linears, phase, rest=list(self.student.rest(self.block).values()), factor=factor)
 
     @torch.no_grad()
     def error(self, parts: Sequence[slice]) -> float:
@@ -60,7 +69,6 @@ def reconstruct_block(
     Returns the held-out error before and after. A block that got worse is put back and tried again with
     half the learning rate; after `ATTEMPTS` it stays as it was. Raises `GateError` if the loss is not finite.
     """
-    linears = [task.student.masked(name) for name in task.names]
     parts = list(task.stream.batches())
     held = parts[len(parts) - held_out_count(len(parts)) :]
     train = parts[: len(parts) - len(held)] or parts
@@ -68,7 +76,7 @@ def reconstruct_block(
     before = task.error(held)
     factor = _probed(task, phase, steps, train, held, draw) if phase.rate == "probe" else 1.0
     for _ in range(ATTEMPTS):
-        trained = Trained(linears, phase, factor=factor)
+        trained = task.trained(phase, factor)
         start = trained.snapshot()
         _descend(task, phase, trained, steps, train, draw)
         after = task.error(held)
@@ -91,7 +99,7 @@ def _probed(
     errors: dict[float, float] = {}
     state = draw.get_state()
     for factor in PROBES:
-        trained = Trained([task.student.masked(name) for name in task.names], phase, factor=factor)
+        trained = task.trained(phase, factor)
         start = trained.snapshot()
         draw.set_state(state)
         _descend(task, phase, trained, max(1, steps // 4), train, draw)
@@ -110,7 +118,9 @@ def _descend(
     draw: torch.Generator,
 ) -> None:
     """Adam on the block's error; `trained` is released at the end."""
-    optimizer = torch.optim.AdamW(trained.groups, betas=(0.9, 0.95), weight_decay=phase.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained.groups, betas=(0.9, 0.95), weight_decay=phase.weight_decay, fused=True
+    )
     order: list[int] = []
     for number in range(steps):
         if not order:
@@ -118,9 +128,7 @@ def _descend(
         part = train[order.pop(0)]
         set_rates(optimizer, learning_factor(number, steps, phase.warmup))
         optimizer.zero_grad(set_to_none=True)
-        with products(task.precision):
-            output = task.output(part)
-        loss = phase.losses.block * token_error(output.float(), task.target[part])
+        loss = phase.losses.block * token_error(task.output(part), task.target[part])
         loss.backward()  # type: ignore[no-untyped-call]
         require_finite(float(loss.detach()), f"block {task.block}", phase.learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)

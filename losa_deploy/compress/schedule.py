@@ -18,7 +18,7 @@ from losa_deploy.compress import adapted, allocate
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
 from losa_deploy.compress.calibrate import calibration_tokens
 from losa_deploy.compress.data import phase_tokens
-from losa_deploy.compress.decoder import Decoder, batch_size
+from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
@@ -29,6 +29,7 @@ from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.parity import logit_tolerance
+from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
 
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
@@ -165,7 +166,7 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     label = f"step {step}/{steps}: pruning to {target:.3f}"
     partial = Partial(run.folder, step)
     walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
-    results = walk_blocks(walk, run.tokens, rates, kept)
+    results, dense = walk_blocks(walk, run.tokens, rates, kept)
     ranks = tuple(0 for _ in results)
     if any("adapters" in phase.train for phase in recipe.phases):
         ranks = _set_ranks(run, np.array([result.error for result in results], np.float64), step)
@@ -181,7 +182,7 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
         )
         for place, (number, phase) in enumerate(walk.phases)
     ]
-    training += _model_phases(run, partial, step)
+    training += _model_phases(run, partial, step, dense)
     return state.model_copy(
         update={
             "step": step,
@@ -197,8 +198,8 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
     )
 
 
-def _model_phases(run: _Run, partial: Partial, step: int) -> list[TrainingRecord]:
-    """The phases through the whole model that this step has."""
+def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list[TrainingRecord]:
+    """The phases through the whole model that this step has; `dense` is the dense model's last stream."""
     recipe, last = run.recipe, step == run.recipe.schedule.steps
     records: list[TrainingRecord] = []
     for number, phase in enumerate(recipe.phases):
@@ -211,7 +212,7 @@ def _model_phases(run: _Run, partial: Partial, step: int) -> list[TrainingRecord
         labels = ("tune", step, number)
         task = ModelTask(
             run.student, run.dense, tuple(n for n in run.student.names if n in run.masked), tokens, phase,
-            steps, recipe.precision, recipe.seed, labels,
+            steps, recipe.precision, recipe.seed, labels, _teacher(run, phase, dense),
         )  # fmt: skip
         losses = tune(
             task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")
@@ -221,6 +222,12 @@ def _model_phases(run: _Run, partial: Partial, step: int) -> list[TrainingRecord
         trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
         records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
     return records
+
+
+def _teacher(run: _Run, phase: PhaseRecipe, dense: Stream) -> Tensor | None:
+    """What the dense model's head reads, where the walk through the blocks has computed it."""
+    known = all(item.source == "calibration" for item in phase.data)
+    return run.dense.finish(dense) if known and phase.losses.kl else None
 
 
 def _reporter(run: _Run, steps: int, label: str) -> Callable[[int], None]:

@@ -12,6 +12,8 @@ from losa_deploy.phases import PhaseRecipe
 
 SCALE_RATE = 0.2
 """Learning rate of a grid's scales against that of its weights; one scale moves many weights."""
+NORM_RATE = 0.2
+"""The same of norms and biases; one of their numbers acts on a whole channel."""
 
 
 def kept_rms(linear: MaskedLinear) -> float:
@@ -23,8 +25,15 @@ def kept_rms(linear: MaskedLinear) -> float:
 class Trained:
     """The parameters that a phase trains, their learning rates, and hooks that keep pruned weights out."""
 
-    def __init__(self, linears: Sequence[MaskedLinear], phase: PhaseRecipe, *, factor: float = 1.0) -> None:
-        """`factor` multiplies the phase's learning rate."""
+    def __init__(
+        self,
+        linears: Sequence[MaskedLinear],
+        phase: PhaseRecipe,
+        *,
+        rest: Sequence[torch.nn.Parameter] = (),
+        factor: float = 1.0,
+    ) -> None:
+        """`rest` are the norms and biases (see `Decoder.rest`); `factor` multiplies the learning rate."""
         self.linears = tuple(linears)
         self.groups: list[dict[str, object]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -45,6 +54,9 @@ class Trained:
                 self._add(linear.lora_a, rate * unit)
                 self._add(linear.lora_b, rate * unit)
                 linear.dropout = phase.dropout
+        for parameter in rest if "norms" in phase.train else ():
+            unit = float(parameter.detach().square().mean().sqrt()) or 1.0
+            self._add(parameter, NORM_RATE * rate * unit if relative else NORM_RATE * rate)
 
     def _add(self, parameter: torch.nn.Parameter, rate: float) -> None:
         parameter.requires_grad_(True)

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from losa_deploy.compress.data import Batches
 from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.losses import cross_entropy, distillation, learning_factor, require_finite
+from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
 from losa_deploy.compress.partial import Partial, Point
+from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
-LOGIT_BUDGET = 1 << 26
-"""Most logits (tokens × vocabulary) of one backward pass: 256 MiB in f32 per copy."""
 PROBES = (0.5, 1.0, 2.0)
 PROBE_SHARE = 20
 """`rate: probe` compares these factors of the learning rate, each for a twentieth of the steps."""
@@ -38,6 +37,8 @@ class ModelTask:
     seed: int
     labels: tuple[str | int, ...]
     """What the random numbers of this phase depend on besides the seed."""
+    teacher: Tensor | None = None
+    """[n, length, hidden]: what the dense model's head reads of `tokens`, if that is known already."""
 
 
 def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tuple[float, ...]:
@@ -57,7 +58,7 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
     for number in range(len(losses), task.steps):
         torch.manual_seed(task.seed * 1_000_003 + number)
         set_rates(optimizer, learning_factor(number, task.steps, task.phase.warmup))
-        losses.append(_step(task, trained, optimizer, task.tokens[batches[number]]))
+        losses.append(_step(task, trained, optimizer, batches[number]))
         require_finite(losses[-1], f"step {number + 1} of {task.steps}", task.phase.learning_rate)
         report(number + 1)
         if partial.due():
@@ -67,45 +68,35 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
 
 
 def _trained(task: ModelTask, factor: float) -> Trained:
-    return Trained([task.student.masked(name) for name in task.names], task.phase, factor=factor)
+    student = task.student
+    rest = [p for block in (*range(len(student.blocks)), None) for p in student.rest(block).values()]
+    return Trained([student.masked(name) for name in task.names], task.phase, rest=rest, factor=factor)
 
 
 def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained.groups, weight_decay=phase.weight_decay)
+    return torch.optim.AdamW(trained.groups, weight_decay=phase.weight_decay, fused=True)
 
 
-def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
+def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
     optimizer.zero_grad(set_to_none=True)
-    loss = _backward(task, batch)
+    loss = _loss(task, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
     optimizer.step()
-    return loss
+    return float(loss.detach())
 
 
-def _backward(task: ModelTask, batch: Tensor) -> float:
-    """Accumulate the gradient of the batch's mean loss in pieces that bound the logits' memory."""
-    vocabulary = int(task.student.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    piece = max(1, LOGIT_BUDGET // (batch.shape[1] * vocabulary))
-    total = 0.0
-    for part in torch.split(batch, piece):
-        share = part.shape[0] / batch.shape[0]
-        loss = _loss(task, part)
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach()) * share
-    return total
-
-
-def _loss(task: ModelTask, tokens: Tensor) -> Tensor:
-    weights = task.phase.losses
-    logits = task.student.logits(tokens, task.precision)
-    loss = logits.new_zeros(())
-    if weights.kl:
+def _loss(task: ModelTask, batch: list[int]) -> Tensor:
+    """The loss of the sequences `batch`."""
+    weights, tokens, teacher = task.phase.losses, task.tokens[batch], None
+    if weights.kl and task.teacher is not None:
+        teacher = task.teacher[batch]
+    elif weights.kl:
         with torch.no_grad():
-            teacher = task.dense.logits(tokens, task.precision)
-        loss = loss + weights.kl * distillation(logits, teacher)
-    if weights.ce:
-        loss = loss + weights.ce * cross_entropy(logits, tokens)
-    return loss
+            teacher = task.dense.features(tokens, task.precision)
+    hidden = task.student.features(tokens, task.precision)
+    dtype = torch.bfloat16 if uses_bf16(task.precision) else torch.float32
+    return head_loss(hidden, teacher, tokens, task.student.head, kl=weights.kl, ce=weights.ce, dtype=dtype)
 
 
 def _factor(task: ModelTask) -> float:
@@ -120,9 +111,9 @@ def _factor(task: ModelTask) -> float:
         start, optimizer = trained.snapshot(), _optimizer(trained, task.phase)
         for number in range(1, steps + 1):
             set_rates(optimizer, learning_factor(number, steps + 1, task.phase.warmup))
-            _step(task, trained, optimizer, task.tokens[batches[number]])
+            _step(task, trained, optimizer, batches[number])
         with torch.no_grad():
-            losses[factor] = float(_loss(task, task.tokens[batches[0]]))
+            losses[factor] = float(_loss(task, batches[0]))
         trained.restore(start)
         trained.release()
     return min(losses, key=losses.__getitem__)

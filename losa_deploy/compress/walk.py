@@ -30,6 +30,9 @@ from losa_deploy.manifest import GridRecord, Record
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import PruneRecipe, Recipe
 
+REST = "rest:"
+"""Before the names of norms and biases in the file of a finished block."""
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -64,8 +67,10 @@ class BlockResult:
 
 def walk_blocks(
     walk: Walk, tokens: Tensor, rates: NDArray[np.float64], kept: Sequence[int] | None
-) -> list[BlockResult]:
+) -> tuple[list[BlockResult], Stream]:
     """Prune every block to its rate (or its N of every M in `kept`), train it, and go on from its output.
+
+    Returns the results and the dense model's stream after the last block.
 
     A block is trained before the stream moves on, so that later masks see repaired activations. Blocks
     that an interrupted run had finished are taken from `walk.partial`.
@@ -78,28 +83,32 @@ def walk_blocks(
     finished = walk.partial.blocks()[:count]
     results: list[BlockResult] = []
     for block in range(count):
-        before = dense
-        dense = walk.dense.advance(block, dense)
+        dense = walk.dense.advance(block, dense, walk.recipe.precision)
         if block < len(finished):
             result = _finished_block(walk, block, finished[block])
+            ours = walk.student.advance(block, ours, walk.recipe.precision)
         else:
             kept_here = kept[block] if kept is not None else 0
-            result = _make_block(walk, block, ours, before, dense, float(rates[block]), kept_here)
-        ours = walk.student.advance(block, ours)
+            result, ours = _make_block(walk, block, ours, dense, float(rates[block]), kept_here)
         results.append(result)
         walk.progress(block + 1, count, walk.label)
-    return results
+    return results, dense
 
 
 def _make_block(
-    walk: Walk, block: int, ours: Stream, before: Stream, dense: Stream, rate: float, kept: int
-) -> BlockResult:
-    """Prune and train one block, and save it; `before` and `dense` are the dense model's in- and output."""
-    reference = walk.dense.advance(block, ours) if _needs_local_error(walk.recipe) else dense
+    walk: Walk, block: int, ours: Stream, dense: Stream, rate: float, kept: int
+) -> tuple[BlockResult, Stream]:
+    """Prune and train one block, and save it; `dense` is the dense model's output.
+
+    Returns the result and the stream after the block.
+    """
+    precision = walk.recipe.precision
+    reference = walk.dense.advance(block, ours, precision) if _needs_local_error(walk.recipe) else dense
     statistics = _input_statistics(walk, block, ours)
     prune_block(walk, block, statistics, rate, kept)
     trained = _train_block(walk, block, ours, dense.hidden, statistics)
-    error = block_error(walk.student.advance(block, ours).hidden, reference.hidden)
+    after = walk.student.advance(block, ours, precision)
+    error = block_error(after.hidden, reference.hidden)
     names = walk.student.block_linears(block)
     record = {
         "error": error,
@@ -107,8 +116,11 @@ def _make_block(
         "scales": {n: walk.student.masked(n).scale for n in names if walk.student.masked(n).rank},
         "grids": {n: g.model_dump() for n, g in adapted.grid_records(walk.student, names).items()},
     }
-    walk.partial.save_block(block, adapted.block_tensors(walk.student, block), record)
-    return BlockResult(error, tuple(trained))
+    tensors = adapted.block_tensors(walk.student, block)
+    if adapted.trains_rest(walk.recipe):
+        tensors |= {f"{REST}{name}": value.data for name, value in walk.student.rest(block).items()}
+    walk.partial.save_block(block, tensors, record)
+    return BlockResult(error, tuple(trained)), after
 
 
 def _train_block(
@@ -149,7 +161,10 @@ def _finished_block(walk: Walk, block: int, record: Mapping[str, object]) -> Blo
     """Take a block that was finished before the run was interrupted."""
     saved = FinishedBlock.model_validate(record)
     path = walk.partial.block_file(block)
-    adapted.restore_block(walk.student, adapted.read_block(path, saved.scales, saved.grids))
+    tensors = adapted.read_tensors(path)
+    rest = {name.removeprefix(REST): tensors.pop(name) for name in list(tensors) if name.startswith(REST)}
+    adapted.restore_rest(walk.student, rest)
+    adapted.restore_block(walk.student, adapted.linears_of(tensors, saved.scales, saved.grids))
     return BlockResult(saved.error, saved.trained)
 
 
@@ -239,7 +254,7 @@ def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, Input
         statistics = InputStatistics(first.weight.shape[1], hessian=method == "sparsegpt")
         handles.append(first.register_forward_pre_hook(_adder(statistics)))
         result.update({prefix + name: statistics for name in group})
-    walk.student.advance(block, stream)
+    walk.student.advance(block, stream, walk.recipe.precision)
     for handle in handles:
         handle.remove()
     return result

@@ -71,6 +71,47 @@ def test_everything_else_is_copied_unchanged(tiny_llama: Path, tmp_path: Path) -
     assert (model.folder / "config.json").read_text() == (tiny_llama / "config.json").read_text()
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_trained_norms_and_biases_are_merged(
+    kind: str, tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Every norm, the last one too, and the biases of linears; what no phase trains is the source's."""
+    from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+    source = tiny_llama
+    if kind == "opt":
+        source = tmp_path / "opt"
+        torch.manual_seed(0)
+        config = OPTConfig(
+            vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+            word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=1, init_std=0.2,
+        )  # fmt: skip
+        OPTForCausalLM(config).save_pretrained(str(source))
+        PreTrainedTokenizerFast.from_pretrained(str(tiny_tokenizer)).save_pretrained(str(source))
+    phases = [
+        {"train": ["weights", "norms"], "where": "blocks", "tokens": 256, "batch_size": 4},
+        {"train": ["norms"], "where": "model", "tokens": 512, "batch_size": 4, "learning_rate": 0.05},
+    ]
+    values = {"calibration.samples": 8, "calibration.sequence_length": 32, "phases": phases}
+    chosen = load_recipe(overrides=values.items())
+    adapted = compress(
+        Checkpoint.open(source), SourceRecord(id="x"), chosen, tmp_path / "adapted", progress=no_progress
+    )
+    model = merged(source, adapted, tmp_path / "merged")
+    assert model.manifest.merge_proof is not None and model.manifest.merge_proof.ok
+    before, after = load_file(source / "model.safetensors"), load_file(model.folder / "model.safetensors")
+    trained = {name for name in before if "norm" in name or (name.endswith(".bias") and "layers" in name)}
+    assert trained == set(adapted.rest()), "by the names of the checkpoint"
+    for name, tensor in before.items():
+        if name in trained:
+            assert torch.equal(after[name], adapted.rest()[name])
+        elif name.removesuffix(".weight") not in model.linears:
+            assert torch.equal(after[name], tensor)
+    # A key's bias adds the same to all scores of a query, so that nothing pulls at it.
+    still = {name for name in trained if torch.equal(before[name], after[name])}
+    assert not {name for name in still if "k_proj.bias" not in name}
+
+
 def test_a_kept_weight_that_is_zero_stays_kept(tiny_llama: Path, tmp_path: Path) -> None:
     """Law 1: the mask is data, never `weight != 0`."""
     adapted = compressed(tiny_llama, tmp_path / "adapted", adapt__mode="none")

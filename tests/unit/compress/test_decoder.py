@@ -50,7 +50,10 @@ def test_a_short_last_batch_gives_what_the_model_gives(kind: str, length: int, t
     assert torch.allclose(stream.hidden, states[0], atol=1e-6)
     stream = decoder.advance(0, stream)
     assert torch.allclose(stream.hidden, states[1], atol=1e-5)
-    assert torch.allclose(decoder.advance(1, stream).hidden, _last(decoder, tokens), atol=1e-5)
+    last = decoder.advance(1, stream)
+    assert torch.allclose(last.hidden, _last(decoder, tokens), atol=1e-5)
+    assert torch.allclose(decoder.finish(last), decoder.features(tokens), atol=1e-5)
+    assert torch.allclose(decoder.head(decoder.finish(last)), decoder.logits(tokens), atol=1e-5)
 
 
 def _last(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:

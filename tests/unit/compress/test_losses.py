@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from losa_deploy.compress.losses import cross_entropy, distillation, learning_factor
+from losa_deploy.compress.losses import cross_entropy, distillation, head_loss, learning_factor
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -44,6 +44,41 @@ def test_only_the_student_is_moved_towards_the_teacher() -> None:
     closer = student.detach() - 0.1 * student.grad
     assert float(distillation(closer, teacher)) < float(before.detach())
     assert float(distillation(teacher, teacher)) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("kl", "ce"), [(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)])
+def test_the_loss_through_the_head_is_that_of_its_logits(kl: float, ce: float, bias: bool) -> None:
+    """Value and gradient, over more positions than are computed at a time."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=bias).double().requires_grad_(False)
+    hidden, teacher = (torch.randn(3, 200, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    tokens = torch.randint(11, (3, 200))
+    known = teacher.detach() if kl else None
+    loss = head_loss(hidden, known, tokens, head, kl=kl, ce=ce, dtype=torch.float64)
+    (2.0 * loss).backward()  # type: ignore[no-untyped-call]
+    found, hidden.grad = hidden.grad, None
+    expected = kl * distillation(head(hidden), head(teacher).detach()) + ce * cross_entropy(
+        head(hidden), tokens
+    )
+    (2.0 * expected).backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
+    assert found is not None
+    assert hidden.grad is not None
+    assert torch.allclose(found, hidden.grad, rtol=1e-9, atol=1e-15)
+
+
+def test_products_in_bf16_move_the_loss_through_the_head_by_their_rounding() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 500, bias=False).requires_grad_(False)
+    hidden, teacher = torch.randn(2, 300, 64) * 4, torch.randn(2, 300, 64) * 4
+    tokens = torch.randint(500, (2, 300))
+    exact, near = (
+        float(head_loss(hidden, teacher, tokens, head, kl=1.0, ce=0.5, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert exact != near
+    assert near == pytest.approx(exact, rel=0.01)
 
 
 def test_the_learning_rate_rises_to_its_full_value_and_falls_to_nothing() -> None:

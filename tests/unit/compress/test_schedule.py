@@ -12,7 +12,6 @@ import torch
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import allocate
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
-from losa_deploy.compress.calibrate import draw_tokens
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.schedule import compress, rmi_importance
 from losa_deploy.errors import InputError
@@ -319,15 +318,3 @@ def test_importance_is_that_of_the_features_without_their_first_token(tiny_llama
     expected = np.exp(-2.0 * redundancy / redundancy.sum())
     # Sums of squares of f32 features, in two orders.
     assert np.allclose(rmi_importance(decoder, tokens, beta=2.0), expected, rtol=1e-5)
-
-
-def test_tokens_are_drawn_with_their_probabilities() -> None:
-    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).repeat(20000, 1)
-    drawn = draw_tokens(probabilities, torch.Generator().manual_seed(1))
-    assert drawn.shape == (20000, 1)
-    shares = torch.bincount(drawn.flatten(), minlength=6) / 20000
-    # Four standard deviations of a share of one half.
-    assert (shares - probabilities[0]).abs().max() < 4 * 0.5 / 20000**0.5
-    assert not shares[[0, 2, 5]].any()
-    again = draw_tokens(probabilities, torch.Generator().manual_seed(1))
-    assert torch.equal(drawn, again)

@@ -170,8 +170,14 @@ def test_sources_are_mixed_by_their_shares(tiny_llama: Path, tiny_text: str, tmp
 
 
 PHASES = [
-    {"train": ["weights"], "where": "blocks", "tokens": 512, "batch_size": 4},
-    {"train": ["weights", "scales"], "where": "model", "grid": "i4", "tokens": 1024, "batch_size": 4},
+    {"train": ["weights", "norms"], "where": "blocks", "tokens": 512, "batch_size": 4},
+    {
+        "train": ["weights", "scales", "norms"],
+        "where": "model",
+        "grid": "i4",
+        "tokens": 1024,
+        "batch_size": 4,
+    },
 ]
 
 

@@ -71,7 +71,11 @@ def test_regrowth_keeps_what_the_adapter_has_learned(new_walk: NewWalk, prune_fi
 def test_wanda_scores_inputs_of_every_batch(new_walk: NewWalk, prune_first: PruneFirst) -> None:
     """Masks of all linears of a block, in four batches of which the last is short, against NumPy."""
     walk, windows = (
-        new_walk(load_recipe(overrides=[("prune.method", "wanda"), ("sparsity.scope", "row")])),
+        new_walk(
+            load_recipe(
+                overrides=[("prune.method", "wanda"), ("sparsity.scope", "row"), ("precision", "f32")]
+            )
+        ),
         tokens(7, 5),
     )
     prune_first(walk, windows, 2, 0.5)

@@ -1,0 +1,150 @@
+"""Text that a dense model writes itself: many sequences at once, token by token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.precision import uses_bf16
+from losa_deploy.compress.seeds import generator
+from losa_deploy.interfaces import Progress
+from losa_deploy.recipe import CalibrationRecipe
+
+BATCH = 128
+"""Sequences that go on together: a weight is read once for all of them."""
+GROUPED = "losa_grouped"
+"""transformers' name of the attention that `_attend_by_groups` registers."""
+WIDTH = 256
+"""Entries of a distribution that are summed up first when one is drawn."""
+
+
+def sampled_tokens(
+    dense: Decoder,
+    recipe: CalibrationRecipe,
+    starts: Sequence[Sequence[int]],
+    seed: int,
+    precision: str,
+    progress: Progress,
+) -> Tensor:
+    """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
+
+    Sequence i continues `starts[i % len(starts)]`, sampled at `recipe.temperature` among tokens that are
+    at least `recipe.min_p` times as likely as the likeliest (Liu et al. 2023, LLM-QAT, arXiv 2305.17888,
+    use a model's own text for quantization-aware training). Without starts the first token is uniform
+    over the vocabulary.
+    """
+    draw = generator(seed, "calibration")
+    vocabulary = dense.head.out_features
+    length = recipe.sequence_length
+    drawn = torch.randint(vocabulary, (recipe.samples,), generator=draw).tolist()
+    given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
+    model = copy.deepcopy(dense.model)
+    _attend_by_groups(model)
+    if uses_bf16(precision):
+        # Read twice as fast, and so are its keys and values.
+        model.to(torch.bfloat16)
+    parts = []
+    total = length * -(-recipe.samples // BATCH)
+    for start in range(0, recipe.samples, BATCH):
+        done = length * (start // BATCH)
+        parts.append(_continue(model, given[start : start + BATCH], recipe, draw, progress, done, total))
+    return torch.cat(parts)
+
+
+def _attend_by_groups(model: nn.Module) -> None:
+    """Let a model of transformers attend from one new token in less than half the time.
+
+    Query heads that share a key head become queries of that head, so that keys and values are read once.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(GROUPED, _attend)
+    AttentionMaskInterface.register(GROUPED, sdpa_mask)
+    model.set_attn_implementation(GROUPED)  # type: ignore[operator]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **others: object,
+) -> tuple[Tensor, None]:
+    """One query per sequence, [batch, heads, 1, head size]; gives [batch, 1, heads, head size]."""
+    batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
+    packed = query.view(batch, key.shape[1], heads // key.shape[1], size)
+    output = nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, 1, heads, size), None
+
+
+@torch.no_grad()
+def _continue(
+    model: nn.Module,
+    starts: Sequence[Sequence[int]],
+    recipe: CalibrationRecipe,
+    draw: torch.Generator,
+    progress: Progress,
+    done: int,
+    total: int,
+) -> Tensor:
+    """Extend starts of any lengths to [batch, sequence_length] by ancestral sampling.
+
+    All sequences go on together: while one still has tokens of its start, these are taken.
+    """
+    result = torch.zeros(len(starts), recipe.sequence_length, dtype=torch.int64)
+    lengths = torch.tensor([len(start) for start in starts])
+    for row, start in enumerate(starts):
+        result[row, : len(start)] = torch.tensor(start)
+    cache = None
+    for position in range(1, recipe.sequence_length):
+        output = model(input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chances = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
+        found = draw_tokens(chances, draw)[:, 0]
+        result[:, position] = torch.where(lengths > position, result[:, position], found)
+        progress(done + position + 1, total, "sampling calibration text")
+    return result
+
+
+def likely(logits: Tensor, temperature: float, min_p: float) -> Tensor:
+    """Probabilities up to a factor per row, [batch, vocabulary]; 0 below `min_p` times the largest."""
+    scores = logits - logits.amax(dim=-1, keepdim=True)
+    if temperature != 1.0:
+        scores /= temperature
+    chances = scores.exp_()
+    return chances.masked_fill_(chances < min_p, 0.0) if min_p else chances
+
+
+def draw_tokens(chances: Tensor, draw: torch.Generator) -> Tensor:
+    """One index per row of [batch, vocabulary], [batch, 1] int64, in proportion to the row's entries.
+
+    By the inverse of the distribution function in f64, first among sums of `WIDTH` entries, then inside:
+    torch.multinomial draws a random number for every entry of a large vocabulary.
+    """
+    rows, entries = chances.shape
+    grouped = nn.functional.pad(chances, (0, -entries % WIDTH)).view(rows, -1, WIDTH)
+    sums = grouped.sum(dim=-1, dtype=torch.float64)
+    uniform = torch.rand(rows, 1, generator=draw, dtype=torch.float64) * sums.sum(dim=-1, keepdim=True)
+    group, rest = _place(sums, uniform)
+    inside = grouped[torch.arange(rows), group[:, 0]].double()
+    place, _ = _place(inside, rest)
+    return group * WIDTH + place
+
+
+def _place(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry of each row of [rows, n] in which the running sum passes `target` [rows, 1], and the rest.
+
+    Never an entry that is 0, whatever rounding does to the sums.
+    """
+    running = weights.cumsum(dim=-1)
+    last = running[:, -1:]
+    inside = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
+    found = torch.searchsorted(running, inside, right=True)
+    return found, inside - (running.gather(1, found) - weights.gather(1, found))

@@ -1,0 +1,87 @@
+"""Text that a model writes itself: what is drawn, and that the faster attention changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.sample import _attend_by_groups as attend_by_groups
+from losa_deploy.compress.sample import draw_tokens, likely, sampled_tokens
+from losa_deploy.interfaces import no_progress
+from losa_deploy.recipe import CalibrationRecipe
+
+
+@pytest.mark.parametrize("offset", [0, 250, 700])
+def test_tokens_are_drawn_in_proportion_to_their_entries(offset: int) -> None:
+    """Also where they lie in two of the groups that are summed up first, or in the last, shorter one."""
+    entries = torch.zeros(20000, 706)
+    entries[:, offset : offset + 6] = torch.tensor([0.0, 1.0, 0.0, 0.6, 0.4, 0.0])
+    drawn = draw_tokens(entries, torch.Generator().manual_seed(1))
+    assert drawn.shape == (20000, 1)
+    shares = torch.bincount(drawn.flatten(), minlength=706)[offset : offset + 6] / 20000
+    # Four standard deviations of a share of one half.
+    assert (shares - torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])).abs().max() < 4 * 0.5 / 20000**0.5
+    assert not shares[[0, 2, 5]].any()
+    assert torch.equal(drawn, draw_tokens(entries, torch.Generator().manual_seed(1)))
+
+
+def test_the_same_numbers_draw_the_same_tokens_as_the_distribution_function() -> None:
+    entries = torch.rand(300, 1000, generator=torch.Generator().manual_seed(2)) ** 8
+    drawn = draw_tokens(entries, torch.Generator().manual_seed(3))
+    uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
+    running = entries.double().numpy().cumsum(axis=1)
+    expected = [np.searchsorted(r, u * r[-1], side="right") for r, (u,) in zip(running, uniform, strict=True)]
+    assert (drawn[:, 0].numpy() != np.array(expected)).sum() <= 1, "only a tie may fall the other way"
+
+
+def test_unlikely_tokens_are_left_out_after_the_temperature() -> None:
+    chances = likely(torch.log(torch.tensor([[0.5, 0.25, 0.2, 0.05]])), 0.5, 0.2)
+    # Squared: 1, 0.25, 0.16 and 0.01 of the largest.
+    assert chances[0].tolist() == pytest.approx([1.0, 0.25, 0.0, 0.0])
+    assert likely(torch.zeros(1, 3), 1.0, 0.0).tolist() == [[1.0, 1.0, 1.0]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "opt"])
+def test_attention_by_groups_is_the_same_attention(kind: str) -> None:
+    """Grouped query heads, windows shorter than the text, and as many key heads as query heads."""
+    import transformers
+
+    shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gated = {**shape, "intermediate_size": 48, "num_key_value_heads": 2}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**gated),
+        "mistral": lambda: transformers.MistralConfig(**gated, sliding_window=4),
+        "opt": lambda: transformers.OPTConfig(
+            **shape, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32, pad_token_id=1
+        ),
+    }[kind]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    grouped = copy.deepcopy(model)
+    attend_by_groups(grouped)
+    tokens = torch.randint(2, 60, (3, 9))
+    expected = model(input_ids=tokens).logits
+    cache, found = None, []
+    for position in range(9):
+        output = grouped(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits[:, -1])
+    assert torch.allclose(torch.stack(found, dim=1), expected, atol=1e-5)
+
+
+def test_starts_are_kept_and_the_rest_follows_from_the_seed(tiny_llama: Path) -> None:
+    dense = Decoder(Checkpoint.open(tiny_llama))
+    recipe = CalibrationRecipe(samples=5, sequence_length=12, min_p=0.01)
+    starts = [[7], [3, 4, 5]]
+    one, two, other = (sampled_tokens(dense, recipe, starts, seed, "f32", no_progress) for seed in (0, 0, 1))
+    assert one.shape == (5, 12)
+    assert one[:, 0].tolist() == [7, 3, 7, 3, 7]
+    assert one[1, :3].tolist() == [3, 4, 5]
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
