@@ -71,6 +71,8 @@ class PhaseRecipe(Part):
     and biases."""
     where: Literal["blocks", "model"] = "blocks"
     """Each block against the dense block's output, or all through the whole model."""
+    window: Annotated[int, Field(ge=1, le=2)] = 1
+    """Of block phases. 2: a block trains together with the one before it, on the input of that one."""
     data: tuple[DataRecipe, ...] = (DataRecipe(),)
     """Sources of the text; block phases use the calibration."""
     sequence_length: Annotated[int, Field(ge=0)] = 0
@@ -134,6 +136,8 @@ class PhaseRecipe(Part):
             raise ValueError("a block has no logits; loss.kl and loss.ce need where: model")
         if self.where == "model" and self.loss.block:
             raise ValueError("loss.block needs where: blocks")
+        if self.where == "model" and self.window > 1:
+            raise ValueError("window is of block phases; a phase with where: model trains all blocks")
         if self.where == "blocks" and "adapters" in trained:
             raise ValueError("adapters train through the whole model; set where: model")
         if self.where == "blocks" and any(item.source != "calibration" for item in self.data):

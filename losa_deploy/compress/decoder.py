@@ -25,6 +25,12 @@ def batch_size(samples: int, largest: int = 8) -> int:
     return min(samples, largest)
 
 
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """`start` to `stop` in slices of `size`; the last one may be shorter."""
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
+
+
 class _Recorder(nn.Module):
     """Stands in for a block: keeps what the model passes to it and hands the hidden states on."""
 
@@ -65,8 +71,7 @@ class Stream:
 
     def batches(self) -> Iterator[slice]:
         """Slices of `batch` samples; the last one may hold fewer."""
-        for start in range(0, self.hidden.shape[0], self.batch):
-            yield slice(start, min(start + self.batch, self.hidden.shape[0]))
+        return slices(0, self.hidden.shape[0], self.batch)
 
 
 class Decoder:

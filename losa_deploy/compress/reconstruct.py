@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losa_deploy.compress.decoder import Decoder, Stream
+from losa_deploy.compress.decoder import Decoder, Stream, slices
 from losa_deploy.compress.losses import learning_factor, require_finite, token_error
 from losa_deploy.compress.precision import products
 from losa_deploy.compress.train import Trained, set_rates
@@ -26,29 +26,31 @@ PROBES = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One block of the student, its inputs, and what it should give."""
+    """One block of the student or two neighbours, their inputs, and what they should give."""
 
     student: Decoder
-    block: int
+    blocks: range
     names: tuple[str, ...]
     """Linears that train: those that are pruned."""
     stream: Stream
+    """Before the first of the blocks."""
     target: Tensor
-    """[samples, tokens, hidden]: the dense model's output of the block."""
+    """[samples, tokens, hidden]: the dense model's output of the last of the blocks."""
     precision: str
 
     def output(self, part: slice) -> Tensor:
-        """The block's output on a batch; differentiable."""
+        """The last block's output on a batch; differentiable."""
+        found = self.stream.hidden[part]
         with products(self.precision):
-            found = self.student.run_block(
-                self.block, self.stream.hidden[part], self.stream.arguments[self.block]
-            )
+            for block in self.blocks:
+                found = self.student.run_block(block, found, self.stream.arguments[block])
         return found.float()
 
     def trained(self, phase: PhaseRecipe, factor: float) -> Trained:
         """The parameters that `phase` trains here."""
         linears = [self.student.masked(name) for name in self.names]
-        return Trained(linears, phase, rest=list(self.student.rest(self.block).values()), factor=factor)
+        rest = [value for block in self.blocks for value in self.student.rest(block).values()]
+        return Trained(linears, phase, rest=rest, factor=factor)
 
     @torch.no_grad()
     def error(self, parts: Sequence[slice]) -> float:
@@ -56,9 +58,9 @@ class BlockTask:
         return float(torch.stack([token_error(self.output(p), self.target[p]) for p in parts]).mean())
 
 
-def held_out_count(batches: int) -> int:
-    """Batches kept from training to judge it: a tenth, at least one when there are two or more."""
-    return max(1, batches // 10) if batches > 1 else 0
+def held_out_count(samples: int) -> int:
+    """Samples kept from training to judge it: a tenth, at least one when there are two or more."""
+    return max(1, samples // 10) if samples > 1 else 0
 
 
 def reconstruct_block(
@@ -69,10 +71,10 @@ def reconstruct_block(
     Returns the held-out error before and after. A block that got worse is put back and tried again with
     half the learning rate; after `ATTEMPTS` it stays as it was. Raises `GateError` if the loss is not finite.
     """
-    parts = list(task.stream.batches())
-    held = parts[len(parts) - held_out_count(len(parts)) :]
-    train = parts[: len(parts) - len(held)] or parts
-    held = held or parts
+    samples = task.stream.hidden.shape[0]
+    split = samples - held_out_count(samples)
+    train = list(slices(0, split, phase.batch_size))
+    held = list(slices(split if split < samples else 0, samples, task.stream.batch))
     before = task.error(held)
     factor = _probed(task, phase, steps, train, held, draw) if phase.rate == "probe" else 1.0
     for _ in range(ATTEMPTS):
@@ -130,7 +132,7 @@ def _descend(
         optimizer.zero_grad(set_to_none=True)
         loss = phase.losses.block * token_error(task.output(part), task.target[part])
         loss.backward()  # type: ignore[no-untyped-call]
-        require_finite(float(loss.detach()), f"block {task.block}", phase.learning_rate)
+        require_finite(float(loss.detach()), f"block {task.blocks[-1]}", phase.learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
         optimizer.step()
     trained.release()

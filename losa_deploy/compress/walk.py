@@ -54,6 +54,11 @@ class Walk:
         numbered = enumerate(self.recipe.phases)
         return [(i, phase) for i, phase in numbered if phase.where == "blocks" and phase.runs(last=last)]
 
+    @property
+    def window(self) -> int:
+        """The most blocks that train together."""
+        return max((phase.window for _, phase in self.phases), default=1)
+
 
 @dataclass(frozen=True)
 class BlockResult:
@@ -75,70 +80,92 @@ def walk_blocks(
     A block is trained before the stream moves on, so that later masks see repaired activations. Blocks
     that an interrupted run had finished are taken from `walk.partial`.
     """
-    # The stream's batches are also what block phases train on, so they follow the batch size.
-    largest = max((phase.batch_size for _, phase in walk.phases), default=8)
-    batch = batch_size(tokens.shape[0], largest)
+    batch = batch_size(tokens.shape[0])
     ours, dense = walk.student.stream(tokens, batch), walk.dense.stream(tokens, batch)
     count = len(walk.student.blocks)
-    finished = walk.partial.blocks()[:count]
-    results: list[BlockResult] = []
+    # All of them first: a block that trains together with the next one is changed by that one's file.
+    results = [_finished_block(walk, i, record) for i, record in enumerate(walk.partial.blocks()[:count])]
+    earlier = ours
     for block in range(count):
         dense = walk.dense.advance(block, dense, walk.recipe.precision)
-        if block < len(finished):
-            result = _finished_block(walk, block, finished[block])
-            ours = walk.student.advance(block, ours, walk.recipe.precision)
+        if block < len(results):
+            earlier, ours = ours, walk.student.advance(block, ours, walk.recipe.precision)
         else:
             kept_here = kept[block] if kept is not None else 0
-            result, ours = _make_block(walk, block, ours, dense, float(rates[block]), kept_here)
-        results.append(result)
+            place = Place(block, earlier, ours, dense)
+            result, earlier, ours = _make_block(walk, place, float(rates[block]), kept_here)
+            results.append(result)
         walk.progress(block + 1, count, walk.label)
     return results, dense
 
 
-def _make_block(
-    walk: Walk, block: int, ours: Stream, dense: Stream, rate: float, kept: int
-) -> tuple[BlockResult, Stream]:
-    """Prune and train one block, and save it; `dense` is the dense model's output.
+@dataclass(frozen=True)
+class Place:
+    """Where a walk is."""
 
-    Returns the result and the stream after the block.
+    block: int
+    earlier: Stream
+    """The student's before the block before this one."""
+    ours: Stream
+    """The student's before this block."""
+    dense: Stream
+    """The dense model's after this block."""
+
+
+def _make_block(walk: Walk, place: Place, rate: float, kept: int) -> tuple[BlockResult, Stream, Stream]:
+    """Prune and train one block, and save it.
+
+    Returns the result and the student's streams before and after the block.
     """
-    precision = walk.recipe.precision
+    precision, block, ours, dense = walk.recipe.precision, place.block, place.ours, place.dense
     reference = walk.dense.advance(block, ours, precision) if _needs_local_error(walk.recipe) else dense
     statistics = _input_statistics(walk, block, ours)
     prune_block(walk, block, statistics, rate, kept)
-    trained = _train_block(walk, block, ours, dense.hidden, statistics)
+    trained, ours = _train_block(walk, place, statistics)
     after = walk.student.advance(block, ours, precision)
     error = block_error(after.hidden, reference.hidden)
-    names = walk.student.block_linears(block)
+    changed = range(max(0, block + 1 - walk.window), block + 1)
+    names = [name for index in changed for name in walk.student.block_linears(index)]
     record = {
         "error": error,
         "trained": [list(pair) for pair in trained],
         "scales": {n: walk.student.masked(n).scale for n in names if walk.student.masked(n).rank},
         "grids": {n: g.model_dump() for n, g in adapted.grid_records(walk.student, names).items()},
     }
-    tensors = adapted.block_tensors(walk.student, block)
-    if adapted.trains_rest(walk.recipe):
-        tensors |= {f"{REST}{name}": value.data for name, value in walk.student.rest(block).items()}
+    tensors: dict[str, Tensor] = {}
+    for index in changed:
+        tensors |= adapted.block_tensors(walk.student, index)
+        if adapted.trains_rest(walk.recipe):
+            tensors |= {f"{REST}{name}": value.data for name, value in walk.student.rest(index).items()}
     walk.partial.save_block(block, tensors, record)
-    return BlockResult(error, tuple(trained)), after
+    return BlockResult(error, tuple(trained)), ours, after
 
 
 def _train_block(
-    walk: Walk, block: int, ours: Stream, target: Tensor, statistics: Mapping[str, InputStatistics]
-) -> list[tuple[float, float]]:
-    """The block phases, one after the other; the held-out error before and after each."""
-    names = walk.student.block_linears(block)
-    trained = tuple(name for name in names if name in walk.masked)
-    task = BlockTask(walk.student, block, trained, ours, target, walk.recipe.precision)
+    walk: Walk, place: Place, statistics: Mapping[str, InputStatistics]
+) -> tuple[list[tuple[float, float]], Stream]:
+    """The block phases, one after the other.
+
+    Returns the held-out error before and after each, and the student's stream before the block, which
+    changes if the block before it trains too. That one keeps the grid it is on.
+    """
+    student, block, ours = walk.student, place.block, place.ours
+    names = student.block_linears(block)
     errors: list[tuple[float, float]] = []
     for number, phase in walk.phases:
-        settle_grid([walk.student.masked(name) for name in names], phase, [statistics[n] for n in names])
+        settle_grid([student.masked(name) for name in names], phase, [statistics[n] for n in names])
+        blocks = range(max(0, block + 1 - phase.window), block + 1)
+        trained = [name for index in blocks for name in student.block_linears(index) if name in walk.masked]
+        start = place.earlier if len(blocks) > 1 else ours
+        task = BlockTask(student, blocks, tuple(trained), start, place.dense.hidden, walk.recipe.precision)
         steps = phase.steps(*ours.hidden.shape[:2], last=walk.step == walk.recipe.schedule.steps)
         draw = generator(walk.recipe.seed, "reconstruct", walk.step, block, number)
         errors.append(reconstruct_block(task, phase, steps, draw))
-        for name in names:
-            walk.student.masked(name).settle()
-    return errors
+        for name in {*names, *trained}:
+            student.masked(name).settle()
+        if len(blocks) > 1:
+            ours = student.advance(block - 1, place.earlier, walk.recipe.precision)
+    return errors, ours
 
 
 def settle_grid(

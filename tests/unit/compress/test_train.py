@@ -46,7 +46,7 @@ def tokens() -> torch.Tensor:
 def block_task(student: Decoder, dense: Decoder, tokens: torch.Tensor, names: tuple[str, ...]) -> BlockTask:
     stream = student.stream(tokens, 4)
     target = dense.advance(0, dense.stream(tokens, 4)).hidden
-    return BlockTask(student, 0, names, stream, target, "f32")
+    return BlockTask(student, range(1), names, stream, target, "f32")
 
 
 def test_the_error_counts_every_token_but_the_first_alike() -> None:
@@ -171,6 +171,7 @@ def test_sources_are_mixed_by_their_shares(tiny_llama: Path, tiny_text: str, tmp
 
 PHASES = [
     {"train": ["weights", "norms"], "where": "blocks", "tokens": 512, "batch_size": 4},
+    {"train": ["weights"], "where": "blocks", "window": 2, "grid": "i4", "tokens": 512, "batch_size": 2},
     {
         "train": ["weights", "scales", "norms"],
         "where": "model",
@@ -201,14 +202,14 @@ def hashes(model: AdaptedModel) -> dict[str, str]:
     return model.state.files
 
 
-@pytest.mark.parametrize(("label", "after"), [("pruning", 2), ("phase 1", 5)])
+@pytest.mark.parametrize(("label", "after"), [("pruning", 2), ("phase 2", 5)])
 def test_an_interrupted_run_goes_on_where_it_was(
     label: str, after: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside of the blocks at the next block, inside of a phase at the last saved step: equal bytes."""
     monkeypatch.setattr(partial_module, "SAVE_SECONDS", 0.0)
     whole = run(tiny_llama, tmp_path / "whole")
-    assert whole.state.grids and [t.phase for t in whole.state.training] == [0, 1]
+    assert whole.state.grids and [t.phase for t in whole.state.training] == [0, 1, 2]
     assert not (tmp_path / "whole" / "partial").exists()
 
     def stop(done: int, total: int, text: str) -> None:
@@ -220,7 +221,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     seen: list[tuple[str, int]] = []
     resumed = run(tiny_llama, tmp_path / "cut", lambda done, total, text: seen.append((text, done)))
     assert hashes(resumed) == hashes(whole)
-    if label == "phase 1":
+    if label == "phase 2":
         assert min(done for text, done in seen if label in text) == after
     assert resumed.state.training == whole.state.training
 
@@ -232,7 +233,7 @@ def test_a_damaged_point_is_not_trusted(
     whole = run(tiny_llama, tmp_path / "whole")
 
     def stop(done: int, total: int, text: str) -> None:
-        if "phase 1" in text and done == 4:
+        if "phase 2" in text and done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -245,6 +246,23 @@ def test_a_damaged_point_is_not_trusted(
     assert hashes(run(tiny_llama, tmp_path / "cut")) == hashes(whole)
 
 
+def test_two_neighbours_train_together_towards_the_later_one(tiny_llama: Path, tokens: torch.Tensor) -> None:
+    """The first learns although only the output of the second counts, and the last step ends on it."""
+    source = Checkpoint.open(tiny_llama)
+    student, dense = pruned(source), Decoder(source)
+    names = (*student.block_linears(0), *student.block_linears(1))
+    target = dense.advance(1, dense.advance(0, dense.stream(tokens, 4))).hidden
+    task = BlockTask(student, range(2), names, student.stream(tokens, 4), target, "f32")
+    start = {name: student.masked(name).weight.clone() for name in names}
+    phase = PhaseRecipe(learning_rate=0.02, batch_size=4)
+    before, after = reconstruct_block(task, phase, 40, torch.Generator().manual_seed(0))
+    assert after < 0.8 * before
+    assert not [name for name in names if torch.equal(student.masked(name).weight, start[name])]
+    reached = student.advance(1, student.advance(0, student.stream(tokens, 4))).hidden
+    held = token_error(reached[-2:], target[-2:])
+    assert float(held) == pytest.approx(after, rel=1e-4), "the last tenth is what it was judged on"
+
+
 def test_every_block_is_trained_towards_the_dense_stream(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +271,7 @@ def test_every_block_is_trained_towards_the_dense_stream(
     seen: dict[int, torch.Tensor] = {}
 
     def spy(task: BlockTask, *rest: object) -> tuple[float, float]:
-        seen[task.block] = task.target
+        seen[task.blocks[-1]] = task.target
         return reconstruct_block(task, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(walk_module, "reconstruct_block", spy)
