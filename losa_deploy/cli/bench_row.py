@@ -60,7 +60,7 @@ class Made:
     block_bits_per_weight: float
     sparsity: float
     grid_bits_per_weight: float | None = None
-    """Of a merged folder whose weights are all on a trained grid: levels and f16 scales, stored dense."""
+    """Of a merged folder whose weights are all on a trained grid, see `grid_bits`."""
     make_peak_rss_bytes: int = 0
 
 
@@ -123,16 +123,26 @@ def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, folder: Pa
 
 
 def grid_bits(model: SparseModel) -> float | None:
-    """Bits per weight of the trained grid; None where a weight is on none, or pruned, or needs a position."""
-    if model.manifest.sparsity_achieved > 0:
-        return None
-    bits = weights = 0
-    for name, shape in model.linears.items():
+    """Bits per weight of levels, f16 scales and the pattern's positions; None where a weight is on no grid.
+
+    That is what a format of this pattern and these levels takes, whether or not there is one.
+    """
+    from losa_deploy.structure import fixed_bits
+
+    structure, bits, weights = model.manifest.recipe.sparsity.structure, 0.0, 0
+    for name, (rows, columns) in model.linears.items():
         grid = model.grid(name)
         if grid is None:
             return None
-        bits += int(grid.value_type[1:]) * prod(shape) + 16 * grid.scales.size
-        weights += prod(shape)
+        size, width = rows * columns, int(grid.value_type[1:])
+        if name not in model.masked or not model.manifest.sparsity_achieved:
+            bits += width * size + 16 * grid.scales.size
+        elif structure.sparsity is not None:
+            bits += fixed_bits(structure, grid.value_type, grid.group_size or columns) * size
+        else:
+            kept = int(model.mask(name).sum())
+            bits += width * kept + size * (0.5 if structure.paired else 1.0) + 16 * grid.scales.size
+        weights += size
     return bits / weights
 
 

@@ -139,7 +139,9 @@ def number(text: str) -> int | float:
 def add_recipe_options(parser: argparse.ArgumentParser, sections: Iterable[str]) -> None:
     """Add `--preset`, `--recipe`, `--set`, `--print-recipe` and the flags of these recipe sections."""
     group = parser.add_argument_group("recipe")
-    group.add_argument("--preset", metavar="NAME", help="quick (default), standard or faithful (the paper)")
+    group.add_argument(
+        "--preset", metavar="NAME", help="quick (default), standard, max or faithful (the paper)"
+    )
     group.add_argument("--recipe", type=Path, metavar="FILE", help="YAML file over the preset")
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any recipe key; repeatable"

@@ -148,13 +148,14 @@ def read_state(folder: Path) -> AdaptedState | None:
     if not path.is_file():
         return None
     hint = f"Delete {folder} and compress again."
+    data = path.read_bytes()
     try:
-        state = AdaptedState.model_validate_json(path.read_bytes())
+        state = AdaptedState.model_validate_json(data)
     except ValidationError as error:
         raise InputError(
             f"{path} is damaged or of another version: {error.errors()[0]['msg']}.", hint=hint
         ) from None
-    if state.digest != _digest(state):
+    if state.digest != _digest(json.loads(data)):
         raise InputError(f"{path} changed since it was written.", hint=hint)
     for name, expected in state.files.items():
         file = folder / name
@@ -164,9 +165,9 @@ def read_state(folder: Path) -> AdaptedState | None:
     return state
 
 
-def _digest(state: AdaptedState) -> str:
-    text = state.model_copy(update={"digest": ""}).model_dump_json(by_alias=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(record: Mapping[str, object]) -> str:
+    """Of what a file says, not of what this version would write: a newer one knows more keys."""
+    return hashlib.sha256(json.dumps({**record, "digest": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -237,7 +238,8 @@ def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
     files = [folder / CALIBRATION_FILE, *sorted(step_folder(folder, state.step).glob("*.safetensors"))]
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
     state = state.model_copy(update={"files": hashes})
-    state = state.model_copy(update={"digest": _digest(state)})
+    record = state.model_dump(mode="json", by_alias=True)
+    state = state.model_copy(update={"digest": _digest(record)})
     partial = folder / f"{STATE_FILE}.partial"
     partial.write_text(state.model_dump_json(by_alias=True, indent=1) + "\n", "utf-8")
     os.replace(partial, folder / STATE_FILE)

@@ -77,8 +77,9 @@ class _Rounding(torch.autograd.Function):
         width, columns = kind.width(weight.shape[1]), weight.shape[1]
         exact = scales.half().float()
         ratio = ratios(weight, exact, kind)
-        level = ratio.round().clamp_(low, high)
-        inside = (ratio >= low - 0.5) & (ratio <= high + 0.5)
+        nearest = ratio.round()
+        level = nearest.clamp(low, high)
+        inside = nearest == level
         learns = scales.requires_grad
         slope = torch.where(inside, level - ratio, level) if learns else level.new_zeros(0)
         ctx.save_for_backward(inside, slope)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from losa_deploy.checkpoint import write_weights
+from losa_deploy.cli.bench_row import grid_bits
 from losa_deploy.compress.grid import GridKind, rounded, search_scales
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
@@ -128,3 +129,17 @@ def test_a_grid_file_of_nothing_is_refused_not_trusted(merged_llama: SparseModel
     (folder / GRID_FILE).write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"grid\.safetensors"):
         SparseModel.open(folder).grid(next(iter(merged_llama.linears)))
+
+
+def test_the_bits_of_a_trained_grid_count_levels_scales_and_positions(
+    merged_llama: SparseModel, tmp_path: Path
+) -> None:
+    """Half of the weights in 3 bits, one bit per position, a scale per started group of 64."""
+    assert grid_bits(merged_llama) is None, "weights on no grid"
+    model = on_grid(merged_llama, tmp_path / "merged", GridKind("i3", 64), torch.float32)
+    shapes = model.linears.values()
+    weights = sum(rows * columns for rows, columns in shapes)
+    scales = sum(rows * -(-columns // 64) for rows, columns in shapes)
+    kept = sum(int(model.mask(name).sum()) for name in model.linears)
+    assert 0 < kept < weights
+    assert grid_bits(model) == pytest.approx((3 * kept + weights + 16 * scales) / weights)
