@@ -12,16 +12,17 @@ from losa_deploy.recipe import Recipe, load_recipe, preset_names
 def test_presets_have_phases_on_the_grid_of_the_value_type() -> None:
     quick = load_recipe()
     assert [(p.where, p.grid, p.group_size) for p in quick.phases] == [
-        ("blocks", "none", 0),
         ("blocks", "i4", 128),
     ]
+    standard = load_recipe(preset="standard")
+    assert [(p.where, p.grid) for p in standard.phases] == [("blocks", "none"), ("model", "i4")]
     assert quick.export.value_type == "i4"
     finer = load_recipe(overrides=[("export.group_size", 32)])
-    assert finer.phases[1].group_size == 32
+    assert finer.phases[0].group_size == 32
     eight = load_recipe(overrides=[("export.value_type", "i8")])
-    assert [p.grid for p in eight.phases] == ["none", "i8"]
+    assert [p.grid for p in eight.phases] == ["i8"]
     plain = load_recipe(overrides=[("export.value_type", "f16")])
-    assert [(p.grid, p.train) for p in plain.phases] == [("none", ("weights",))] * 2
+    assert [(p.grid, p.train) for p in plain.phases] == [("none", ("weights",))]
     assert all(load_recipe(preset=name).phases for name in preset_names())
 
 
@@ -46,7 +47,8 @@ def test_the_old_modes_are_phases(mode: str, expected: list[object]) -> None:
 
 def test_shorthand_is_laid_over_every_phase() -> None:
     given = [("adapt.steps", 5), ("adapt.batch_size", 4), ("adapt.learning_rate", 0.5)]
-    phases = load_recipe(overrides=[*given, ("calibration.sequence_length", 32)]).phases
+    length = ("calibration.sequence_length", 32)
+    phases = load_recipe(preset="standard", overrides=[*given, length]).phases
     assert [(p.tokens, p.batch_size, p.learning_rate) for p in phases] == [(5 * 4 * 32, 4, 0.5)] * 2
     assert phases[0].steps(100, 32, last=True) == 5
     loss = load_recipe(preset="standard", overrides=[("adapt.loss", "ce")]).phases[1].losses
@@ -61,13 +63,14 @@ def test_shorthand_is_laid_over_every_phase() -> None:
         ("adapt.rank", 1, "adapt has no key 'rank'"),
         ("adapt.mode", "magic", "adapt.mode 'magic' is none of"),
         ("adapt.steps", "many", "adapt.steps is 'many', expected a whole number"),
-        ("phases.1.train", ["adapters"], "adapters train alone and on no grid"),
+        ("phases.0.train", ["adapters"], "adapters train alone and on no grid"),
         ("phases.0.train", [], "train is empty"),
-        ("phases.0.train", ["scales"], "scales are those of a grid"),
+        ("phases.0", {"train": ["scales"], "grid": "none"}, "scales are those of a grid"),
+        ("phases.0", {"where": "model", "window": 2}, "window is of block phases"),
         ("phases.0.loss", {"kl": 1.0}, "a block has no logits"),
         ("phases.0.data", [{"source": "a.txt"}], "block phases train on the calibration"),
         ("phases.0.where", "everywhere", "phases.0.where"),
-        ("phases.2.tokens", 1, "there is no such entry among 2"),
+        ("phases.2.tokens", 1, "there is no such entry among 1"),
         ("phases.0.tokenz", 1, "Unknown recipe key 'phases.0.tokenz'"),
     ],
 )
