@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         state = read_state(output) if output.is_dir() else None
         if state is not None and state.fingerprint != fingerprint(record.files, recipe):
             raise UsageError(
-                f"{output} was made from another source, recipe or seed.",
+                f"{output} was made from another source, recipe, text or seed.",
                 hint="Add --overwrite to start afresh, or choose another --output.",
             )
         adapted = stages.run_compress(source, record, recipe, output, console)

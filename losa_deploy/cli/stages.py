@@ -111,7 +111,7 @@ def run_compress(
         remove(folder)
         state = None
     if state is not None and state.fingerprint != fingerprint(record.files, recipe):
-        console.info(f"{folder} was made from another source, recipe or seed: compressing again.")
+        console.info(f"{folder} was made from another source, recipe, text or seed: compressing again.")
     elif state is not None and state.complete:
         console.info(f"Compressed before, reusing {folder}")
     elif state is not None:

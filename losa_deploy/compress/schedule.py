@@ -79,7 +79,7 @@ def compress(
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
-    A folder of another run (other source, recipe or seed) is started afresh, a complete one is returned
+    A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
