@@ -17,12 +17,13 @@ from losa_deploy.families import Family
 from losa_deploy.pretrained import load_model
 
 ATTENTION = "sdpa"
+LARGEST_BATCH = 8
 BlockArguments = Mapping[str, object]
 
 
-def batch_size(samples: int, largest: int = 8) -> int:
+def batch_size(samples: int) -> int:
     """Samples per batch of a stream of `samples`; its last batch may be shorter."""
-    return min(samples, largest)
+    return min(samples, LARGEST_BATCH)
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -19,18 +19,6 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     return (error / target[:, 1:].square().sum(dim=-1).clamp_min(1e-30)).mean()
 
 
-def cross_entropy(student: Tensor, tokens: Tensor) -> Tensor:
-    """Mean next-token cross-entropy of logits [b, t, vocab] against `tokens` [b, t]."""
-    return nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher ‖ student) per position of logits [b, t, vocab]."""
-    log_student = student.flatten(0, 1).log_softmax(dim=-1)
-    log_teacher = teacher.flatten(0, 1).log_softmax(dim=-1)
-    return nn.functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-
-
 class _HeadLoss(torch.autograd.Function):
     """Hidden states ↦ loss through a frozen head; the gradient is made in the forward pass.
 
@@ -93,10 +81,10 @@ def head_loss(
     ce: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """kl · `distillation` + ce · `cross_entropy`, of what enters the head instead of what leaves it.
+    """kl · mean KL(dense ‖ student) per position + ce · mean cross-entropy of the next token.
 
-    `hidden` and `teacher` [b, t, h], the latter of the dense model (None if `kl` is 0); `tokens` [b, t];
-    `head`, which both models share, does not train; `dtype` is that of its products.
+    `hidden` and `teacher` [b, t, h] are what the head reads in the student and in the dense model (None if
+    `kl` is 0); `tokens` [b, t]; `head`, which both share, does not train; `dtype` is that of its products.
     """
     labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
     flat = None if teacher is None else teacher.flatten(0, 1)

@@ -75,10 +75,9 @@ def walk_blocks(
 ) -> tuple[list[BlockResult], Stream]:
     """Prune every block to its rate (or its N of every M in `kept`), train it, and go on from its output.
 
-    Returns the results and the dense model's stream after the last block.
-
     A block is trained before the stream moves on, so that later masks see repaired activations. Blocks
-    that an interrupted run had finished are taken from `walk.partial`.
+    that an interrupted run had finished are taken from `walk.partial`. Returns the results and the dense
+    model's stream after the last block.
     """
     batch = batch_size(tokens.shape[0])
     ours, dense = walk.student.stream(tokens, batch), walk.dense.stream(tokens, batch)

@@ -288,7 +288,6 @@ def test_block_stream_equals_the_whole_model(tiny_llama: Path) -> None:
 
 def test_batch_size_does_not_depend_on_divisors() -> None:
     assert [batch_size(n) for n in (1, 7, 12, 127)] == [1, 7, 8, 8]
-    assert batch_size(127, 16) == 16
 
 
 def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Path) -> None:
