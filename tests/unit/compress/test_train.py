@@ -269,13 +269,17 @@ def test_every_block_is_trained_towards_the_dense_stream(
     """Not towards what the dense block would make of the student's own, already pruned stream."""
     source = Checkpoint.open(tiny_llama)
     seen: dict[int, torch.Tensor] = {}
+    together: list[tuple[int, ...]] = []
 
     def spy(task: BlockTask, *rest: object) -> tuple[float, float]:
         seen[task.blocks[-1]] = task.target
+        together.append(tuple(task.blocks))
         return reconstruct_block(task, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(walk_module, "reconstruct_block", spy)
     model = run(tiny_llama, tmp_path / "adapted")
+    # The second block phase has windows of two; the first block has no neighbour before it.
+    assert together == [(0,), (0,), (1,), (0, 1), (2,), (1, 2)]
     dense = Decoder(source)
     stream = dense.stream(load_file(model.folder / "calibration.safetensors")["tokens"], 4)
     for block in range(3):
