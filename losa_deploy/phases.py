@@ -67,8 +67,8 @@ class PhaseRecipe(Part):
     """One training phase. Block phases run block by block after pruning, the others after the last block."""
 
     train: tuple[Literal["adapters", "weights", "scales", "norms"], ...] = ("weights",)
-    """`weights` are the kept ones; `scales` those of the grid, learned with the weights; `norms` are norms
-    and biases."""
+    """`weights` are the kept ones; `scales` those of the grid, learned with the weights or, without these,
+    for levels that stay; `norms` are norms and biases."""
     where: Literal["blocks", "model"] = "blocks"
     """Each block against the dense block's output, or all through the whole model."""
     window: Annotated[int, Field(ge=1, le=2)] = 1

@@ -76,7 +76,7 @@ def make(job: RowJob, console: Console) -> Made:
     source, record = open_model(job.model, Path(job.shared), console)
     if isinstance(row, DenseRow):
         return _dense(source)
-    return _recipe(row, source, record, Path(job.folder), console)
+    return _recipe(row, source, record, job, console)
 
 
 def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpoint, SourceRecord]:
@@ -98,7 +98,9 @@ def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpo
         )
 
 
-def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, folder: Path, console: Console) -> Made:
+def _recipe(
+    row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJob, console: Console
+) -> Made:
     """Compressed, merged and exported; an interrupted compression goes on where it was."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.assemble import folder_bytes
@@ -106,10 +108,10 @@ def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, folder: Pa
     from losa_deploy.cli import pipeline
     from losa_deploy.manifest import Manifest
 
-    recipe = row.effective()
+    recipe, folder = row.effective(), Path(job.folder)
     if row.format != "none":
         plugins.load_exporter(row.format).check_source(source, recipe.export)
-    model = pipeline.merged_model(source, record, recipe, folder, {}, console)
+    model = pipeline.merged_model(source, record, recipe, folder, {}, console, Path(job.shared))
     place = model.folder if row.format == "none" else _exported(row.format, model, recipe, folder, console)
     manifest = Manifest.read(place)
     return Made(

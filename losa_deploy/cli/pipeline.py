@@ -68,8 +68,12 @@ def merged_model(
     work: Path,
     timings: dict[str, float],
     console: Console,
+    texts: Path | None = None,
 ) -> SparseModel:
-    """The merged model in `work`: reused if it is of this source and recipe, otherwise made."""
+    """The merged model in `work`: reused if it is of this source and recipe, otherwise made.
+
+    See `compress` for `texts`.
+    """
     from losa_deploy.model import SparseModel
     from losa_deploy.seal import seal
 
@@ -81,7 +85,7 @@ def merged_model(
         return SparseModel.open(folder)
     remove(folder)  # whatever it is: the folder is ours, and not what is needed
     with stages.timed(timings, "compress"):
-        adapted = stages.run_compress(source, record, recipe, work / "adapted", console)
+        adapted = stages.run_compress(source, record, recipe, work / "adapted", console, texts)
     with stages.timed(timings, "merge"):
         model = stages.run_merge(source, record, adapted, folder, console, overwrite=True)
     seal(folder)

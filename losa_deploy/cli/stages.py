@@ -97,9 +97,14 @@ def check_state_folder(folder: Path) -> None:
 
 
 def run_compress(
-    source: Checkpoint, record: SourceRecord, recipe: Recipe, folder: Path, console: Console
+    source: Checkpoint,
+    record: SourceRecord,
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
+    texts: Path | None = None,
 ) -> AdaptedModel:
-    """The `compress` stage: continues or reuses `folder` if it belongs to the same run."""
+    """The `compress` stage: continues or reuses `folder` if it belongs to the same run; see `compress`."""
     from losa_deploy.compress.adapted import fingerprint, read_state
     from losa_deploy.compress.schedule import compress
 
@@ -119,7 +124,7 @@ def run_compress(
     weights = sum(path.stat().st_size for path in set(source.files.values()))
     require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:
-        adapted = compress(source, record, recipe, folder, progress=progress)
+        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts)
     # The state may stem from a run with other merge and export choices.
     return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
 

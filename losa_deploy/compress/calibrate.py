@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +39,26 @@ def calibration_tokens(
     if recipe.source != "self":
         return text_tokens(folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
     return sampled_tokens(dense, recipe, text_starts(folder, recipe.start), seed, precision, progress)
+
+
+def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Tensor]) -> Tensor:
+    """The tokens `make` gives, kept in `folder` for other runs; `what` says all that decides them.
+
+    A file that cannot be read is made again.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
+    path = folder / f"text-{name}.safetensors"
+    try:
+        return load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        tokens = make()
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file({"tokens": tokens}, partial)
+    os.replace(partial, path)
+    return tokens
 
 
 def text_starts(folder: Path, kind: str) -> list[list[int]]:

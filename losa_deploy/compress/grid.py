@@ -104,6 +104,34 @@ def straight_through(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
     return result
 
 
+class _Scaling(torch.autograd.Function):
+    """levels, scales ↦ levels · scales, without a copy of the product for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, level: Tensor, scales: Tensor, kind: GridKind
+    ) -> Tensor:
+        ctx.save_for_backward(level)
+        ctx.width, ctx.shape = kind.width(level.shape[1]), scales.shape  # type: ignore[attr-defined]
+        return level * spread(scales.half().float(), kind.width(level.shape[1]), level.shape[1]) + 0.0
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None]:
+        (level,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        width, (rows, groups) = ctx.width, ctx.shape  # type: ignore[attr-defined]
+        product = torch.nn.functional.pad(grad * level, (0, groups * width - grad.shape[1]))
+        return None, product.view(rows, groups, width).sum(dim=2), None
+
+
+def scaled(level: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+    """The weight [out, in] of whole levels [out, in] int8 that stay; differentiable in scales [out, groups].
+
+    Scales of a quantized model are few enough to train alone (Kim et al. 2023, arXiv 2305.14152).
+    """
+    result: Tensor = _Scaling.apply(level, scales, kind)  # type: ignore[no-untyped-call]
+    return result
+
+
 @torch.no_grad()
 def search_scales(weight: Tensor, kind: GridKind, importance: Tensor | None = None) -> Tensor:
     """Scales [out, groups], f16 numbers in f32, with the least squared error of the rounded weight.

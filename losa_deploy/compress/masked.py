@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from losa_deploy.compress.grid import GridKind, rounded, search_scales, straight_through
+from losa_deploy.compress.grid import GridKind, levels, rounded, scaled, search_scales, straight_through
 
 
 class _MaskedAdapterFunction(torch.autograd.Function):
@@ -61,6 +61,8 @@ class MaskedLinear(nn.Module):
         """Where the weight is rounded to; None for a weight that may have any value."""
         self.scales = nn.Parameter(weight.new_zeros(0, 0), requires_grad=False)
         """[out, groups]: the scales of the grid."""
+        self.held: Tensor | None = None
+        """[out, in] int8: the weight's levels while they stay and at most its scales train."""
         self.mask: Tensor
 
     @classmethod
@@ -75,16 +77,21 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank == 0:
-            weight: Tensor = self.weight
-            if self.grid is not None:
-                weight = straight_through(weight, self.scales, self.grid)
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, self._on_grid(), self.bias)
         if self.dropout:
             return self._with_dropout(x)
         y: Tensor = _MaskedAdapterFunction.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.mask, self.lora_a, self.lora_b, self.scale
         )
         return y if self.bias is None else y + self.bias
+
+    def _on_grid(self) -> Tensor:
+        """The weight that a layer without an adapter multiplies by; differentiable in what trains."""
+        if self.grid is None:
+            return self.weight
+        if self.held is None:
+            return straight_through(self.weight, self.scales, self.grid)
+        return scaled(self.held, self.scales, self.grid) if self.scales.requires_grad else self.weight
 
     def _with_dropout(self, x: Tensor) -> Tensor:
         """Base and adapter read different inputs here, so the product takes two matmuls."""
@@ -105,11 +112,25 @@ class MaskedLinear(nn.Module):
         self.grid, self.scales = kind, nn.Parameter(found, requires_grad=False)
 
     @torch.no_grad()
+    def hold_levels(self) -> None:
+        """Keep every weight at its level until `free_levels`, whatever becomes of the scales."""
+        if self.grid is not None:
+            self.settle()
+            self.held = levels(self.weight, self.scales, self.grid).to(torch.int8)
+
+    @torch.no_grad()
+    def free_levels(self) -> None:
+        """End of `hold_levels`: the weight is what its levels and scales say."""
+        if self.held is not None:
+            self.settle()
+            self.held = None
+
+    @torch.no_grad()
     def settle(self) -> None:
         """Make the weight what the grid rounds it to; the layer's function stays as it is."""
         if self.grid is not None:
             self.scales.copy_(self.scales.half().float())
-            self.weight.copy_(torch.where(self.mask, rounded(self.weight, self.scales, self.grid), 0.0))
+            self.weight.copy_(torch.where(self.mask, self.effective(), 0.0))
 
     @torch.no_grad()
     def leave_grid(self) -> None:
@@ -126,7 +147,10 @@ class MaskedLinear(nn.Module):
     def effective(self) -> Tensor:
         """What the layer multiplies by: W + s·(B·A)∘M [out, in], or W on its grid."""
         if self.grid is not None:
-            return rounded(self.weight.data, self.scales.half().float(), self.grid)
+            scales = self.scales.half().float()
+            if self.held is not None:
+                return scaled(self.held, scales, self.grid)
+            return rounded(self.weight.data, scales, self.grid)
         return self.weight.data.clone() if self.rank == 0 else self.weight + self.adapter()
 
     @torch.no_grad()

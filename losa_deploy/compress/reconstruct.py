@@ -82,9 +82,11 @@ def reconstruct_block(
         start = trained.snapshot()
         _descend(task, phase, trained, steps, train, draw)
         after = task.error(held)
+        if not after <= before:
+            trained.restore(start)
+        trained.release()
         if after <= before:
             return before, after
-        trained.restore(start)
         factor /= 2
     return before, before
 
@@ -107,6 +109,7 @@ def _probed(
         _descend(task, phase, trained, max(1, steps // 4), train, draw)
         errors[factor] = task.error(held)
         trained.restore(start)
+        trained.release()
     draw.set_state(state)
     return min(errors, key=errors.__getitem__)
 
@@ -119,7 +122,7 @@ def _descend(
     train: Sequence[slice],
     draw: torch.Generator,
 ) -> None:
-    """Adam on the block's error; `trained` is released at the end."""
+    """Adam on the block's error."""
     optimizer = torch.optim.AdamW(
         trained.groups, betas=(0.9, 0.95), weight_decay=phase.weight_decay, fused=True
     )
@@ -135,4 +138,3 @@ def _descend(
         require_finite(float(loss.detach()), f"block {task.blocks[-1]}", phase.learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
         optimizer.step()
-    trained.release()

@@ -16,7 +16,7 @@ from torch import Tensor
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import adapted, allocate
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
-from losa_deploy.compress.calibrate import calibration_tokens
+from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
@@ -75,11 +75,17 @@ class _Run:
 
 
 def compress(
-    source: Checkpoint, record: SourceRecord, recipe: Recipe, folder: Path, *, progress: Progress
+    source: Checkpoint,
+    record: SourceRecord,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    progress: Progress,
+    texts: Path | None = None,
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
-    A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
+    `texts` is a folder for text that the model wrote itself: runs that ask for the same share it. A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
@@ -94,9 +100,7 @@ def compress(
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tokens = calibration_tokens(
-            dense, source.folder, recipe.calibration, recipe.seed, recipe.precision, progress
-        )
+        tokens = _tokens(dense, source, record, recipe, texts, progress)
         _save_tokens(folder, tokens)
         state = AdaptedState(
             fingerprint=mark,
@@ -117,6 +121,32 @@ def compress(
         state = adapted.save_step(folder, _step(run, state, step), student)
         Partial(folder, step).remove()
     return AdaptedModel(folder, state)
+
+
+def _tokens(
+    dense: Decoder,
+    source: Checkpoint,
+    record: SourceRecord,
+    recipe: Recipe,
+    texts: Path | None,
+    progress: Progress,
+) -> Tensor:
+    """The calibration set; the model's own text from `texts` if a run before left it there."""
+
+    def make() -> Tensor:
+        return calibration_tokens(
+            dense, source.folder, recipe.calibration, recipe.seed, recipe.precision, progress
+        )
+
+    if texts is None or recipe.calibration.source != "self":
+        return make()
+    what = {
+        "source": dict(record.files),
+        "recipe": recipe.calibration.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+    }
+    return kept_tokens(texts, what, make)
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ class Trained:
         relative = phase.rate != "absolute"
         rate = phase.learning_rate * factor
         for linear in self.linears:
+            if not {"weights", "adapters"} & set(phase.train):
+                linear.hold_levels()
             if "weights" in phase.train:
                 self._add(linear.weight, rate * kept_rms(linear) if relative else rate)
                 hook = linear.weight.register_hook(  # type: ignore[no-untyped-call]
@@ -86,6 +88,7 @@ class Trained:
             parameter.grad = None
         for linear in self.linears:
             linear.dropout = 0.0
+            linear.free_levels()
             linear.weight.data.masked_fill_(~linear.mask, 0.0)
 
 

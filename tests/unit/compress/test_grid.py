@@ -112,6 +112,36 @@ def test_a_settled_layer_is_on_its_grid_and_computes_the_same(kind: GridKind) ->
     assert layer.grid is None
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value_type)
+def test_held_levels_outlast_any_scale(kind: GridKind) -> None:
+    """y = x·(level · s)ᵀ whatever s becomes; d/ds = Σ d/dw · level over the positions of the group."""
+    weight = weight_of()
+    layer = MaskedLinear(weight.clone(), None, weight != 0)
+    layer.put_on_grid(kind, None)
+    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(3))
+    before = layer(x)
+    layer.hold_levels()
+    assert torch.equal(layer(x), before), "nothing has changed yet"
+    level = levels(layer.weight, layer.scales, kind).double().numpy()
+    layer.scales.requires_grad_(True)
+    factor = torch.rand(layer.scales.shape, generator=torch.Generator().manual_seed(4)) * 4 - 2
+    layer.scales.data.mul_(factor)
+    grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+    layer(x).backward(grad)
+    slope = (grad.T.double() @ x.double()).numpy() * level
+    width = kind.width(150)
+    padded = np.pad(slope, ((0, 0), (0, layer.scales.shape[1] * width - 150)))
+    assert layer.scales.grad is not None
+    np.testing.assert_allclose(
+        layer.scales.grad.numpy(), padded.reshape(6, -1, width).sum(-1), rtol=1e-4, atol=1e-3
+    )
+    layer.scales.requires_grad_(False)
+    layer.free_levels()
+    spread = np.repeat(layer.scales.double().numpy(), width, axis=1)[:, :150]
+    np.testing.assert_array_equal(layer.weight.double().numpy(), (level * spread).astype(np.float32))
+    assert torch.equal(layer.effective(), layer.weight), "on its grid"
+
+
 def test_levels_stay_in_range_and_zero_scales_give_zero() -> None:
     kind = GridKind("i3", 32)
     weight = torch.linspace(-9, 9, 64)[None]

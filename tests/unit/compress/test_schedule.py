@@ -239,6 +239,36 @@ def test_interrupted_run_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: P
     assert shard_hashes(resumed.folder, 2) == shard_hashes(whole.folder, 2)
 
 
+def test_runs_that_ask_for_the_same_own_text_share_it(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint, record = source_of(tiny_llama)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    labels: list[str] = []
+
+    def sampled(name: str, chosen: Recipe) -> tuple[AdaptedModel, bool]:
+        labels.clear()
+        model = compress(
+            checkpoint,
+            record,
+            chosen,
+            tmp_path / name,
+            progress=lambda done, total, label: labels.append(label),
+            texts=texts,
+        )
+        return model, any(label.startswith("sampling") for label in labels)
+
+    alone = run(tiny_llama, tmp_path / "alone", recipe(adapt__mode="none"))
+    first, made = sampled("first", recipe(adapt__mode="none"))
+    _, again = sampled("second", recipe(adapt__mode="none", sparsity__target=0.4))
+    _, other = sampled("third", recipe(adapt__mode="none", calibration__temperature=0.7))
+    assert (made, again, other) == (True, False, True)
+    assert shard_hashes(first.folder, 2) == shard_hashes(alone.folder, 2)
+    for path in texts.iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    damaged, made = sampled("fourth", recipe(adapt__mode="none"))
+    assert made and shard_hashes(damaged.folder, 2) == shard_hashes(alone.folder, 2)
+
+
 def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
     first = run(tiny_llama, tmp_path / "adapted", recipe(adapt__mode="none"))
     before = shard_hashes(first.folder, 2)

@@ -103,6 +103,30 @@ def test_a_block_learns_on_its_grid(tiny_llama: Path, tokens: torch.Tensor) -> N
     assert not torch.equal(student.masked(student.block_linears(0)[0]).scales, scales)
 
 
+@pytest.mark.parametrize(("rate", "better"), [(0.1, True), (300.0, False)])
+def test_scales_and_norms_learn_for_levels_that_stay(
+    rate: float, better: bool, tiny_llama: Path, tokens: torch.Tensor
+) -> None:
+    from losa_deploy.compress.grid import GridKind, levels
+
+    source, kind = Checkpoint.open(tiny_llama), GridKind("i4", 32)
+    dense, student = Decoder(source), pruned(source, scale=0.9)
+    linears = [student.masked(name) for name in student.block_linears(0)]
+    for linear in linears:
+        linear.put_on_grid(kind, None)
+        linear.settle()
+    start = [(m.weight.clone(), levels(m.weight, m.scales, kind)) for m in linears]
+    train = ("scales", "norms")
+    phase = PhaseRecipe(train=train, grid="i4", group_size=32, learning_rate=rate, rate="probe")
+    task = block_task(student, dense, tokens, student.block_linears(0))
+    before, after = reconstruct_block(task, phase, 40, torch.Generator())
+    assert after < 0.9 * before if better else after == before
+    for linear, (weight, level) in zip(linears, start, strict=True):
+        assert torch.equal(levels(linear.weight, linear.scales, kind), level)
+        assert torch.equal(linear.weight, weight) != better
+        assert torch.equal(linear.effective(), linear.weight) and linear.held is None
+
+
 @pytest.mark.parametrize(
     "phase",
     [
