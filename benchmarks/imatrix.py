@@ -37,8 +37,8 @@ def importance(
     from losa_deploy.compress.calibrate import calibration_tokens
     from losa_deploy.compress.decoder import Decoder
 
-    dense = Decoder(source)
-    tokens = calibration_tokens(dense, source.folder, calibration, seed, "f32", progress)
+    dense = Decoder(source).keep()
+    tokens = calibration_tokens(source, calibration, seed, "f32", progress)
     sums = {name: torch.zeros(shape[1], dtype=torch.float64) for name, shape in source.linears.items()}
     hooks = [dense.linear(name).register_forward_pre_hook(_adder(total)) for name, total in sums.items()]
     try:

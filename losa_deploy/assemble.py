@@ -6,6 +6,7 @@ missing tensor, another shape, another number of blocks, or a type that cannot b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from losa_deploy.checkpoint import Checkpoint
@@ -13,6 +14,8 @@ from losa_deploy.errors import InputError
 from losa_deploy.pretrained import empty_model, first_line, load_config
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 TYPES = ("F32", "F16", "BF16")
@@ -51,27 +54,62 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-def assemble(checkpoint: Checkpoint, *, attention: str | None = None) -> PreTrainedModel:
-    """The causal LM with the tensors of `checkpoint`, read one by one; f32, in evaluation mode.
+def skeleton(
+    checkpoint: Checkpoint, *, attention: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The causal LM of `checkpoint` in evaluation mode, its blocks without memory.
+
+    All but the blocks holds the checkpoint's own tensors, f32 or `dtype`; see `fill` for the blocks. Raises
+    `InputError` as `fill` does.
+    """
+    from accelerate import init_empty_weights
+
+    config = load_config(checkpoint.folder)
+    # A head that is stored beside the embedding is one of its own, see `Checkpoint.tied`.
+    config.tie_word_embeddings = checkpoint.tied
+    with init_empty_weights(include_buffers=False):
+        model = empty_model(config, attention=attention)
+    elsewhere = set(model.all_tied_weights_keys) if checkpoint.tied else set()
+    inside = f"{checkpoint.family.blocks}."
+    names = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
+    fill(checkpoint, model, [name for name in names if name not in elsewhere], dtype)
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+def fill(
+    checkpoint: Checkpoint, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None
+) -> None:
+    """Give parameters of `model` the tensors of `checkpoint` with their names, f32 or `dtype`.
 
     Raises `InputError` naming a tensor that is missing or holds NaN or infinity.
     """
     import torch
 
-    config = load_config(checkpoint.folder)
-    # A head that is stored beside the embedding is one of its own, see `Checkpoint.tied`.
-    config.tie_word_embeddings = checkpoint.tied
-    model = empty_model(config, attention=attention)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = checkpoint.tensor(name)
-            if not bool(torch.isfinite(tensor).all()):
-                wrong = int((~torch.isfinite(tensor)).sum())
-                raise InputError(
-                    f"{checkpoint.file_of(name)} has {wrong} values in {name} that are NaN or infinite.",
-                    hint="Training in half precision leaves such weights; use an earlier checkpoint.",
-                )
-            parameter.copy_(tensor)
+    for name in names:
+        tensor = checkpoint.tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{checkpoint.file_of(name)} has {wrong} values in {name} that are NaN or infinite.",
+                hint="Training in half precision leaves such weights; use an earlier checkpoint.",
+            )
+        set_parameter(model, name, tensor.to(dtype or torch.float32))
+
+
+def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a parameter by one of any shape that does not train."""
+    from torch import nn
+
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
+
+
+def assemble(checkpoint: Checkpoint, *, attention: str | None = None) -> PreTrainedModel:
+    """The whole causal LM with the tensors of `checkpoint`; f32, in evaluation mode; see `fill`."""
+    model = skeleton(checkpoint, attention=attention)
+    inside = f"{checkpoint.family.blocks}."
+    fill(checkpoint, model, [name for name, _ in model.named_parameters() if name.startswith(inside)])
     return model
 
 

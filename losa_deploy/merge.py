@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ from losa_deploy.model import GRID_FILE, GRID_KEY, MASK_FILE, SparseModel, pack_
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from losa_deploy.compress.adapted import AdaptedLinear, AdaptedModel
+    from losa_deploy.compress.adapted import AdaptedModel
     from losa_deploy.compress.decoder import Decoder
     from losa_deploy.compress.grid import GridKind
+    from losa_deploy.compress.masked import AdaptedLinear
     from losa_deploy.interfaces import Progress
 
 PROOF_WINDOWS = 2
@@ -202,13 +205,9 @@ def prove(source: Checkpoint, adapted: AdaptedModel, folder: Path, evidence: _Ev
     from losa_deploy.compress.decoder import Decoder
 
     tokens = load_file(adapted.folder / CALIBRATION_FILE)["tokens"][:PROOF_WINDOWS]
-    decoder = Decoder(source)
-    with torch.no_grad():
-        expected = _branch_logits(decoder, adapted, tokens)
-        _load_merged(decoder, adapted)
-        merged = decoder.logits(tokens)
-        del decoder
-        from_disk = Decoder(Checkpoint.open(folder)).logits(tokens)
+    expected = _branch_logits(Decoder(source), adapted, tokens)
+    merged = _merged_logits(Decoder(source), adapted, tokens)
+    from_disk = Decoder(Checkpoint.open(folder)).logits_by_block(tokens, lambda block: None)
     widest = max(shape[1] for shape in source.linears.values())
     depth = len(source.linears)
     tolerance = float(expected.abs().max()) * torch.finfo(torch.float32).eps * widest**0.5 * depth
@@ -227,36 +226,54 @@ def prove(source: Checkpoint, adapted: AdaptedModel, folder: Path, evidence: _Ev
 
 def _branch_logits(decoder: Decoder, adapted: AdaptedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of base plus adapter branch: x·(W∘M)ᵀ + s·x·((BA)∘M)ᵀ, two matmuls, nothing merged."""
-    from torch import nn
+    from torch.nn.functional import linear as product_with
 
-    from losa_deploy.compress.adapted import restore_rest
+    handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    handles = []
-    restore_rest(decoder, adapted.rest())
-    for block in range(len(decoder.blocks)):
-        for name, linear in adapted.block(block).items():
-            module = decoder.linear(name)
-            module.weight.data = linear.weight * linear.mask
-            if linear.lora_a.shape[0]:
-                branch = linear.scale * (linear.lora_b @ linear.lora_a) * linear.mask
+    def add(m: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return y + product_with(x[0], w)
 
-                def add(
-                    m: nn.Module, x: tuple[torch.Tensor], y: torch.Tensor, w: torch.Tensor = branch
-                ) -> torch.Tensor:
-                    return y + nn.functional.linear(x[0], w)
+    def branch(linear: AdaptedLinear, module: nn.Linear) -> torch.Tensor:
+        if linear.lora_a.shape[0]:
+            product = linear.scale * (linear.lora_b @ linear.lora_a) * linear.mask
+            handles.append(module.register_forward_hook(partial(add, w=product)))
+        return linear.weight * linear.mask
 
-                handles.append(module.register_forward_hook(add))
-    logits = decoder.logits(tokens)
+    logits = _logits(decoder, adapted, tokens, branch)
     for handle in handles:
         handle.remove()
     return logits
 
 
-def _load_merged(decoder: Decoder, adapted: AdaptedModel) -> None:
-    """Put the merged f32 weights, before any cast, into `decoder`."""
-    for block in range(len(decoder.blocks)):
+def _merged_logits(decoder: Decoder, adapted: AdaptedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits with the merged f32 weights, before any cast."""
+    return _logits(decoder, adapted, tokens, lambda linear, module: linear.merged())
+
+
+def _logits(
+    decoder: Decoder,
+    adapted: AdaptedModel,
+    tokens: torch.Tensor,
+    weight_of: Callable[[AdaptedLinear, nn.Linear], torch.Tensor],
+) -> torch.Tensor:
+    """Logits with trained norms and the weights that `weight_of` gives; one block in memory."""
+    from losa_deploy.assemble import set_parameter
+
+    rest = adapted.rest()
+    inside = f"{decoder.family.blocks}."
+    for name in rest:
+        if not name.startswith(inside):
+            set_parameter(decoder.model, name, rest[name])
+
+    def change(block: int) -> None:
+        for name in decoder.block_parameters(block):
+            if name in rest:
+                set_parameter(decoder.model, name, rest[name])
         for name, linear in adapted.block(block).items():
-            decoder.linear(name).weight.data = linear.merged()
+            module = decoder.linear(name)
+            module.weight.data = weight_of(linear, module)
+
+    return decoder.logits_by_block(tokens, change)
 
 
 def _set_config(folder: Path, **values: str | bool) -> None:

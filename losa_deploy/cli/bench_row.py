@@ -98,9 +98,7 @@ def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpo
         )
 
 
-def _recipe(
-    row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJob, console: Console
-) -> Made:
+def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJob, console: Console) -> Made:
     """Compressed, merged and exported; an interrupted compression goes on where it was."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.assemble import folder_bytes

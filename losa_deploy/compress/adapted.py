@@ -18,8 +18,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.grid import GridKind
+from losa_deploy.compress.masked import AdaptedLinear
+from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.corpus import text_digest
 from losa_deploy.errors import InputError
 from losa_deploy.manifest import GridRecord, Record, SourceRecord, TrainingRecord, sha256_file
@@ -63,28 +64,6 @@ class AdaptedState(Record):
     @property
     def complete(self) -> bool:
         return self.step == self.recipe.schedule.steps
-
-
-@dataclass(frozen=True)
-class AdaptedLinear:
-    """One linear: W [out, in] f32 (zero outside M), M bool, A [rank, in], B [out, rank], s."""
-
-    weight: Tensor
-    mask: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    grid: GridKind | None = None
-    """The grid that the weight is on."""
-    scales: Tensor | None = None
-    """Of the grid: [out, groups], f16 numbers in f32."""
-
-    def merged(self) -> Tensor:
-        """(W + s·BA) ∘ M in f32; selected, not multiplied: a product would leave negative zeros."""
-        whole = self.weight
-        if self.lora_a.shape[0]:
-            whole = whole + self.scale * (self.lora_b @ self.lora_a)
-        return torch.where(self.mask, whole, 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,7 +154,7 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:02d}"
 
 
-def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedState:
+def save_step(folder: Path, state: AdaptedState, student: Student) -> AdaptedState:
     """Write the shards of `state.step`, then switch `state.json` to them and drop the old step."""
     from safetensors.torch import save_file
 
@@ -183,12 +162,14 @@ def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedSta
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    rest: dict[str, Tensor] = {}
     for block in range(len(student.blocks)):
-        save_file(block_tensors(student, block), partial / f"block-{block:05d}.safetensors")
+        with student.open(block):
+            save_file(block_tensors(student, block), partial / f"block-{block:05d}.safetensors")
+            rest |= {name: value.data.contiguous() for name, value in student.rest(block).items()}
+    rest |= {name: value.data.contiguous() for name, value in student.rest(None).items()}
     if trains_rest(state.recipe):
-        parts = [student.rest(block) for block in (*range(len(student.blocks)), None)]
-        values = {name: value.data.contiguous() for part in parts for name, value in part.items()}
-        save_file(values, partial / REST_FILE)
+        save_file(rest, partial / REST_FILE)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     state = write_state(folder, state)
@@ -196,7 +177,7 @@ def save_step(folder: Path, state: AdaptedState, student: Decoder) -> AdaptedSta
     return state
 
 
-def block_tensors(student: Decoder, block: int) -> dict[str, Tensor]:
+def block_tensors(student: Student, block: int) -> dict[str, Tensor]:
     """What is stored of a block: weights, mask bits, adapters, scales of grids."""
     tensors: dict[str, Tensor] = {}
     for name in student.block_linears(block):
@@ -216,14 +197,14 @@ def trains_rest(recipe: Recipe) -> bool:
     return any("norms" in phase.train for phase in recipe.phases)
 
 
-def load_rest(folder: Path, state: AdaptedState) -> Mapping[str, Tensor]:
-    """The norms and biases of the saved step by full name; empty if no phase trains them."""
+def load_rest(folder: Path, state: AdaptedState, names: Iterable[str] | None = None) -> Mapping[str, Tensor]:
+    """The norms and biases of the saved step by full name, all or some; empty if no phase trains them."""
     if not state.step or not trains_rest(state.recipe):
         return {}
-    return read_tensors(step_folder(folder, state.step) / REST_FILE)
+    return read_tensors(step_folder(folder, state.step) / REST_FILE, names)
 
 
-def grid_records(student: Decoder, names: Iterable[str]) -> dict[str, GridRecord]:
+def grid_records(student: Student, names: Iterable[str]) -> dict[str, GridRecord]:
     """The grids of those linears that are on one."""
     kinds = {name: student.masked(name).grid for name in names}
     return {
@@ -246,19 +227,27 @@ def write_state(folder: Path, state: AdaptedState) -> AdaptedState:
     return state
 
 
+def stored_block(folder: Path, state: AdaptedState, student: Student, block: int) -> StoredBlock:
+    """A block as the last finished step left it; nothing before the first."""
+    if not state.step:
+        return StoredBlock()
+    rest = load_rest(folder, state, student.rest(block)) if trains_rest(state.recipe) else {}
+    return StoredBlock(load_block(folder, state, block), rest)
+
+
 def load_block(folder: Path, state: AdaptedState, block: int) -> dict[str, AdaptedLinear]:
     """Read one shard; raises `InputError` naming the file if it is missing or damaged."""
     path = step_folder(folder, state.step) / f"block-{block:05d}.safetensors"
     return linears_of(read_tensors(path), state.scales, state.grids)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What a file of `compress` holds; raises `InputError` naming it if it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """What a file of `compress` holds, all or some; `InputError` naming it if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in (handle.keys() if names is None else names)}
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read: {error}.", hint=f"Delete {path.parent.parent} and compress again."
@@ -287,34 +276,3 @@ def linears_of(
             scales=tensors.get(f"{name}.scales"),
         )
     return result
-
-
-def restore(folder: Path, state: AdaptedState, student: Decoder) -> None:
-    """Put the saved step into `student`, whose linears are `MaskedLinear`s."""
-    for block in range(len(student.blocks)):
-        restore_block(student, load_block(folder, state, block))
-    restore_rest(student, load_rest(folder, state))
-
-
-@torch.no_grad()
-def restore_rest(student: Decoder, values: Mapping[str, Tensor]) -> None:
-    """Put saved norms and biases into `student`."""
-    for name, value in values.items():
-        student.model.get_parameter(name).copy_(value)
-
-
-@torch.no_grad()
-def restore_block(student: Decoder, linears: Mapping[str, AdaptedLinear]) -> None:
-    """Put saved linears into `student`."""
-    from torch import nn
-
-    for name, saved in linears.items():
-        linear = student.masked(name)
-        linear.mask.copy_(saved.mask)
-        linear.weight.copy_(saved.weight)
-        linear.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
-        linear.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
-        linear.scale = saved.scale
-        linear.grid = saved.grid
-        if saved.scales is not None:
-            linear.scales = nn.Parameter(saved.scales, requires_grad=False)

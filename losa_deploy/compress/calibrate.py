@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from losa_deploy.compress.decoder import Decoder
+from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.sample import sampled_tokens
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
@@ -33,12 +33,13 @@ def text_tokens(folder: Path, source: Path, samples: int, length: int, seed: int
 
 
 def calibration_tokens(
-    dense: Decoder, folder: Path, recipe: CalibrationRecipe, seed: int, precision: str, progress: Progress
+    source: Checkpoint, recipe: CalibrationRecipe, seed: int, precision: str, progress: Progress
 ) -> Tensor:
-    """The calibration set [samples, sequence_length] int64 of a recipe."""
+    """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`."""
     if recipe.source != "self":
-        return text_tokens(folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
-    return sampled_tokens(dense, recipe, text_starts(folder, recipe.start), seed, precision, progress)
+        return text_tokens(source.folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
+    starts = text_starts(source.folder, recipe.start)
+    return sampled_tokens(source, recipe, starts, seed, precision, progress)
 
 
 def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Tensor]) -> Tensor:

@@ -1,20 +1,20 @@
-"""A decoder in torch, opened block by block: the stream of hidden states through its blocks."""
+"""A decoder in torch whose blocks are in memory while they are open, and the stream through them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from losa_deploy.assemble import assemble
+from losa_deploy.assemble import fill, set_parameter, skeleton
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.compress.masked import MaskedLinear
 from losa_deploy.compress.precision import products
 from losa_deploy.families import Family
-from losa_deploy.pretrained import load_model
 
 ATTENTION = "sdpa"
 LARGEST_BATCH = 8
@@ -76,20 +76,64 @@ class Stream:
 
 
 class Decoder:
-    """A causal LM in f32 on the CPU, without gradients, addressed by its family's names."""
+    """A causal LM on the CPU, without gradients, addressed by its family's names.
 
-    def __init__(self, checkpoint: Checkpoint, *, assembled: bool = False) -> None:
-        """As transformers loads the folder, or put together from the checkpoint's own tensors.
+    A block has its weights while it is open, and is read from the checkpoint again each time.
+    """
 
-        Raises `InputError` if the folder cannot be loaded, or (assembled) a weight is not finite.
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, attention: str = ATTENTION
+    ) -> None:
+        """Put together from the checkpoint's own tensors, f32 or another `dtype`; no block is open.
+
+        `attention` is transformers' name of an implementation. Raises `InputError` here or when a block is
+        opened if a weight is missing or not finite.
         """
+        self.checkpoint = checkpoint
         self.family: Family = checkpoint.family
         self.names = tuple(checkpoint.linears)
-        if assembled:
-            model = assemble(checkpoint, attention=ATTENTION)
-        else:
-            model = load_model(checkpoint.folder, attention=ATTENTION)
-        self.model: nn.Module = model.requires_grad_(False)
+        self.dtype = dtype
+        self.model: nn.Module = skeleton(checkpoint, attention=attention, dtype=dtype)
+        self._users: Counter[int] = Counter()
+
+    @contextmanager
+    def open(self, *blocks: int) -> Iterator[None]:
+        """Blocks have their weights inside; what becomes of these is lost with the last who has it open."""
+        with ExitStack() as stack:
+            for block in blocks:
+                self._enter(block)
+                stack.callback(self._close, block)
+            yield
+
+    def _close(self, block: int) -> None:
+        self._users[block] -= 1
+        if not self._users[block]:
+            self.drop_block(block)
+
+    def keep(self) -> Self:
+        """Open all blocks, until `release`."""
+        for block in range(len(self.blocks)):
+            self._enter(block)
+        return self
+
+    def release(self) -> None:
+        """End of `keep`."""
+        for block in range(len(self.blocks)):
+            self._close(block)
+
+    def load_block(self, block: int) -> None:
+        """Read the weights of a block."""
+        fill(self.checkpoint, self.model, self.block_parameters(block), self.dtype)
+
+    def drop_block(self, block: int) -> None:
+        """Forget the weights of a block; their shapes stay."""
+        for name in self.block_parameters(block):
+            set_parameter(self.model, name, self.model.get_parameter(name).to("meta"))
+
+    def block_parameters(self, block: int) -> tuple[str, ...]:
+        """Full names of a block's parameters in the checkpoint."""
+        prefix = f"{self.family.blocks}.{block}"
+        return tuple(f"{prefix}.{name}" for name, _ in self.blocks[block].named_parameters())
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -102,36 +146,10 @@ class Decoder:
         return tuple(f"{self.family.blocks}.{block}.{name}" for name in self.family.block_linears())
 
     def linear(self, name: str) -> nn.Linear:
-        """A linear of the dense model."""
+        """A linear of the model; see `open`."""
         module = self.model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         return module
-
-    def masked(self, name: str) -> MaskedLinear:
-        """A linear of a model prepared by `mask_linears`."""
-        module = self.model.get_submodule(name)
-        assert isinstance(module, MaskedLinear)
-        return module
-
-    def mask_linears(self) -> None:
-        """Replace every block linear by a `MaskedLinear` with a full mask (same function)."""
-        for name in self.names:
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, MaskedLinear.from_linear(self.linear(name)))
-
-    def rest(self, block: int | None) -> dict[str, nn.Parameter]:
-        """What phases call norms: norms, and biases of linears, of one block or (None) behind the last one.
-
-        By full name, as in the checkpoint.
-        """
-        prefix = self.family.final_norm if block is None else f"{self.family.blocks}.{block}"
-        module = self.model.get_submodule(prefix)
-        inner = {name for name, child in module.named_modules() if isinstance(child, MaskedLinear)}
-        return {
-            f"{prefix}.{name}": parameter
-            for name, parameter in module.named_parameters()
-            if name.endswith("bias") or name.rpartition(".")[0] not in inner
-        }
 
     @property
     def head(self) -> nn.Linear:
@@ -146,9 +164,30 @@ class Decoder:
         Differentiable.
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        with products(precision):
+        with products(precision), self.passing():
             hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden.float()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside, the model opens each block while it computes it. Gradients need open blocks, see `keep`."""
+        handles = []
+        for block, module in enumerate(self.blocks):
+            if not self._users[block]:
+                handles += [
+                    module.register_forward_pre_hook(lambda *_, number=block: self._enter(number)),
+                    module.register_forward_hook(lambda *_, number=block: self._close(number)),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, block: int) -> None:
+        self._users[block] += 1
+        if self._users[block] == 1:
+            self.load_block(block)
 
     def logits(self, tokens: Tensor, precision: str = "f32") -> Tensor:
         """Logits [samples, tokens, vocab] f32 of `tokens` [samples, tokens] int64; differentiable."""
@@ -183,6 +222,16 @@ class Decoder:
                 parts.append(parent(input_ids=tokens, use_cache=False).last_hidden_state)
         return torch.cat(parts)
 
+    def logits_by_block(self, tokens: Tensor, change: Callable[[int], None]) -> Tensor:
+        """Logits [samples, tokens, vocab] with what `change` does to each block after it was opened."""
+        stream = self.stream(tokens, batch_size(tokens.shape[0]))
+        for block in range(len(self.blocks)):
+            with self.open(block):
+                change(block)
+                stream = self.advance(block, stream)
+        logits: Tensor = self.head(self.finish(stream))
+        return logits
+
     @contextmanager
     def _replaced(self, modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         """The module that holds the blocks, with others in their place for a while."""
@@ -195,7 +244,7 @@ class Decoder:
             setattr(parent, child, blocks)
 
     def run_block(self, block: int, hidden: Tensor, arguments: BlockArguments) -> Tensor:
-        """One block on a batch [any, tokens, hidden] with a stream's arguments; differentiable."""
+        """One open block on a batch [any, tokens, hidden] with a stream's arguments; differentiable."""
         output = self.blocks[block](hidden, **arguments)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -204,7 +253,7 @@ class Decoder:
     def advance(self, block: int, stream: Stream, precision: str = "f32") -> Stream:
         """The stream after `block`; hidden states stay f32 (see `precision.products`)."""
         result = torch.empty_like(stream.hidden)
-        for part in stream.batches():
-            with products(precision):
+        with self.open(block), products(precision):
+            for part in stream.batches():
                 result[part] = self.run_block(block, stream.hidden[part], stream.arguments[block])
         return Stream(result, stream.arguments, stream.batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,28 @@ class _MaskedAdapterFunction(torch.autograd.Function):
         return grad_x, None, None, lora_b.T @ grad_product, grad_product @ lora_a.T, None
 
 
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """One linear: W [out, in] f32 (zero outside M), M bool, A [rank, in], B [out, rank], s."""
+
+    weight: Tensor
+    mask: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    grid: GridKind | None = None
+    """The grid that the weight is on."""
+    scales: Tensor | None = None
+    """Of the grid: [out, groups], f16 numbers in f32."""
+
+    def merged(self) -> Tensor:
+        """(W + s·BA) ∘ M in f32; selected, not multiplied: a product would leave negative zeros."""
+        whole = self.weight
+        if self.lora_a.shape[0]:
+            whole = whole + self.scale * (self.lora_b @ self.lora_a)
+        return torch.where(self.mask, whole, 0.0)
+
+
 class MaskedLinear(nn.Module):
     """y = x·(W + s·(B·A)∘M)ᵀ + b with W zero outside M.
 
@@ -70,6 +94,30 @@ class MaskedLinear(nn.Module):
         """The same function with a full mask; shares the weight's storage."""
         bias = None if linear.bias is None else linear.bias.data
         return cls(linear.weight.data, bias, torch.ones_like(linear.weight, dtype=torch.bool))
+
+    def take(self, saved: AdaptedLinear | None) -> None:
+        """Become what was saved; without it a full mask around the weight that is here."""
+        if saved is None:
+            rows, columns = self.weight.shape
+            self.mask = torch.ones(rows, columns, dtype=torch.bool)
+            self.lora_a = nn.Parameter(torch.zeros(0, columns), requires_grad=False)
+            self.lora_b = nn.Parameter(torch.zeros(rows, 0), requires_grad=False)
+            self.scale, self.grid = 0.0, None
+            return
+        self.weight = nn.Parameter(saved.weight, requires_grad=False)
+        self.mask = saved.mask
+        self.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
+        self.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
+        self.scale, self.grid = saved.scale, saved.grid
+        if saved.scales is not None:
+            self.scales = nn.Parameter(saved.scales, requires_grad=False)
+
+    def drop(self) -> None:
+        """Forget the values until `take`."""
+        for name in ("weight", "lora_a", "lora_b", "scales"):
+            value = getattr(self, name).data.to("meta")
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+        self.mask = self.mask.to("meta")
 
     @property
     def rank(self) -> int:

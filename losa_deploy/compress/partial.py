@@ -53,6 +53,16 @@ class Partial:
             found.append(record)
         return found
 
+    def block(self, block: int) -> Mapping[str, object] | None:
+        """The record of a block finished in this step, None if there is none; its tensors are not checked."""
+        return self._read(f"block-{block:05d}", check=False)
+
+    def forget_blocks(self, first: int) -> None:
+        """Let `first` and the blocks after it count as not finished."""
+        for path in self.path.glob("block-*.json"):
+            if int(path.stem.removeprefix("block-")) >= first:
+                path.unlink()
+
     def block_file(self, block: int) -> Path:
         """The tensors of a finished block."""
         return self.path / f"block-{block:05d}.safetensors"
@@ -99,10 +109,10 @@ class Partial:
         partial.write_text(text, "utf-8")
         os.replace(partial, self.path / f"{name}.json")
 
-    def _read(self, name: str) -> Mapping[str, object] | None:
+    def _read(self, name: str, *, check: bool = True) -> Mapping[str, object] | None:
         try:
             record = json.loads((self.path / f"{name}.json").read_text("utf-8"))
-            whole = record["sha256"] == sha256_file(self.path / f"{name}.safetensors")
+            whole = not check or record["sha256"] == sha256_file(self.path / f"{name}.safetensors")
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if whole and record.get("step") == self.step else None

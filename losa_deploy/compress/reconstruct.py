@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losa_deploy.compress.decoder import Decoder, Stream, slices
+from losa_deploy.compress.decoder import Stream, slices
 from losa_deploy.compress.losses import learning_factor, require_finite, token_error
 from losa_deploy.compress.precision import products
+from losa_deploy.compress.student import Student
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
@@ -28,7 +29,7 @@ PROBES = (0.5, 1.0, 2.0)
 class BlockTask:
     """One block of the student or two neighbours, their inputs, and what they should give."""
 
-    student: Decoder
+    student: Student
     blocks: range
     names: tuple[str, ...]
     """Linears that train: those that are pruned."""

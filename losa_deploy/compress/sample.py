@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
@@ -17,13 +17,13 @@ from losa_deploy.recipe import CalibrationRecipe
 BATCH = 128
 """Sequences that go on together: a weight is read once for all of them."""
 GROUPED = "losa_grouped"
-"""transformers' name of the attention that `_attend_by_groups` registers."""
+"""transformers' name of the attention that `_register_attention` registers."""
 WIDTH = 256
 """Entries of a distribution that are summed up first when one is drawn."""
 
 
 def sampled_tokens(
-    dense: Decoder,
+    source: Checkpoint,
     recipe: CalibrationRecipe,
     starts: Sequence[Sequence[int]],
     seed: int,
@@ -38,25 +38,24 @@ def sampled_tokens(
     over the vocabulary.
     """
     draw = generator(seed, "calibration")
-    vocabulary = dense.head.out_features
     length = recipe.sequence_length
-    drawn = torch.randint(vocabulary, (recipe.samples,), generator=draw).tolist()
+    # In bf16 weights are read twice as fast, and so are keys and values.
+    dtype = torch.bfloat16 if uses_bf16(precision) else torch.float32
+    _register_attention()
+    dense = Decoder(source, dtype=dtype, attention=GROUPED).keep()
+    drawn = torch.randint(dense.head.out_features, (recipe.samples,), generator=draw).tolist()
     given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
-    model = copy.deepcopy(dense.model)
-    _attend_by_groups(model)
-    if uses_bf16(precision):
-        # Read twice as fast, and so are its keys and values.
-        model.to(torch.bfloat16)
     parts = []
     total = length * -(-recipe.samples // BATCH)
     for start in range(0, recipe.samples, BATCH):
         done = length * (start // BATCH)
-        parts.append(_continue(model, given[start : start + BATCH], recipe, draw, progress, done, total))
+        some = given[start : start + BATCH]
+        parts.append(_continue(dense.model, some, recipe, draw, progress, done, total))
     return torch.cat(parts)
 
 
-def _attend_by_groups(model: nn.Module) -> None:
-    """Let a model of transformers attend from one new token in less than half the time.
+def _register_attention() -> None:
+    """Let models of transformers attend from one new token in less than half the time.
 
     Query heads that share a key head become queries of that head, so that keys and values are read once.
     """
@@ -65,7 +64,6 @@ def _attend_by_groups(model: nn.Module) -> None:
 
     AttentionInterface.register(GROUPED, _attend)
     AttentionMaskInterface.register(GROUPED, sdpa_mask)
-    model.set_attn_implementation(GROUPED)  # type: ignore[operator]
 
 
 def _attend(

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,13 +24,15 @@ from losa_deploy.compress.importance import block_gram, block_importance, linear
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
+from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.compress.tune import ModelTask, tune
-from losa_deploy.compress.walk import Walk, settle_grid, walk_blocks
+from losa_deploy.compress.walk import Walk, finished_block, settle_grid, walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.parity import logit_tolerance
 from losa_deploy.phases import PhaseRecipe
+from losa_deploy.pretrained import load_model
 from losa_deploy.recipe import Recipe
 
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
@@ -42,7 +45,7 @@ class _Run:
 
     recipe: Recipe
     dense: Decoder
-    student: Decoder
+    student: Student
     tokens: Tensor
     folder: Path
     source: Path
@@ -53,16 +56,14 @@ class _Run:
 
     def __post_init__(self) -> None:
         blocks = range(len(self.student.blocks))
-        self.sizes = np.array([sum(m.numel() for m in self.block_masks(b)) for b in blocks], np.float64)
+        self.sizes = np.array([self.block_size(block) for block in blocks], np.float64)
 
-    def block_masks(self, block: int) -> list[Tensor]:
-        names = self.student.block_linears(block)
-        return [self.student.masked(name).mask for name in names if name in self.masked]
+    def prunable(self, block: int) -> list[str]:
+        return [name for name in self.student.block_linears(block) if name in self.masked]
 
-    def block_sparsity(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Share of pruned positions per block, over the prunable linears."""
-        kept = [sum(int(m.sum()) for m in self.block_masks(b)) for b in range(len(self.sizes))]
-        return 1.0 - np.array(kept, np.float64) / np.maximum(self.sizes, 1)
+    def block_size(self, block: int) -> int:
+        """Prunable weights of a block."""
+        return sum(self.student.masked(name).weight.numel() for name in self.prunable(block))
 
     def block_kept(self) -> list[int]:
         """The largest N of every M that each block can have in the next step of an N:M recipe."""
@@ -70,8 +71,12 @@ class _Run:
         m = self.recipe.sparsity.group[1]
         if self.recipe.prune.regrow:
             return [m] * len(self.sizes)
-        masks = [self.block_masks(block) for block in range(len(self.sizes))]
-        return [max((kept_of_group(mask, m) for mask in block), default=m) for block in masks]
+        found = []
+        for block in range(len(self.sizes)):
+            with self.student.open(block):
+                masks = [self.student.masked(name).mask for name in self.prunable(block)]
+                found.append(max((kept_of_group(mask, m) for mask in masks), default=m))
+        return found
 
 
 def compress(
@@ -85,8 +90,9 @@ def compress(
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
-    `texts` is a folder for text that the model wrote itself: runs that ask for the same share it. A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
-    as it is. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
+    A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
+    as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
+    Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
     mark = adapted.fingerprint(record.files, recipe)
@@ -94,13 +100,12 @@ def compress(
     if state is not None and state.fingerprint == mark and state.complete:
         return AdaptedModel(folder, state)
     masked = masked_linears(source, recipe)
-    dense, student = Decoder(source), Decoder(source, assembled=True)
-    student.mask_linears()
-    check_unpruned(source, dense, student)
+    dense, student = Decoder(source), Student(source)
+    check_unpruned(source, dense)
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tokens = _tokens(dense, source, record, recipe, texts, progress)
+        tokens = _tokens(source, record, recipe, texts, progress)
         _save_tokens(folder, tokens)
         state = AdaptedState(
             fingerprint=mark,
@@ -114,17 +119,27 @@ def compress(
         state = adapted.write_state(folder, state)
     else:
         tokens = _load_tokens(folder)
-        if state.step:
-            adapted.restore(folder, state, student)
+    student.restore_rest(adapted.load_rest(folder, state, student.rest(None)))
     run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
-        state = adapted.save_step(folder, _step(run, state, step), student)
-        Partial(folder, step).remove()
+        partial = Partial(folder, step)
+        with ExitStack() as stack:
+            state = adapted.save_step(folder, _step(run, state, partial, stack), student)
+        partial.remove()
     return AdaptedModel(folder, state)
 
 
+def _stored(run: _Run, state: AdaptedState, partial: Partial | None) -> Callable[[int], StoredBlock]:
+    """Blocks as the step before left them, or (with `partial`) this one where it has come to them."""
+
+    def block(number: int) -> StoredBlock:
+        found = finished_block(partial, run.student, number) if partial else None
+        return found or adapted.stored_block(run.folder, state, run.student, number)
+
+    return block
+
+
 def _tokens(
-    dense: Decoder,
     source: Checkpoint,
     record: SourceRecord,
     recipe: Recipe,
@@ -134,9 +149,7 @@ def _tokens(
     """The calibration set; the model's own text from `texts` if a run before left it there."""
 
     def make() -> Tensor:
-        return calibration_tokens(
-            dense, source.folder, recipe.calibration, recipe.seed, recipe.precision, progress
-        )
+        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress)
 
     if texts is None or recipe.calibration.source != "self":
         return make()
@@ -150,15 +163,16 @@ def _tokens(
 
 
 @torch.no_grad()
-def check_unpruned(source: Checkpoint, dense: Decoder, student: Decoder) -> None:
-    """Compare the student, whose masks are still full, with the model as transformers loads it, on logits.
+def check_unpruned(source: Checkpoint, dense: Decoder) -> None:
+    """Compare the model that is put together from the source's tensors with the one transformers loads.
 
-    The student holds what later stages read tensor by tensor: if the two differ, one of them is not the
-    user's model. Raises `InputError`.
+    Their logits; `dense` is what later stages read: if the two differ, one of them is not the user's model.
+    Raises `InputError`.
     """
     vocabulary = source.shape(f"{source.family.embedding}.weight")[0]
     tokens = (torch.arange(1, PROBE_TOKENS + 1) * PROBE_STRIDE % vocabulary)[None]
-    expected, found = dense.logits(tokens), student.logits(tokens)
+    loaded = load_model(source.folder)
+    expected, found = loaded(input_ids=tokens, use_cache=False).logits, dense.logits(tokens)
     difference = float((found - expected).abs().max())
     inner = max(columns for _, columns in source.linears.values())
     tolerance = logit_tolerance(float(expected.abs().max()), source.block_count, inner)
@@ -181,24 +195,34 @@ def masked_linears(source: Checkpoint, recipe: Recipe) -> frozenset[str]:
     return names
 
 
-def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
-    """One schedule step: rates, then prune (and reconstruct) block by block, then ranks and tuning."""
-    recipe = run.recipe
+def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) -> AdaptedState:
+    """One schedule step: rates, then prune (and reconstruct) block by block, then ranks and tuning.
+
+    What is not in `partial` yet is in the student's blocks, which stay open as long as `stack`.
+    """
+    recipe, step = run.recipe, partial.step
     steps = recipe.schedule.steps
     at_once = recipe.sparsity.structure.stride > 0  # sliding windows have no sparsity in between
     target = allocate.sparsity_ramp(
         recipe.sparsity.target, step, steps, recipe.schedule.ramp, at_once=at_once
     )
-    rates = _rates(run, target)
+    # What a step begins with decides its rates, also where an interrupted run has gone further.
+    run.student.stored = _stored(run, state, None)
+    before = np.array(state.block_sparsity or np.zeros(len(run.sizes)), np.float64)
+    rates = _rates(run, target, before)
     kept = None
     if recipe.sparsity.group is not None:
         kept = allocate.kept_per_block(rates, target, recipe.sparsity, run.sizes, run.block_kept())
+    run.student.stored = _stored(run, state, partial)
     label = f"step {step}/{steps}: pruning to {target:.3f}"
-    partial = Partial(run.folder, step)
     walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
     results, dense = walk_blocks(walk, run.tokens, rates, kept)
     ranks = tuple(0 for _ in results)
-    if any("adapters" in phase.train for phase in recipe.phases):
+    adapters = any("adapters" in phase.train for phase in recipe.phases)
+    if adapters or any(phase.where == "model" for phase in recipe.phases):
+        run.student.keep()
+        stack.callback(run.student.release)
+    if adapters:
         ranks = _set_ranks(run, np.array([result.error for result in results], np.float64), step)
     training = [
         TrainingRecord(
@@ -213,10 +237,11 @@ def _step(run: _Run, state: AdaptedState, step: int) -> AdaptedState:
         for place, (number, phase) in enumerate(walk.phases)
     ]
     training += _model_phases(run, partial, step, dense)
+    sparsity = 1.0 - np.array([result.kept for result in results], np.float64) / np.maximum(run.sizes, 1)
     return state.model_copy(
         update={
             "step": step,
-            "block_sparsity": tuple(float(s) for s in run.block_sparsity()),
+            "block_sparsity": tuple(float(s) for s in sparsity),
             "block_rank": ranks,
             "block_error": tuple(result.error for result in results),
             "scales": {
@@ -270,8 +295,10 @@ def _thinned(losses: Sequence[float], most: int = 200) -> tuple[float, ...]:
     return tuple(float(piece.mean()) for piece in pieces if len(piece))
 
 
-def _rates(run: _Run, target: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Sparsity rate per block, mean exactly `target` over the prunable weights."""
+def _rates(
+    run: _Run, target: float, before: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Sparsity rate per block, mean exactly `target` over the prunable weights; `before` as they are now."""
     recipe = run.recipe.allocation
     blocks = len(run.sizes)
     if run.recipe.sparsity.structure.stride:
@@ -284,7 +311,7 @@ def _rates(run: _Run, target: float) -> np.ndarray[tuple[int], np.dtype[np.float
         deviation = allocate.slope_deviation(blocks)
     else:
         deviation = np.zeros(blocks)
-    floor = np.zeros(blocks) if run.recipe.prune.regrow else run.block_sparsity()
+    floor = np.zeros(blocks) if run.recipe.prune.regrow else before
     limit = allocate.deviation_limit(target, recipe.delta)
     return allocate.allocate_rates(target, deviation, limit, run.sizes, floor)
 

@@ -13,6 +13,7 @@ from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
 from losa_deploy.compress.partial import Partial, Point
 from losa_deploy.compress.precision import uses_bf16
+from losa_deploy.compress.student import Student
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
@@ -25,7 +26,7 @@ PROBE_SHARE = 20
 class ModelTask:
     """What a phase trains and by what; `student` is changed, `dense` is read."""
 
-    student: Decoder
+    student: Student
     dense: Decoder
     names: tuple[str, ...]
     """Linears that train."""

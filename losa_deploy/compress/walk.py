@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from losa_deploy.compress import adapted
@@ -25,6 +26,7 @@ from losa_deploy.compress.prune import (
 )
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.seeds import generator
+from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import GridRecord, Record
 from losa_deploy.phases import PhaseRecipe
@@ -38,7 +40,7 @@ REST = "rest:"
 class Walk:
     """What a pass needs to know; `student` is changed, `dense` is read."""
 
-    student: Decoder
+    student: Student
     dense: Decoder
     masked: frozenset[str]
     recipe: Recipe
@@ -68,6 +70,8 @@ class BlockResult:
     """See `block_error`."""
     trained: tuple[tuple[float, float], ...]
     """Held-out error before and after each of the walk's phases."""
+    kept: int
+    """Kept positions of its prunable linears."""
 
 
 def walk_blocks(
@@ -82,18 +86,19 @@ def walk_blocks(
     batch = batch_size(tokens.shape[0])
     ours, dense = walk.student.stream(tokens, batch), walk.dense.stream(tokens, batch)
     count = len(walk.student.blocks)
-    # All of them first: a block that trains together with the next one is changed by that one's file.
-    results = [_finished_block(walk, i, record) for i, record in enumerate(walk.partial.blocks()[:count])]
+    results = finished_blocks(walk.partial)[:count]
+    walk.partial.forget_blocks(len(results))
     earlier = ours
     for block in range(count):
-        dense = walk.dense.advance(block, dense, walk.recipe.precision)
-        if block < len(results):
-            earlier, ours = ours, walk.student.advance(block, ours, walk.recipe.precision)
-        else:
-            kept_here = kept[block] if kept is not None else 0
-            place = Place(block, earlier, ours, dense)
-            result, earlier, ours = _make_block(walk, place, float(rates[block]), kept_here)
-            results.append(result)
+        with walk.dense.open(block):
+            dense = walk.dense.advance(block, dense, walk.recipe.precision)
+            if block < len(results):
+                earlier, ours = ours, walk.student.advance(block, ours, walk.recipe.precision)
+            else:
+                kept_here = kept[block] if kept is not None else 0
+                place = Place(block, earlier, ours, dense)
+                result, earlier, ours = _make_block(walk, place, float(rates[block]), kept_here)
+                results.append(result)
         walk.progress(block + 1, count, walk.label)
     return results, dense
 
@@ -112,32 +117,46 @@ class Place:
 
 
 def _make_block(walk: Walk, place: Place, rate: float, kept: int) -> tuple[BlockResult, Stream, Stream]:
-    """Prune and train one block, and save it.
+    """Prune and train one block, which the dense model has open, and save it.
 
     Returns the result and the student's streams before and after the block.
     """
     precision, block, ours, dense = walk.recipe.precision, place.block, place.ours, place.dense
     reference = walk.dense.advance(block, ours, precision) if _needs_local_error(walk.recipe) else dense
-    statistics = _input_statistics(walk, block, ours)
-    prune_block(walk, block, statistics, rate, kept)
-    trained, ours = _train_block(walk, place, statistics)
-    after = walk.student.advance(block, ours, precision)
-    error = block_error(after.hidden, reference.hidden)
     changed = range(max(0, block + 1 - walk.window), block + 1)
-    names = [name for index in changed for name in walk.student.block_linears(index)]
+    with walk.student.open(*changed):
+        statistics = _input_statistics(walk, block, ours)
+        prune_block(walk, block, statistics, rate, kept)
+        trained, ours = _train_block(walk, place, statistics)
+        after = walk.student.advance(block, ours, precision)
+        masks = [walk.student.masked(n).mask for n in walk.student.block_linears(block) if n in walk.masked]
+        result = BlockResult(
+            block_error(after.hidden, reference.hidden),
+            tuple(trained),
+            sum(int(mask.sum()) for mask in masks),
+        )
+        _save(walk, block, changed, result)
+    return result, ours, after
+
+
+def _save(walk: Walk, block: int, changed: Sequence[int], result: BlockResult) -> None:
+    """Save a finished block, and those before it that trained with it."""
+    student = walk.student
+    names = [name for index in changed for name in student.block_linears(index)]
     record = {
-        "error": error,
-        "trained": [list(pair) for pair in trained],
-        "scales": {n: walk.student.masked(n).scale for n in names if walk.student.masked(n).rank},
-        "grids": {n: g.model_dump() for n, g in adapted.grid_records(walk.student, names).items()},
+        "error": result.error,
+        "trained": [list(pair) for pair in result.trained],
+        "kept": result.kept,
+        "blocks": list(changed),
+        "scales": {n: student.masked(n).scale for n in names if student.masked(n).rank},
+        "grids": {n: g.model_dump() for n, g in adapted.grid_records(student, names).items()},
     }
     tensors: dict[str, Tensor] = {}
     for index in changed:
-        tensors |= adapted.block_tensors(walk.student, index)
+        tensors |= adapted.block_tensors(student, index)
         if adapted.trains_rest(walk.recipe):
-            tensors |= {f"{REST}{name}": value.data for name, value in walk.student.rest(index).items()}
+            tensors |= {f"{REST}{name}": value.data for name, value in student.rest(index).items()}
     walk.partial.save_block(block, tensors, record)
-    return BlockResult(error, tuple(trained)), ours, after
 
 
 def _train_block(
@@ -183,17 +202,6 @@ def settle_grid(
             linear.put_on_grid(kind, None if seen is None else seen.squares / max(1, seen.count))
 
 
-def _finished_block(walk: Walk, block: int, record: Mapping[str, object]) -> BlockResult:
-    """Take a block that was finished before the run was interrupted."""
-    saved = FinishedBlock.model_validate(record)
-    path = walk.partial.block_file(block)
-    tensors = adapted.read_tensors(path)
-    rest = {name.removeprefix(REST): tensors.pop(name) for name in list(tensors) if name.startswith(REST)}
-    adapted.restore_rest(walk.student, rest)
-    adapted.restore_block(walk.student, adapted.linears_of(tensors, saved.scales, saved.grids))
-    return BlockResult(saved.error, saved.trained)
-
-
 class FinishedBlock(Record):
     """What is recorded beside the tensors of a finished block."""
 
@@ -201,8 +209,40 @@ class FinishedBlock(Record):
     sha256: str
     error: float
     trained: tuple[tuple[float, float], ...]
+    kept: int
+    blocks: tuple[int, ...]
+    """Those in the file: it, and the ones that trained with it."""
     scales: dict[str, float]
     grids: dict[str, GridRecord]
+
+
+def finished_blocks(partial: Partial) -> list[BlockResult]:
+    """What a step that was interrupted had finished; a record of another version ends it."""
+    results: list[BlockResult] = []
+    for record in partial.blocks():
+        try:
+            saved = FinishedBlock.model_validate(record)
+        except ValidationError:
+            break
+        results.append(BlockResult(saved.error, saved.trained, saved.kept))
+    return results
+
+
+def finished_block(partial: Partial, student: Student, block: int) -> StoredBlock | None:
+    """A block as the unfinished step left it: in its own file, or in that of the next, which changed it."""
+    prefix = f"{student.family.blocks}.{block}."
+    for holder in (block + 1, block):
+        record = partial.block(holder)
+        if record is None:
+            continue
+        saved = FinishedBlock.model_validate(record)
+        if block in saved.blocks:
+            tensors = adapted.read_tensors(partial.block_file(holder))
+            own = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+            marked = f"{REST}{prefix}"
+            rest = {n.removeprefix(REST): value for n, value in tensors.items() if n.startswith(marked)}
+            return StoredBlock(adapted.linears_of(own, saved.scales, saved.grids), rest)
+    return None
 
 
 def _needs_local_error(recipe: Recipe) -> bool:

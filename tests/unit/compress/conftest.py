@@ -11,6 +11,7 @@ import torch
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.partial import Partial
+from losa_deploy.compress.student import Student
 from losa_deploy.compress.walk import Walk, prune_block
 from losa_deploy.compress.walk import _input_statistics as input_statistics
 from losa_deploy.interfaces import no_progress
@@ -52,8 +53,7 @@ def new_walk(correlated_llama: Path, tmp_path: Path) -> NewWalk:
 
     def make(recipe: Recipe) -> Walk:
         source = Checkpoint.open(correlated_llama)
-        dense, student = Decoder(source), Decoder(source, assembled=True)
-        student.mask_linears()
+        dense, student = Decoder(source).keep(), Student(source).keep()
         return Walk(
             student, dense, frozenset(source.linears), recipe, 1, "", no_progress, Partial(tmp_path, 1)
         )

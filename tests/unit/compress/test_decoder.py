@@ -42,7 +42,7 @@ def test_a_short_last_batch_gives_what_the_model_gives(kind: str, length: int, t
     torch.manual_seed(0)
     config = getattr(transformers, name)(**values)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path))
-    decoder = Decoder(Checkpoint.open(tmp_path))
+    decoder = Decoder(Checkpoint.open(tmp_path)).keep()
     tokens = torch.randint(2, 100, (5, length))
     stream = decoder.stream(tokens, 3)
     assert [part.stop - part.start for part in stream.batches()] == [3, 2]
@@ -54,6 +54,37 @@ def test_a_short_last_batch_gives_what_the_model_gives(kind: str, length: int, t
     assert torch.allclose(last.hidden, _last(decoder, tokens), atol=1e-5)
     assert torch.allclose(decoder.finish(last), decoder.features(tokens), atol=1e-5)
     assert torch.allclose(decoder.head(decoder.finish(last)), decoder.logits(tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_block_has_memory_only_while_it_is_open(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    name, values = MODELS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**values)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path))
+    source = Checkpoint.open(tmp_path)
+    kept, decoder = Decoder(source).keep(), Decoder(source)
+    tokens = torch.randint(2, 100, (3, 9))
+
+    seen: list[tuple[bool, bool]] = []
+
+    def empty(block: int) -> bool:
+        return all(value.is_meta for value in decoder.blocks[block].parameters())
+
+    assert torch.equal(decoder.logits(tokens), kept.logits(tokens))
+    changed = decoder.logits_by_block(tokens, lambda block: seen.append((empty(block), empty(1 - block))))
+    assert torch.allclose(changed, kept.logits(tokens), atol=1e-5)
+    assert seen == [(False, True)] * 2 and empty(0) and empty(1)
+    with decoder.open(0):
+        first = decoder.block_parameters(0)[0]
+        decoder.model.get_parameter(first).data.zero_()
+        with decoder.open(1, 0):
+            assert not empty(1) and not bool(decoder.model.get_parameter(first).any()), "the same one"
+        assert empty(1) and not empty(0)
+    with decoder.open(0):
+        assert torch.equal(decoder.model.get_parameter(first), kept.model.get_parameter(first))
 
 
 def _last(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.sample import _attend_by_groups as attend_by_groups
-from losa_deploy.compress.sample import draw_tokens, likely, sampled_tokens
+from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
+from losa_deploy.compress.sample import _register_attention as register_attention
 from losa_deploy.interfaces import no_progress
 from losa_deploy.recipe import CalibrationRecipe
 
@@ -64,7 +63,8 @@ def test_attention_by_groups_is_the_same_attention(kind: str) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     grouped = copy.deepcopy(model)
-    attend_by_groups(grouped)
+    register_attention()
+    grouped.set_attn_implementation(GROUPED)
     tokens = torch.randint(2, 60, (3, 9))
     expected = model(input_ids=tokens).logits
     cache, found = None, []
@@ -76,10 +76,10 @@ def test_attention_by_groups_is_the_same_attention(kind: str) -> None:
 
 
 def test_starts_are_kept_and_the_rest_follows_from_the_seed(tiny_llama: Path) -> None:
-    dense = Decoder(Checkpoint.open(tiny_llama))
+    source = Checkpoint.open(tiny_llama)
     recipe = CalibrationRecipe(samples=5, sequence_length=12, min_p=0.01)
     starts = [[7], [3, 4, 5]]
-    one, two, other = (sampled_tokens(dense, recipe, starts, seed, "f32", no_progress) for seed in (0, 0, 1))
+    one, two, other = (sampled_tokens(source, recipe, starts, seed, "f32", no_progress) for seed in (0, 0, 1))
     assert one.shape == (5, 12)
     assert one[:, 0].tolist() == [7, 3, 7, 3, 7]
     assert one[1, :3].tolist() == [3, 4, 5]

@@ -11,9 +11,12 @@ import torch
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import allocate
+from losa_deploy.compress import schedule as schedule_module
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.schedule import compress, rmi_importance
+from losa_deploy.compress.student import Student
+from losa_deploy.compress.walk import walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord, sha256_file
@@ -111,7 +114,7 @@ def test_sliding_windows_wait_for_the_last_step_of_a_ramp(
 
     def look(done: int, total: int, label: str) -> None:
         state = read_state(out) if out.is_dir() else None
-        if state is not None and state.step == 1:
+        if state is not None and state.step == 1 and "pruning" in label:
             between.add((state.block_sparsity, label))
 
     checkpoint, record = source_of(tiny_llama)
@@ -269,6 +272,56 @@ def test_runs_that_ask_for_the_same_own_text_share_it(tiny_llama: Path, tmp_path
     assert made and shard_hashes(damaged.folder, 2) == shard_hashes(alone.folder, 2)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapt__mode": "adapters", "prune__method": "wanda", "adapt__loss": "ce"},
+        {"adapt__mode": "none", "sparsity__pattern": "2:4"},
+        {
+            "phases": [
+                {"train": ["weights", "scales"], "grid": "export", "tokens": 300},
+                {"train": ["weights", "norms"], "window": 2, "grid": "export", "tokens": 300},
+                {"train": ["norms"], "where": "model", "grid": "export", "tokens": 300},
+            ],
+        },
+    ],
+    ids=["adapters", "2:4", "grid"],
+)
+def test_blocks_opened_one_at_a_time_give_the_bytes_of_a_model_in_memory(
+    changes: dict[str, object], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(**changes)
+    opened: list[int] = []
+    walking: list[bool] = []
+    load = Student.load_block
+
+    def spy(student: Student, block: int) -> None:
+        if walking:
+            opened.append(sum(users > 0 for users in student._users.values()))
+        load(student, block)
+
+    def walk(*arguments: object) -> object:
+        walking.append(True)
+        results = walk_blocks(*arguments)  # type: ignore[arg-type]
+        walking.clear()
+        return results
+
+    monkeypatch.setattr(Student, "load_block", spy)
+    monkeypatch.setattr(schedule_module, "walk_blocks", walk)
+    streamed = run(tiny_llama, tmp_path / "streamed", chosen)
+    assert max(opened) == max((p.window for p in chosen.phases if p.where == "blocks"), default=1)
+    monkeypatch.undo()
+
+    class Kept(Student):
+        def __init__(self, checkpoint: Checkpoint) -> None:
+            super().__init__(checkpoint)
+            self.keep()
+
+    monkeypatch.setattr(schedule_module, "Student", Kept)
+    resident = run(tiny_llama, tmp_path / "resident", chosen)
+    assert shard_hashes(streamed.folder, 2) == shard_hashes(resident.folder, 2)
+
+
 def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
     first = run(tiny_llama, tmp_path / "adapted", recipe(adapt__mode="none"))
     before = shard_hashes(first.folder, 2)
@@ -324,7 +377,7 @@ def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Pat
     """Blocks that change nothing have identical features, so none is more important."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny_llama, copy)
-    decoder = Decoder(Checkpoint.open(copy))
+    decoder = Decoder(Checkpoint.open(copy)).keep()
     for name in decoder.names:
         decoder.linear(name).weight.data.zero_()
     importance = rmi_importance(decoder, torch.arange(60).view(6, 10), beta=1.0)
@@ -333,7 +386,7 @@ def test_importance_of_identical_blocks_is_equal(tiny_llama: Path, tmp_path: Pat
 
 def test_importance_is_that_of_the_features_without_their_first_token(tiny_llama: Path) -> None:
     """Against CKA by its definition, of the hidden states that transformers returns."""
-    decoder = Decoder(Checkpoint.open(tiny_llama))
+    decoder = Decoder(Checkpoint.open(tiny_llama)).keep()
     tokens = torch.randint(0, 300, (7, 12), generator=torch.Generator().manual_seed(0))
     states = decoder.model(input_ids=tokens, output_hidden_states=True).hidden_states[:3]
     flat = [s[:, 1:].flatten(1).double().numpy() for s in states]

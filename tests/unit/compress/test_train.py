@@ -19,6 +19,7 @@ from losa_deploy.compress.losses import token_error
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.schedule import compress
+from losa_deploy.compress.student import Student
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.errors import GateError, InputError
 from losa_deploy.interfaces import no_progress
@@ -27,10 +28,10 @@ from losa_deploy.phases import DataRecipe, LossRecipe, PhaseRecipe
 from losa_deploy.recipe import Recipe, load_recipe
 
 
-def pruned(source: Checkpoint, *, scale: float = 1.0) -> Decoder:
+def pruned(source: Checkpoint, *, scale: float = 1.0) -> Student:
     """A student that lost the smaller half of each row; what is kept is multiplied by `scale`."""
-    student = Decoder(source, assembled=True)
-    student.mask_linears()
+    student = Student(source)
+    student.keep()
     for name in student.names:
         linear = student.masked(name)
         middle = linear.weight.abs().median(dim=1, keepdim=True).values
@@ -43,7 +44,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(5, 290, (24, 24), generator=torch.Generator().manual_seed(0))
 
 
-def block_task(student: Decoder, dense: Decoder, tokens: torch.Tensor, names: tuple[str, ...]) -> BlockTask:
+def block_task(student: Student, dense: Decoder, tokens: torch.Tensor, names: tuple[str, ...]) -> BlockTask:
     stream = student.stream(tokens, 4)
     target = dense.advance(0, dense.stream(tokens, 4)).hidden
     return BlockTask(student, range(1), names, stream, target, "f32")
