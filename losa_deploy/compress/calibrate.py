@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.memory import available_bytes
 from losa_deploy.compress.sample import sampled_tokens
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
@@ -33,13 +34,21 @@ def text_tokens(folder: Path, source: Path, samples: int, length: int, seed: int
 
 
 def calibration_tokens(
-    source: Checkpoint, recipe: CalibrationRecipe, seed: int, precision: str, progress: Progress
+    source: Checkpoint,
+    recipe: CalibrationRecipe,
+    seed: int,
+    precision: str,
+    progress: Progress,
+    memory: int | None = None,
 ) -> Tensor:
-    """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`."""
+    """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`.
+
+    Text of the model's own is sampled in `memory` bytes; None: what is free.
+    """
     if recipe.source != "self":
         return text_tokens(source.folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
     starts = text_starts(source.folder, recipe.start)
-    return sampled_tokens(source, recipe, starts, seed, precision, progress)
+    return sampled_tokens(source, recipe, starts, seed, precision, progress, memory or available_bytes())
 
 
 def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Tensor]) -> Tensor:

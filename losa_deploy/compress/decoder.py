@@ -94,6 +94,8 @@ class Decoder:
         self.names = tuple(checkpoint.linears)
         self.dtype = dtype
         self.model: nn.Module = skeleton(checkpoint, attention=attention, dtype=dtype)
+        self.pinned: set[str] = set()
+        """Parameters of blocks that stay as they are when these open and close."""
         self._users: Counter[int] = Counter()
 
     @contextmanager
@@ -110,6 +112,9 @@ class Decoder:
         if not self._users[block]:
             self.drop_block(block)
 
+    def is_open(self, block: int) -> bool:
+        return self._users[block] > 0
+
     def keep(self) -> Self:
         """Open all blocks, until `release`."""
         for block in range(len(self.blocks)):
@@ -123,11 +128,12 @@ class Decoder:
 
     def load_block(self, block: int) -> None:
         """Read the weights of a block."""
-        fill(self.checkpoint, self.model, self.block_parameters(block), self.dtype)
+        names = [name for name in self.block_parameters(block) if name not in self.pinned]
+        fill(self.checkpoint, self.model, names, self.dtype)
 
     def drop_block(self, block: int) -> None:
         """Forget the weights of a block; their shapes stay."""
-        for name in self.block_parameters(block):
+        for name in set(self.block_parameters(block)) - self.pinned:
             set_parameter(self.model, name, self.model.get_parameter(name).to("meta"))
 
     def block_parameters(self, block: int) -> tuple[str, ...]:
@@ -173,7 +179,7 @@ class Decoder:
         """Inside, the model opens each block while it computes it. Gradients need open blocks, see `keep`."""
         handles = []
         for block, module in enumerate(self.blocks):
-            if not self._users[block]:
+            if not self.is_open(block):
                 handles += [
                     module.register_forward_pre_hook(lambda *_, number=block: self._enter(number)),
                     module.register_forward_hook(lambda *_, number=block: self._close(number)),
@@ -214,13 +220,14 @@ class Decoder:
     @torch.no_grad()
     def finish(self, stream: Stream) -> Tensor:
         """What the head reads, [samples, tokens, hidden], of the stream after the last block."""
-        parts = []
-        for part in stream.batches():
-            hidden = stream.hidden[part]
-            with self._replaced([_Replay(self.blocks[0], hidden)]) as parent:
-                tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-                parts.append(parent(input_ids=tokens, use_cache=False).last_hidden_state)
-        return torch.cat(parts)
+        return torch.cat([self.last_norm(stream.hidden[part]) for part in stream.batches()])
+
+    def last_norm(self, hidden: Tensor) -> Tensor:
+        """What the head reads of the last block's output [samples, tokens, hidden]; differentiable."""
+        with self._replaced([_Replay(self.blocks[0], hidden)]) as parent:
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+            found: Tensor = parent(input_ids=tokens, use_cache=False).last_hidden_state
+        return found
 
     def logits_by_block(self, tokens: Tensor, change: Callable[[int], None]) -> Tensor:
         """Logits [samples, tokens, vocab] with what `change` does to each block after it was opened."""

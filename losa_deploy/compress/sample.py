@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.memory import LIBRARY_BYTES, block_parameters, cache_bytes, outer_parameters
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
 from losa_deploy.interfaces import Progress
@@ -16,6 +17,8 @@ from losa_deploy.recipe import CalibrationRecipe
 
 BATCH = 128
 """Sequences that go on together: a weight is read once for all of them."""
+FEWEST = 8
+"""As long as their keys and values fit into memory, down to so many."""
 GROUPED = "losa_grouped"
 """transformers' name of the attention that `_register_attention` registers."""
 WIDTH = 256
@@ -29,29 +32,43 @@ def sampled_tokens(
     seed: int,
     precision: str,
     progress: Progress,
+    memory: int,
 ) -> Tensor:
     """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
 
     Sequence i continues `starts[i % len(starts)]`, sampled at `recipe.temperature` among tokens that are
     at least `recipe.min_p` times as likely as the likeliest (Liu et al. 2023, LLM-QAT, arXiv 2305.17888,
     use a model's own text for quantization-aware training). Without starts the first token is uniform
-    over the vocabulary.
+    over the vocabulary. With more than `memory` bytes of weights, keys and values, fewer sequences go on
+    together, and blocks are read for every token; what is drawn for a sequence does not depend on that.
     """
     draw = generator(seed, "calibration")
     length = recipe.sequence_length
     # In bf16 weights are read twice as fast, and so are keys and values.
     dtype = torch.bfloat16 if uses_bf16(precision) else torch.float32
     _register_attention()
-    dense = Decoder(source, dtype=dtype, attention=GROUPED).keep()
+    dense = Decoder(source, dtype=dtype, attention=GROUPED)
     drawn = torch.randint(dense.head.out_features, (recipe.samples,), generator=draw).tolist()
     given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
+    chances = torch.rand(recipe.samples, length, generator=draw, dtype=torch.float64)
+    resident, batch = _plan(source, dtype.itemsize, length, memory)
     parts = []
-    total = length * -(-recipe.samples // BATCH)
-    for start in range(0, recipe.samples, BATCH):
-        done = length * (start // BATCH)
-        some = given[start : start + BATCH]
-        parts.append(_continue(dense.model, some, recipe, draw, progress, done, total))
+    total = length * -(-recipe.samples // batch)
+    with dense.open(*range(len(dense.blocks))) if resident else dense.passing():
+        for start in range(0, recipe.samples, batch):
+            done, part = length * (start // batch), slice(start, start + batch)
+            parts.append(_continue(dense.model, given[part], chances[part], recipe, progress, done, total))
     return torch.cat(parts)
+
+
+def _plan(source: Checkpoint, element: int, length: int, memory: int) -> tuple[bool, int]:
+    """Whether all blocks stay in memory, and how many sequences go on together."""
+    free = memory - LIBRARY_BYTES - element * outer_parameters(source)
+    each = cache_bytes(source.config, length, element)
+    whole = element * source.block_count * block_parameters(source)
+    if free >= whole + FEWEST * each:
+        return True, min(BATCH, (free - whole) // each)
+    return False, min(BATCH, max(FEWEST, (free - element * block_parameters(source)) // each))
 
 
 def _register_attention() -> None:
@@ -86,15 +103,16 @@ def _attend(
 def _continue(
     model: nn.Module,
     starts: Sequence[Sequence[int]],
+    chances: Tensor,
     recipe: CalibrationRecipe,
-    draw: torch.Generator,
     progress: Progress,
     done: int,
     total: int,
 ) -> Tensor:
     """Extend starts of any lengths to [batch, sequence_length] by ancestral sampling.
 
-    All sequences go on together: while one still has tokens of its start, these are taken.
+    `chances` [batch, sequence_length] are uniform numbers, see `draw_tokens`. All sequences go on together:
+    while one still has tokens of its start, these are taken.
     """
     result = torch.zeros(len(starts), recipe.sequence_length, dtype=torch.int64)
     lengths = torch.tensor([len(start) for start in starts])
@@ -104,8 +122,8 @@ def _continue(
     for position in range(1, recipe.sequence_length):
         output = model(input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        chances = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
-        found = draw_tokens(chances, draw)[:, 0]
+        weights = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
+        found = draw_tokens(weights, chances[:, position : position + 1])[:, 0]
         result[:, position] = torch.where(lengths > position, result[:, position], found)
         progress(done + position + 1, total, "sampling calibration text")
     return result
@@ -120,17 +138,17 @@ def likely(logits: Tensor, temperature: float, min_p: float) -> Tensor:
     return chances.masked_fill_(chances < min_p, 0.0) if min_p else chances
 
 
-def draw_tokens(chances: Tensor, draw: torch.Generator) -> Tensor:
+def draw_tokens(weights: Tensor, chances: Tensor) -> Tensor:
     """One index per row of [batch, vocabulary], [batch, 1] int64, in proportion to the row's entries.
 
-    By the inverse of the distribution function in f64, first among sums of `WIDTH` entries, then inside:
-    torch.multinomial draws a random number for every entry of a large vocabulary.
+    `chances` [batch, 1] f64 are uniform in [0, 1). By the inverse of the distribution function in f64, first
+    among sums of `WIDTH` entries, then inside: torch.multinomial draws a random number for every entry of a
+    large vocabulary.
     """
-    rows, entries = chances.shape
-    grouped = nn.functional.pad(chances, (0, -entries % WIDTH)).view(rows, -1, WIDTH)
+    rows, entries = weights.shape
+    grouped = nn.functional.pad(weights, (0, -entries % WIDTH)).view(rows, -1, WIDTH)
     sums = grouped.sum(dim=-1, dtype=torch.float64)
-    uniform = torch.rand(rows, 1, generator=draw, dtype=torch.float64) * sums.sum(dim=-1, keepdim=True)
-    group, rest = _place(sums, uniform)
+    group, rest = _place(sums, chances * sums.sum(dim=-1, keepdim=True))
     inside = grouped[torch.arange(rows), group[:, 0]].double()
     place, _ = _place(inside, rest)
     return group * WIDTH + place

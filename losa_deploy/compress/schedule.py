@@ -21,12 +21,13 @@ from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
+from losa_deploy.compress.memory import LIBRARY_BYTES, all_parameters, available_bytes
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.compress.tune import ModelTask, tune
-from losa_deploy.compress.walk import Walk, finished_block, settle_grid, walk_blocks
+from losa_deploy.compress.walk import Walk, finished_block, grid_of, settle_grid, walk_blocks
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
@@ -35,6 +36,8 @@ from losa_deploy.phases import PhaseRecipe
 from losa_deploy.pretrained import load_model
 from losa_deploy.recipe import Recipe
 
+TRAINED_BYTES = 6
+"""Per parameter, while norms train through a model that is in memory: f32 weight, mask, level."""
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
 """Length of the sequence that compares two models, and how far apart its token ids are."""
 
@@ -51,6 +54,8 @@ class _Run:
     source: Path
     masked: frozenset[str]
     progress: Progress
+    memory: int
+    """Bytes that the run may take."""
     sizes: np.ndarray[tuple[int], np.dtype[np.float64]] = field(init=False)
     """Prunable weights per block."""
 
@@ -87,11 +92,13 @@ def compress(
     *,
     progress: Progress,
     texts: Path | None = None,
+    memory: int | None = None,
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
     A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
+    `memory` is how many bytes the run may take, None for what is free; no result depends on it.
     Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
@@ -100,12 +107,13 @@ def compress(
     if state is not None and state.fingerprint == mark and state.complete:
         return AdaptedModel(folder, state)
     masked = masked_linears(source, recipe)
-    dense, student = Decoder(source), Student(source)
+    dense = Decoder(source)
+    student = Student(source, dense)
     check_unpruned(source, dense)
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tokens = _tokens(source, record, recipe, texts, progress)
+        tokens = _tokens(source, record, recipe, texts, memory, progress)
         _save_tokens(folder, tokens)
         state = AdaptedState(
             fingerprint=mark,
@@ -120,7 +128,9 @@ def compress(
     else:
         tokens = _load_tokens(folder)
     student.restore_rest(adapted.load_rest(folder, state, student.rest(None)))
-    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress)
+    run = _Run(
+        recipe, dense, student, tokens, folder, source.folder, masked, progress, memory or available_bytes()
+    )
     for step in range(state.step + 1, recipe.schedule.steps + 1):
         partial = Partial(folder, step)
         with ExitStack() as stack:
@@ -144,12 +154,13 @@ def _tokens(
     record: SourceRecord,
     recipe: Recipe,
     texts: Path | None,
+    memory: int | None,
     progress: Progress,
 ) -> Tensor:
     """The calibration set; the model's own text from `texts` if a run before left it there."""
 
     def make() -> Tensor:
-        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress)
+        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress, memory)
 
     if texts is None or recipe.calibration.source != "self":
         return make()
@@ -219,9 +230,12 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
     results, dense = walk_blocks(walk, run.tokens, rates, kept)
     ranks = tuple(0 for _ in results)
     adapters = any("adapters" in phase.train for phase in recipe.phases)
-    if adapters or any(phase.where == "model" for phase in recipe.phases):
+    through = [phase for phase in recipe.phases if phase.where == "model" and phase.runs(last=step == steps)]
+    if adapters or _needs_whole_model(run, through):
         run.student.keep()
         stack.callback(run.student.release)
+    elif through:
+        stack.enter_context(run.student.rest_pinned())
     if adapters:
         ranks = _set_ranks(run, np.array([result.error for result in results], np.float64), step)
     training = [
@@ -253,6 +267,21 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
     )
 
 
+def _needs_whole_model(run: _Run, phases: Sequence[PhaseRecipe]) -> bool:
+    """Whether phases through the model have all blocks in memory: they must, or there is room.
+
+    Norms and biases can be trained with one block in memory if no weight changes with them.
+    """
+    linears = [run.student.masked(name) for name in run.student.names]
+    for phase in phases:
+        if set(phase.train) != {"norms"} or any(linear.grid != grid_of(phase) for linear in linears):
+            return True
+    if not phases:
+        return False
+    taken = TRAINED_BYTES * all_parameters(run.student.checkpoint) + LIBRARY_BYTES
+    return taken <= run.memory
+
+
 def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list[TrainingRecord]:
     """The phases through the whole model that this step has; `dense` is the dense model's last stream."""
     recipe, last = run.recipe, step == run.recipe.schedule.steps
@@ -265,14 +294,16 @@ def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list
         linears = [run.student.masked(name) for name in run.student.names]
         settle_grid(linears, phase, [None] * len(linears))
         labels = ("tune", step, number)
+        whole = run.student.is_open(0)
+        names = tuple(n for n in run.student.names if n in run.masked) if whole else ()
         task = ModelTask(
-            run.student, run.dense, tuple(n for n in run.student.names if n in run.masked), tokens, phase,
-            steps, recipe.precision, recipe.seed, labels, _teacher(run, phase, dense),
+            run.student, run.dense, names, tokens, phase, steps, recipe.precision, recipe.seed, labels,
+            _teacher(run, phase, dense),
         )  # fmt: skip
         losses = tune(
             task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")
         )
-        for linear in linears:
+        for linear in linears if whole else ():
             linear.settle()
         trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
         records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))

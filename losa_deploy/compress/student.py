@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -25,14 +26,27 @@ class StoredBlock:
 class Student(Decoder):
     """A `Decoder` with a `MaskedLinear` for each linear of its blocks; f32."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Full masks: the function of the checkpoint. Raises `InputError` as `Decoder` does."""
+    def __init__(self, checkpoint: Checkpoint, dense: Decoder | None = None) -> None:
+        """Full masks: the function of the checkpoint, with the embedding and the head of `dense`.
+
+        Raises `InputError` as `Decoder` does.
+        """
         super().__init__(checkpoint)
+        if dense is not None:
+            self._share(dense)
         self.stored: Callable[[int], StoredBlock] = lambda block: StoredBlock()
         """What a block has instead of the checkpoint's weights."""
         for name in self.names:
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, MaskedLinear.from_linear(self.linear(name)))
+
+    def _share(self, dense: Decoder) -> None:
+        """Take over the large tensors outside of the blocks, which no phase trains."""
+        own = (f"{self.family.blocks}.", f"{self.family.final_norm}.")
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(own)]
+        for name in names:
+            set_parameter(self.model, name, dense.model.get_parameter(name).data)
+        self.model.tie_weights()  # type: ignore[operator]
 
     def masked(self, name: str) -> MaskedLinear:
         """A linear of a block; it has values while the block is open."""
@@ -62,9 +76,9 @@ class Student(Decoder):
     def load_block(self, block: int) -> None:
         """Read a block: what is stored of it, the rest from the checkpoint."""
         found = self.stored(block)
-        known = {f"{name}.weight" for name in found.linears} | set(found.rest)
+        known = {f"{name}.weight" for name in found.linears} | set(found.rest) | self.pinned
         fill(self.checkpoint, self.model, [n for n in self.block_parameters(block) if n not in known])
-        self.restore_rest(found.rest)
+        self.restore_rest({name: value for name, value in found.rest.items() if name not in self.pinned})
         for name in self.block_linears(block):
             self.masked(name).take(found.linears.get(name))
 
@@ -73,6 +87,20 @@ class Student(Decoder):
         super().drop_block(block)
         for name in self.block_linears(block):
             self.masked(name).drop()
+
+    @contextmanager
+    def rest_pinned(self) -> Iterator[None]:
+        """Norms and biases of all blocks stay in memory inside, as they were and as they become."""
+        for block in range(len(self.blocks)):
+            with self.open(block):
+                self.pinned |= set(self.rest(block))
+        try:
+            yield
+        finally:
+            self.pinned.clear()
+            for block in range(len(self.blocks)):
+                if not self.is_open(block):
+                    self.drop_block(block)
 
     def restore_rest(self, values: Mapping[str, Tensor]) -> None:
         """Put norms and biases in their places."""

@@ -12,7 +12,7 @@ from losa_deploy.compress.data import Batches
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
 from losa_deploy.compress.partial import Partial, Point
-from losa_deploy.compress.precision import uses_bf16
+from losa_deploy.compress.precision import products, uses_bf16
 from losa_deploy.compress.student import Student
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
@@ -29,7 +29,7 @@ class ModelTask:
     student: Student
     dense: Decoder
     names: tuple[str, ...]
-    """Linears that train."""
+    """Linears whose weights, scales or adapters may train: none where blocks are opened one at a time."""
     tokens: Tensor
     """[n, length] int64."""
     phase: PhaseRecipe
@@ -80,22 +80,54 @@ def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
 
 def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
     optimizer.zero_grad(set_to_none=True)
-    loss = _loss(task, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    if task.student.is_open(0):
+        loss = _loss(task, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        loss = _descend_by_block(task, batch)
     nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
     optimizer.step()
     return float(loss.detach())
 
 
+def _descend_by_block(task: ModelTask, batch: list[int]) -> Tensor:
+    """The loss of the sequences `batch`, and gradients of the norms and biases, with one block in memory.
+
+    Blocks are computed twice, the second time from the last to the first.
+    """
+    student, precision = task.student, task.precision
+    stream = student.stream(task.tokens[batch], len(batch))
+    inputs: list[Tensor] = []
+    for block in range(len(student.blocks)):
+        inputs.append(stream.hidden)
+        stream = student.advance(block, stream, precision)
+    output = stream.hidden.requires_grad_(True)
+    with products(precision):
+        found = student.last_norm(output)
+    loss = _head_loss(task, batch, found.float())
+    loss.backward()  # type: ignore[no-untyped-call]
+    for block in reversed(range(len(student.blocks))):
+        grad, start = output.grad, inputs.pop().requires_grad_(True)
+        with student.open(block), products(precision):
+            found = student.run_block(block, start, stream.arguments[block])
+            found.backward(grad)  # type: ignore[no-untyped-call]
+        output = start
+    return loss
+
+
 def _loss(task: ModelTask, batch: list[int]) -> Tensor:
     """The loss of the sequences `batch`."""
+    return _head_loss(task, batch, task.student.features(task.tokens[batch], task.precision))
+
+
+def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
+    """The loss of the sequences `batch`, of which the head reads `hidden` [batch, tokens, hidden]."""
     weights, tokens, teacher = task.phase.losses, task.tokens[batch], None
     if weights.kl and task.teacher is not None:
         teacher = task.teacher[batch]
     elif weights.kl:
         with torch.no_grad():
             teacher = task.dense.features(tokens, task.precision)
-    hidden = task.student.features(tokens, task.precision)
     dtype = torch.bfloat16 if uses_bf16(task.precision) else torch.float32
     return head_loss(hidden, teacher, tokens, task.student.head, kl=weights.kl, ce=weights.ce, dtype=dtype)
 

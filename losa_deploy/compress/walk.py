@@ -192,14 +192,17 @@ def settle_grid(
     statistics: Sequence[InputStatistics | None],
 ) -> None:
     """Put linears on the grid of a phase, or take them off theirs; those already on it stay."""
+    kind = grid_of(phase)
     for linear, seen in zip(linears, statistics, strict=True):
-        if phase.grid == "none":
-            linear.leave_grid()
-            continue
-        kind = GridKind.of(phase.grid, phase.group_size)
         if linear.grid != kind:
             linear.leave_grid()
-            linear.put_on_grid(kind, None if seen is None else seen.squares / max(1, seen.count))
+            if kind is not None:
+                linear.put_on_grid(kind, None if seen is None else seen.squares / max(1, seen.count))
+
+
+def grid_of(phase: PhaseRecipe) -> GridKind | None:
+    """The grid of a phase, None for weights that may have any value."""
+    return None if phase.grid == "none" else GridKind.of(phase.grid, phase.group_size)
 
 
 class FinishedBlock(Record):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
 from losa_deploy.interfaces import no_progress
@@ -21,19 +22,19 @@ def test_tokens_are_drawn_in_proportion_to_their_entries(offset: int) -> None:
     """Also where they lie in two of the groups that are summed up first, or in the last, shorter one."""
     entries = torch.zeros(20000, 706)
     entries[:, offset : offset + 6] = torch.tensor([0.0, 1.0, 0.0, 0.6, 0.4, 0.0])
-    drawn = draw_tokens(entries, torch.Generator().manual_seed(1))
+    uniform = torch.rand(20000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = draw_tokens(entries, uniform)
     assert drawn.shape == (20000, 1)
     shares = torch.bincount(drawn.flatten(), minlength=706)[offset : offset + 6] / 20000
     # Four standard deviations of a share of one half.
     assert (shares - torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])).abs().max() < 4 * 0.5 / 20000**0.5
     assert not shares[[0, 2, 5]].any()
-    assert torch.equal(drawn, draw_tokens(entries, torch.Generator().manual_seed(1)))
 
 
 def test_the_same_numbers_draw_the_same_tokens_as_the_distribution_function() -> None:
     entries = torch.rand(300, 1000, generator=torch.Generator().manual_seed(2)) ** 8
-    drawn = draw_tokens(entries, torch.Generator().manual_seed(3))
-    uniform = torch.rand(300, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
+    chances = torch.rand(300, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    drawn, uniform = draw_tokens(entries, chances), chances.numpy()
     running = entries.double().numpy().cumsum(axis=1)
     expected = [np.searchsorted(r, u * r[-1], side="right") for r, (u,) in zip(running, uniform, strict=True)]
     assert (drawn[:, 0].numpy() != np.array(expected)).sum() <= 1, "only a tie may fall the other way"
@@ -79,9 +80,28 @@ def test_starts_are_kept_and_the_rest_follows_from_the_seed(tiny_llama: Path) ->
     source = Checkpoint.open(tiny_llama)
     recipe = CalibrationRecipe(samples=5, sequence_length=12, min_p=0.01)
     starts = [[7], [3, 4, 5]]
-    one, two, other = (sampled_tokens(source, recipe, starts, seed, "f32", no_progress) for seed in (0, 0, 1))
+    one, two, other = (sampled(source, recipe, starts, seed) for seed in (0, 0, 1))
     assert one.shape == (5, 12)
     assert one[:, 0].tolist() == [7, 3, 7, 3, 7]
     assert one[1, :3].tolist() == [3, 4, 5]
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+def sampled(
+    source: Checkpoint, recipe: CalibrationRecipe, starts: list[list[int]], seed: int, memory: int = 10**11
+) -> torch.Tensor:
+    return sampled_tokens(source, recipe, starts, seed, "f32", no_progress, memory)
+
+
+def test_less_memory_gives_the_same_text(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer sequences at a time, and blocks that are read for every token."""
+    source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=21, sequence_length=10)
+    opened: list[int] = []
+    load = Decoder.load_block
+    monkeypatch.setattr(Decoder, "load_block", lambda d, block: (opened.append(block), load(d, block))[0])
+    one = sampled(source, recipe, [[7], [3, 4]], 0)
+    assert len(opened) == source.block_count
+    two = sampled(source, recipe, [[7], [3, 4]], 0, memory=1)
+    assert len(opened) == source.block_count * (1 + 3 * 9), "three batches of at most eight"
+    assert torch.equal(one, two)

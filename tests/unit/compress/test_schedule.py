@@ -33,6 +33,14 @@ BASE = {
 }
 
 
+SMALL_QUICK = {
+    "phases": [
+        {"train": ["weights", "scales"], "grid": "export", "tokens": 300},
+        {"train": ["norms"], "where": "model", "grid": "export", "tokens": 1000, "learning_rate": 0.05},
+    ]
+}
+
+
 def recipe(**changes: object) -> Recipe:
     """The quick preset, small, with `section__key=value` changes."""
     values = {**BASE, **{key.replace("__", "."): value for key, value in changes.items()}}
@@ -313,13 +321,39 @@ def test_blocks_opened_one_at_a_time_give_the_bytes_of_a_model_in_memory(
     monkeypatch.undo()
 
     class Kept(Student):
-        def __init__(self, checkpoint: Checkpoint) -> None:
-            super().__init__(checkpoint)
+        def __init__(self, checkpoint: Checkpoint, dense: Decoder) -> None:
+            super().__init__(checkpoint, dense)
             self.keep()
 
     monkeypatch.setattr(schedule_module, "Student", Kept)
     resident = run(tiny_llama, tmp_path / "resident", chosen)
     assert shard_hashes(streamed.folder, 2) == shard_hashes(resident.folder, 2)
+
+
+def test_norms_learn_through_a_model_that_is_never_in_memory(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block forwards and backwards, to the values that the whole model gives."""
+    chosen = recipe(schedule__steps=1, precision="f32", **SMALL_QUICK)
+    checkpoint, record = source_of(tiny_llama)
+    most: list[int] = []
+    load = Student.load_block
+
+    def spy(student: Student, block: int) -> None:
+        most.append(sum(users > 0 for users in student._users.values()))
+        load(student, block)
+
+    monkeypatch.setattr(Student, "load_block", spy)
+    frugal = compress(checkpoint, record, chosen, tmp_path / "a", progress=no_progress, memory=1)
+    assert max(most) == 1
+    plenty = compress(checkpoint, record, chosen, tmp_path / "b", progress=no_progress, memory=10**11)
+    assert max(most) == 3
+    small, large = frugal.rest(), plenty.rest()
+    source = {name: checkpoint.tensor(name) for name in large}
+    assert len(large) == 7 and all(not torch.equal(large[name], source[name]) for name in large)
+    for name, value in large.items():
+        assert torch.allclose(small[name], value, rtol=1e-6, atol=1e-7), name
+    assert frugal.state.training[-1].losses == pytest.approx(plenty.state.training[-1].losses, rel=1e-5)
 
 
 def test_another_recipe_starts_afresh(tiny_llama: Path, tmp_path: Path) -> None:
