@@ -109,7 +109,7 @@ def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJo
     recipe, folder = row.effective(), Path(job.folder)
     if row.format != "none":
         plugins.load_exporter(row.format).check_source(source, recipe.export)
-    model = pipeline.merged_model(source, record, recipe, folder, {}, console, Path(job.shared))
+    model = pipeline.merged_model(source, record, recipe, folder, {}, console, texts=Path(job.shared))
     place = model.folder if row.format == "none" else _exported(row.format, model, recipe, folder, console)
     manifest = Manifest.read(place)
     return Made(

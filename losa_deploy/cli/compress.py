@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from losa_deploy.cli.command import Command
-from losa_deploy.cli.flags import add_model, add_output, add_threads, thread_count
+from losa_deploy.cli.flags import add_memory, add_model, add_output, add_threads, thread_count
 from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
@@ -15,6 +15,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_output(parser, "./<name>-losa-<sparsity>-adapted")
     add_threads(parser)
+    add_memory(parser)
     add_recipe_options(parser, (*COMPRESS, *MERGE))
 
 
@@ -41,7 +42,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
                 f"{output} was made from another source, recipe, text or seed.",
                 hint="Add --overwrite to start afresh, or choose another --output.",
             )
-        adapted = stages.run_compress(source, record, recipe, output, console)
+        adapted = stages.run_compress(source, record, recipe, output, console, memory=args.memory)
     if args.json:
         console.result_json(
             {

@@ -51,6 +51,29 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """How much memory a compression may take."""
+    parser.add_argument(
+        "--memory",
+        type=byte_count,
+        metavar="SIZE",
+        help="memory to stay within, e.g. 8G: larger models are read block by block (default: what is free)",
+    )
+
+
+def byte_count(text: str) -> int:
+    """Bytes of `8G`, `500M` or a plain number, for argparse; units are powers of 1,000."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        found = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected one like 8G or 500M")
+    return found
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     number = int(text)

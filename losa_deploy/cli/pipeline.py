@@ -40,7 +40,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
             source, record = stages.open_source(args, work, console)
         exporter.check_source(source, recipe.export)
         _require(exporter, source, recipe, output, console)
-        model = merged_model(source, record, recipe, work, timings, console)
+        model = merged_model(source, record, recipe, work, timings, console, memory=args.memory)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
         console.info(plan.line(planned, output))
@@ -68,11 +68,13 @@ def merged_model(
     work: Path,
     timings: dict[str, float],
     console: Console,
+    *,
     texts: Path | None = None,
+    memory: int | None = None,
 ) -> SparseModel:
     """The merged model in `work`: reused if it is of this source and recipe, otherwise made.
 
-    See `compress` for `texts`.
+    See `compress` for `texts` and `memory`.
     """
     from losa_deploy.model import SparseModel
     from losa_deploy.seal import seal
@@ -85,7 +87,9 @@ def merged_model(
         return SparseModel.open(folder)
     remove(folder)  # whatever it is: the folder is ours, and not what is needed
     with stages.timed(timings, "compress"):
-        adapted = stages.run_compress(source, record, recipe, work / "adapted", console, texts)
+        adapted = stages.run_compress(
+            source, record, recipe, work / "adapted", console, texts=texts, memory=memory
+        )
     with stages.timed(timings, "merge"):
         model = stages.run_merge(source, record, adapted, folder, console, overwrite=True)
     seal(folder)

@@ -102,7 +102,9 @@ def run_compress(
     recipe: Recipe,
     folder: Path,
     console: Console,
+    *,
     texts: Path | None = None,
+    memory: int | None = None,
 ) -> AdaptedModel:
     """The `compress` stage: continues or reuses `folder` if it belongs to the same run; see `compress`."""
     from losa_deploy.compress.adapted import fingerprint, read_state
@@ -124,7 +126,7 @@ def run_compress(
     weights = sum(path.stat().st_size for path in set(source.files.values()))
     require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:
-        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts)
+        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, memory=memory)
     # The state may stem from a run with other merge and export choices.
     return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
 

@@ -49,13 +49,15 @@ class Pruned:
 class InputStatistics:
     """Second moments of a linear's input, accumulated over calibration batches.
 
-    `squares` [in] is Σ x², `hessian` [in, in] is Σ x·xᵀ (only if asked for), `count` the tokens.
+    `squares` [in] is Σ x², `hessian` [in, in] is Σ x·xᵀ (only if asked for, and until it is factored),
+    `count` the tokens.
     """
 
     def __init__(self, in_features: int, *, hessian: bool) -> None:
         self.count = 0
         self.squares = torch.zeros(in_features)
         self.hessian = torch.zeros(in_features, in_features) if hessian else None
+        self._factor: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Add a batch [..., in]."""
@@ -64,6 +66,14 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian.addmm_(flat.T, flat)
         self.squares += flat.square().sum(dim=0)
+
+    def factor(self, damping: float, name: str) -> Tensor:
+        """See `inverse_factor`; all linears that read this input share it, and the Hessian goes."""
+        if self._factor is None:
+            assert self.hessian is not None
+            hessian, self.hessian = self.hessian, None
+            self._factor = inverse_factor(hessian, damping, name)
+        return self._factor
 
 
 def select(scores: Tensor, pattern: Pattern, allowed: Tensor) -> Tensor:
@@ -121,7 +131,8 @@ def prune_wanda(weight: Tensor, statistics: InputStatistics, pattern: Pattern, a
 def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     """Upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, λ = damping·mean(diag H), doubled until it exists.
 
-    Raises `InputError` naming the linear if its activations are not finite.
+    H is used up: there are never more than three such matrices. Raises `InputError` naming the linear if
+    its activations are not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise InputError(
@@ -129,14 +140,14 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
             hint="The model or the text is damaged; try another --calibration.",
         )
     diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    base = hessian + torch.diag(dead.to(hessian.dtype))
-    amount = damping * float(base.diagonal().mean())
-    eye = torch.eye(base.shape[0], dtype=base.dtype)
+    base = torch.where(diagonal == 0, 1.0, diagonal)
+    amount = damping * float(base.mean())
     for attempt in range(20):
-        factor, failed = torch.linalg.cholesky_ex(base + amount * 2.0**attempt * eye)
+        diagonal.copy_(base + amount * 2.0**attempt)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         if int(failed) == 0:
             inverse = torch.cholesky_inverse(factor)
+            del factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(failed) == 0:
                 result: Tensor = upper
@@ -160,10 +171,9 @@ def prune_sparsegpt(
     is spread over the columns to its right. Unstructured counts are kept per block of columns.
     Sliding windows see some columns beyond their block, as the blocks before left them.
     """
-    assert statistics.hessian is not None
-    upper = inverse_factor(statistics.hessian, damping, name)
+    upper = statistics.factor(damping, name)
     work = weight.clone()
-    work[:, statistics.hessian.diagonal() == 0] = 0.0
+    work[:, statistics.squares == 0] = 0.0
     mask = torch.zeros_like(allowed)
     columns = work.shape[1]
     windows = Sliding(pattern.stride, *work.shape) if pattern.stride else None

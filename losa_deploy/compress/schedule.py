@@ -18,6 +18,7 @@ from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import adapted, allocate
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
 from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
+from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
@@ -31,15 +32,11 @@ from losa_deploy.compress.walk import Walk, finished_block, grid_of, settle_grid
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
-from losa_deploy.parity import logit_tolerance
 from losa_deploy.phases import PhaseRecipe
-from losa_deploy.pretrained import load_model
 from losa_deploy.recipe import Recipe
 
 TRAINED_BYTES = 6
 """Per parameter, while norms train through a model that is in memory: f32 weight, mask, level."""
-PROBE_TOKENS, PROBE_STRIDE = 32, 7919
-"""Length of the sequence that compares two models, and how far apart its token ids are."""
 
 
 @dataclass
@@ -109,7 +106,7 @@ def compress(
     masked = masked_linears(source, recipe)
     dense = Decoder(source)
     student = Student(source, dense)
-    check_unpruned(source, dense)
+    check_unpruned(source, folder.parent, memory or available_bytes())
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -171,28 +168,6 @@ def _tokens(
         "precision": recipe.precision,
     }
     return kept_tokens(texts, what, make)
-
-
-@torch.no_grad()
-def check_unpruned(source: Checkpoint, dense: Decoder) -> None:
-    """Compare the model that is put together from the source's tensors with the one transformers loads.
-
-    Their logits; `dense` is what later stages read: if the two differ, one of them is not the user's model.
-    Raises `InputError`.
-    """
-    vocabulary = source.shape(f"{source.family.embedding}.weight")[0]
-    tokens = (torch.arange(1, PROBE_TOKENS + 1) * PROBE_STRIDE % vocabulary)[None]
-    loaded = load_model(source.folder)
-    expected, found = loaded(input_ids=tokens, use_cache=False).logits, dense.logits(tokens)
-    difference = float((found - expected).abs().max())
-    inner = max(columns for _, columns in source.linears.values())
-    tolerance = logit_tolerance(float(expected.abs().max()), source.block_count, inner)
-    if not difference <= tolerance:
-        raise InputError(
-            f"The tensors of {source.folder} are not the model that transformers loads from it: logits "
-            f"differ by {difference:.3g}, expected at most {tolerance:.3g}.",
-            hint="Load the model with transformers and save it to a new folder with save_pretrained.",
-        )
 
 
 def masked_linears(source: Checkpoint, recipe: Recipe) -> frozenset[str]:

@@ -17,6 +17,8 @@ from losa_deploy.compress.student import Student
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
+MICRO_TOKENS = 512
+"""Tokens whose activations are in memory together where only norms and biases train."""
 PROBES = (0.5, 1.0, 2.0)
 PROBE_SHARE = 20
 """`rate: probe` compares these factors of the learning rate, each for a twentieth of the steps."""
@@ -80,18 +82,30 @@ def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
 
 def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
     optimizer.zero_grad(set_to_none=True)
-    if task.student.is_open(0):
-        loss = _loss(task, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-    else:
-        loss = _descend_by_block(task, batch)
+    total = 0.0
+    for part in _micro_batches(task, batch):
+        share = len(part) / len(batch)
+        if task.student.is_open(0):
+            loss = share * _loss(task, part)
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss = _descend_by_block(task, part, share)
+        total += float(loss.detach())
     nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
     optimizer.step()
-    return float(loss.detach())
+    return total
 
 
-def _descend_by_block(task: ModelTask, batch: list[int]) -> Tensor:
-    """The loss of the sequences `batch`, and gradients of the norms and biases, with one block in memory.
+def _micro_batches(task: ModelTask, batch: list[int]) -> list[list[int]]:
+    """The batch in pieces; whole where weights train, which are rounded anew for each piece."""
+    if set(task.phase.train) != {"norms"}:
+        return [batch]
+    size = max(1, MICRO_TOKENS // task.tokens.shape[1])
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def _descend_by_block(task: ModelTask, batch: list[int], share: float) -> Tensor:
+    """`share` of the loss of `batch`, and gradients of the norms and biases, with one block in memory.
 
     Blocks are computed twice, the second time from the last to the first.
     """
@@ -104,7 +118,7 @@ def _descend_by_block(task: ModelTask, batch: list[int]) -> Tensor:
     output = stream.hidden.requires_grad_(True)
     with products(precision):
         found = student.last_norm(output)
-    loss = _head_loss(task, batch, found.float())
+    loss = share * _head_loss(task, batch, found.float())
     loss.backward()  # type: ignore[no-untyped-call]
     for block in reversed(range(len(student.blocks))):
         grad, start = output.grad, inputs.pop().requires_grad_(True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import get_args
 
 import pytest
 
+from losa_deploy.cli.flags import byte_count
 from losa_deploy.cli.options import RECIPE_OPTIONS, RecipeOption, make_recipe, revise_recipe
 from losa_deploy.cli.parser import build_parser, parse
 from losa_deploy.errors import UsageError
@@ -123,3 +125,14 @@ def test_a_later_stage_keeps_the_recipe_and_changes_what_it_is_told() -> None:
     assert revised.export.value_type == "f32"
     assert revised.export.head == "f16"
     assert revised.model_copy(update={"export": stored.export}) == stored
+
+
+@pytest.mark.parametrize(("text", "expected"), [("8G", 8 * 10**9), ("1.5g", 15 * 10**8), ("300M", 3 * 10**8)])
+def test_memory_is_a_size(text: str, expected: int) -> None:
+    assert byte_count(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "0", "-1G", "8 GB", "many", "infG"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected one like 8G"):
+        byte_count(text)

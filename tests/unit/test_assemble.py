@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from losa_deploy.assemble import assemble, check_tensors
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.schedule import check_unpruned
+from losa_deploy.compress import check
+from losa_deploy.compress.check import check_unpruned
 from losa_deploy.errors import InputError
 from losa_deploy.pretrained import load_model
 
@@ -150,11 +151,37 @@ def test_a_configuration_that_no_model_can_be_made_of_is_refused(
         check_tensors(Checkpoint.open(model))
 
 
-def test_a_student_that_is_not_the_model_of_transformers_is_refused(model: Path) -> None:
-    source = Checkpoint.open(model)
-    dense = Decoder(source)
-    check_unpruned(source, dense)
-    norm = dense.model.get_parameter("model.norm.weight")
-    norm.data[0] += 0.01
+@pytest.mark.parametrize("memory", [10**11, 1])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("LlamaConfig", GATED),
+        ("Qwen2Config", {**GATED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("SmolLM3Config", {**GATED, "num_hidden_layers": 4}),
+        ("OPTConfig", OPT),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_that_is_not_the_one_of_transformers_is_refused(
+    kind: str, values: dict[str, object], memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks, or the first two from a copy where the whole does not fit into memory."""
+    source = Checkpoint.open(make(tmp_path / "model", kind, **{"num_hidden_layers": 3, **values}))
+    place, blocks = tmp_path / "place", []
+
+    def other(folder: Path) -> PreTrainedModel:
+        model = load_model(folder)
+        blocks.append(model.config.num_hidden_layers)
+        if broken:
+            norm = model.get_parameter(f"{source.family.final_norm}.weight")
+            norm.data[0] += 0.01
+        return model
+
+    monkeypatch.setattr(check, "load_model", other)
+    broken = False
+    check_unpruned(source, place, memory)
+    broken = True
     with pytest.raises(InputError, match="are not the model that transformers loads"):
-        check_unpruned(source, dense)
+        check_unpruned(source, place, memory)
+    assert blocks == [2 if memory == 1 else source.block_count] * 2
+    assert not place.exists() or not list(place.iterdir())
