@@ -14,6 +14,7 @@ from losa_deploy.errors import UsageError
 def _add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_output(parser, "./<name>-losa-<sparsity>-adapted")
+    parser.add_argument("--dry-run", action="store_true", help="print memory, disk and time, and stop")
     add_threads(parser)
     add_memory(parser)
     add_recipe_options(parser, (*COMPRESS, *MERGE))
@@ -24,12 +25,16 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if printed_recipe(args, recipe, console):
         return
     from losa_deploy.artifact import remove
-    from losa_deploy.cli import stages
+    from losa_deploy.cli import expect, pipeline, stages
     from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
     stages.check_state_folder(output)
     work = stages.work_folder(output)
+    if args.dry_run:
+        found = expect.expected(args, *pipeline.source_shapes(args), recipe)
+        expect.show(found, output, expect.budget(args), console, as_json=args.json)
+        return
     console.info(f"Output: {output}")
     with console.captured(work / "export.log"):
         stages.set_threads(thread_count(args))
@@ -42,6 +47,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
                 f"{output} was made from another source, recipe, text or seed.",
                 hint="Add --overwrite to start afresh, or choose another --output.",
             )
+        if state is None or not state.complete:
+            found = expect.expected(args, *pipeline.checkpoint_shapes(source), recipe)
+            console.info(expect.line(found))
+            expect.require(found, output, expect.budget(args))
         adapted = stages.run_compress(source, record, recipe, output, console, memory=args.memory)
     if args.json:
         console.result_json(
@@ -64,7 +73,7 @@ COMMAND = Command(
     summary="make a model sparse: masks and adapted weights, saved after every step",
     examples=(
         "losa-deploy compress --sparsity 0.6 --output build/adapted",
-        "losa-deploy compress --model path/to/model --pattern 2:4 --print-recipe",
+        "losa-deploy compress --model path/to/model --memory 8G --dry-run",
     ),
     add_arguments=_add,
     run=_run,

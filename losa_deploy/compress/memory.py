@@ -7,7 +7,7 @@ from math import prod
 
 from losa_deploy.checkpoint import Checkpoint
 
-LIBRARY_BYTES = 700_000_000
+LIBRARY_BYTES = 450_000_000
 """What torch and transformers take before a model is read."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from losa_deploy.cli.flags import add_output_flags, positive
+from losa_deploy.cli.flags import add_output_flags, byte_count, positive
 from losa_deploy.cli.main import main
 from losa_deploy.cli.options import number
 from losa_deploy.cli.page import page
@@ -74,7 +74,7 @@ def test_every_flag_is_kebab_case_explained_and_of_one_kind() -> None:
             assert flag == flag.lower()
             assert "_" not in flag
             assert action.help
-            value = "number" if action.type in (int, float, positive, number) else "text"
+            value = "number" if action.type in (int, float, positive, number, byte_count) else "text"
             assert value == "number" or action.type in (None, str, Path) or action.nargs == 0
             kinds.setdefault(flag, set()).add("switch" if action.nargs == 0 else value)
     assert {flag: kind for flag, kind in kinds.items() if len(kind) > 1} == {}

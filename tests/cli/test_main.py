@@ -25,6 +25,7 @@ from losa_deploy.console import Console
         (["compress", "--sparsty", "0.5"], "Did you mean --sparsity"),
         (["compress", "--loss", "mse"], "invalid choice: 'mse'"),
         (["compress", "--threads", "0"], "--threads"),
+        (["compress", "--memory", "lots"], "expected one like 8G"),
         (["compress-and-export"], "--format"),
         (["compress-and-export", "--format", "onx"], "Did you mean `--format onnx`?"),
         (["inspect", "a", "b"], "one argument too many"),
@@ -57,6 +58,23 @@ def test_mistyped_model_path_names_its_neighbours(tmp_path: Path, capsys: pytest
     argv = ["compress", "--model", str(tmp_path / "lama-base"), "--output", str(tmp_path / "out")]
     assert main(argv) == 3
     assert "llama-base" in capsys.readouterr().err
+
+
+def test_what_a_compression_takes_is_known_beforehand(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compress", "--model", str(tiny_llama), "--output", str(tmp_path / "out"), "--dry-run", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "losa.compress-plan/1"
+    assert 0 < found["seconds"] < 600 and 0 < found["disk_bytes"] < 10**8
+    assert 3 * 10**8 < found["peak_ram_bytes"] == max(found["stages"].values()) < 10**9
+    assert main([*argv, "--memory", "100M"]) == 4
+    error = json.loads(capsys.readouterr().err)
+    assert error["code"] == "resource" and error["details"]["available_bytes"] == 10**8
+    assert main([*argv[:-2], "--memory", "100M"]) == 4, "a run that cannot fit does not start"
+    assert "This needs about" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_architecture_is_refused_before_weights(

@@ -1,0 +1,89 @@
+"""What a compression is expected to take: said before it starts, and refused if it cannot fit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from losa_deploy.artifact import free_bytes, require_disk
+from losa_deploy.cli.flags import thread_count
+from losa_deploy.cli.plan import Shapes
+from losa_deploy.console import Console, table
+from losa_deploy.errors import ResourceError
+
+if TYPE_CHECKING:
+    from losa_deploy.compress.estimate import Estimate
+    from losa_deploy.recipe import Recipe
+
+SCHEMA = "losa.compress-plan/1"
+ROOM = 0.05
+"""How much an estimate may be above the memory that is there: it is an estimate."""
+
+
+def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: Recipe) -> Estimate:
+    """Memory, disk and time; measures this machine for less than a second."""
+    from losa_deploy.cli.stages import set_threads
+    from losa_deploy.compress.estimate import Geometry, estimate, measured_rates
+    from losa_deploy.compress.precision import uses_bf16
+
+    set_threads(thread_count(args))
+    bf16 = uses_bf16(recipe.precision)
+    rates = measured_rates(bf16=bf16)
+    return estimate(Geometry.of(linears, others), recipe, budget(args), rates, bf16=bf16)
+
+
+def budget(args: argparse.Namespace) -> int:
+    """Bytes of memory that the run may take: `--memory`, or what is free."""
+    from losa_deploy.compress.memory import available_bytes
+
+    return int(args.memory or available_bytes())
+
+
+def line(found: Estimate) -> str:
+    """An estimate in one line."""
+    return (
+        f"Expected: peak memory {found.peak_ram_bytes / 1e9:.1f} GB, "
+        f"{found.disk_bytes / 1e9:.1f} GB of disk, about {_duration(found.seconds)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def require(found: Estimate, output: Path, memory: int) -> None:
+    """Raise `ResourceError` if the run does not fit into memory or on the disk of `output`."""
+    require_disk(output, found.disk_bytes, "The compression state")
+    if found.peak_ram_bytes > memory * (1 + ROOM):
+        stage = max(found.stages, key=found.stages.__getitem__)
+        raise ResourceError(
+            f"This needs about {found.peak_ram_bytes / 1e9:.1f} GB of memory ({stage}), "
+            f"{memory / 1e9:.1f} GB may be taken.",
+            hint="Use fewer --samples or a shorter --sequence-length, a preset without phases that train "
+            "weights through the whole model, or a machine with more memory (see --memory).",
+            details={"needed_bytes": found.peak_ram_bytes, "available_bytes": memory},
+        )
+
+
+def show(found: Estimate, output: Path, memory: int, console: Console, *, as_json: bool) -> None:
+    """The result of a dry run; raises `ResourceError` if the run does not fit."""
+    if as_json:
+        console.result_json(
+            {
+                "schema": SCHEMA,
+                "output": str(output),
+                "peak_ram_bytes": found.peak_ram_bytes,
+                "disk_bytes": found.disk_bytes,
+                "seconds": round(found.seconds, 1),
+                "stages": dict(found.stages),
+                "memory_bytes": memory,
+                "disk_free_bytes": free_bytes(output),
+            }
+        )
+    else:
+        console.result(line(found))
+        rows = [(name, f"{size / 1e9:.2f} GB") for name, size in found.stages.items()]
+        console.result(table(("stage", "memory"), rows))
+    require(found, output, memory)

@@ -1,0 +1,231 @@
+"""What a compression will take, from the shapes of a model: memory, disk and time, before any work.
+
+Counts are of what the code holds at once and multiplies; rates are measured on this machine for a second.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from losa_deploy.compress.memory import LIBRARY_BYTES
+from losa_deploy.compress.tune import MICRO_TOKENS
+from losa_deploy.phases import PhaseRecipe
+from losa_deploy.recipe import Recipe
+
+Shape = tuple[int, int]
+SAMPLED_TOGETHER = 128
+STREAMS = 5
+"""Streams through the blocks that exist at once: three of the student, one of the dense model, a new one."""
+BLOCK_BYTES = 9
+"""Per weight of an open block: the dense one's, the student's, its mask."""
+TRAINED_BYTES = 27
+"""Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
+FROZEN_BYTES = 6
+PASSES = 120
+"""Passes over all weights in an optimizer step that rounds them, in units of `Rates.elements`."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that decide; of a block whose linears are the largest."""
+
+    blocks: int
+    linears: Sequence[Shape]
+    """Of one block, (out, in)."""
+    key_width: int
+    """Numbers of a token's keys in one block."""
+    outer: int
+    """Weights outside of the blocks."""
+    vocabulary: int
+
+    @classmethod
+    def of(cls, linears: Mapping[str, Shape], others: Mapping[str, Shape]) -> Geometry:
+        """From names, as in a Hugging Face folder or a GGUF file, and shapes."""
+        blocks: dict[int, dict[str, Shape]] = {}
+        for name, shape in linears.items():
+            found = re.search(r"\.(\d+)\.", name)
+            blocks.setdefault(int(found[1]) if found else 0, {})[name] = shape
+        largest = max(blocks.values(), key=lambda block: sum(r * c for r, c in block.values()))
+        keys = [shape[0] for name, shape in largest.items() if re.search(r"k_proj|attn_k", name)]
+        outer = sum(rows * columns for rows, columns in others.values())
+        vocabulary = max((rows for rows, _ in others.values()), default=0)
+        return cls(len(blocks), tuple(largest.values()), max(keys, default=0), outer, vocabulary)
+
+    @property
+    def hidden(self) -> int:
+        return min(columns for _, columns in self.linears)
+
+    @property
+    def inner(self) -> int:
+        return max(columns for _, columns in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """Of a block."""
+        return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def all(self) -> int:
+        return self.blocks * self.weights + self.outer
+
+    @property
+    def inputs(self) -> Sequence[int]:
+        """Widths of the inputs of a block's linears: of attention, its output, the MLP, and its output."""
+        return (self.hidden, self.hidden, self.hidden, self.inner)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does in a second."""
+
+    products: float
+    """Multiplications and additions of a matrix product at the recipe's precision."""
+    plain: float
+    """The same in f32."""
+    elements: float
+    """Numbers of a large array that are multiplied by others."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes."""
+
+    peak_ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    stages: Mapping[str, int]
+    """Bytes by stage."""
+
+
+def estimate(shape: Geometry, recipe: Recipe, memory: int, rates: Rates, *, bf16: bool) -> Estimate:
+    """What `compress` takes with `memory` bytes at hand."""
+    stages = {"check": _check(shape, memory), "blocks": _blocks(shape, recipe)}
+    if recipe.calibration.source == "self":
+        stages["text"] = _text(shape, recipe, memory, 2 if bf16 else 4)
+    for number, phase in enumerate(recipe.phases):
+        if phase.where == "model":
+            stages[f"phase {number}"] = _phase(shape, recipe, phase, memory)
+    seconds = _seconds(shape, recipe, rates)
+    return Estimate(max(stages.values()), _disk(shape, recipe), seconds, stages)
+
+
+def _tokens(recipe: Recipe) -> int:
+    return recipe.calibration.samples * recipe.calibration.sequence_length
+
+
+def _check(shape: Geometry, memory: int) -> int:
+    whole = LIBRARY_BYTES + 4 * shape.all
+    first = 4 * (shape.outer + 2 * shape.weights)
+    return whole + 4 * shape.weights if whole <= memory else LIBRARY_BYTES + 2 * first
+
+
+def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
+    """Weights, keys and values; as `sample` chooses how many sequences go on together."""
+    length = recipe.calibration.sequence_length
+    each = 2 * shape.blocks * shape.key_width * length * element
+    together = min(SAMPLED_TOGETHER, recipe.calibration.samples)
+    outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
+    if LIBRARY_BYTES + outer + blocks + 8 * each > memory:
+        blocks = element * shape.weights
+    free = memory - LIBRARY_BYTES - outer - blocks
+    together = max(8, min(together, free // max(1, each)))
+    return LIBRARY_BYTES + outer + blocks + together * (each + 16 * shape.vocabulary)
+
+
+def _blocks(shape: Geometry, recipe: Recipe) -> int:
+    streams = STREAMS * 4 * _tokens(recipe) * shape.hidden
+    statistics = 0
+    if recipe.prune.method == "sparsegpt" and recipe.sparsity.target:
+        statistics = 4 * (sum(width**2 for width in shape.inputs) + 2 * shape.inner**2)
+    trained = max(
+        (p.window * TRAINED_BYTES * shape.weights for p in recipe.phases if p.where == "blocks"), default=0
+    )
+    window = max((p.window for p in recipe.phases if p.where == "blocks"), default=1)
+    held = (BLOCK_BYTES + 5 * (window - 1)) * shape.weights
+    return LIBRARY_BYTES + 4 * shape.outer + streams + held + max(statistics, trained)
+
+
+def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int) -> int:
+    """Of a phase through the model."""
+    length = phase.sequence_length or recipe.calibration.sequence_length
+    known = 2 * 4 * _tokens(recipe) * shape.hidden
+    frozen = set(phase.train) == {"norms"}
+    tokens = (
+        min(phase.batch_size * length, max(MICRO_TOKENS, length)) if frozen else phase.batch_size * length
+    )
+    activations = 4 * tokens * (10 * shape.hidden + 4 * shape.inner)
+    head = 256 * shape.vocabulary * 16
+    base = LIBRARY_BYTES + 4 * shape.outer + known + head
+    if not frozen:
+        moving = TRAINED_BYTES + BLOCK_BYTES - 4 if phase.grid != "none" else TRAINED_BYTES
+        return base + moving * shape.blocks * shape.weights + shape.blocks * activations
+    if FROZEN_BYTES * shape.all + LIBRARY_BYTES <= memory:
+        return base + FROZEN_BYTES * shape.blocks * shape.weights + shape.blocks * activations
+    return base + 4 * tokens * shape.hidden * shape.blocks + 3 * BLOCK_BYTES * shape.weights + activations
+
+
+def _disk(shape: Geometry, recipe: Recipe) -> int:
+    """The finished and the unfinished step, and the point that training goes on from."""
+    state = int(2 * 4.2 * shape.blocks * shape.weights)
+    points = [p for p in recipe.phases if p.where == "model" and {"weights", "adapters"} & set(p.train)]
+    return state + (12 * shape.blocks * shape.weights if points else 0)
+
+
+def _seconds(shape: Geometry, recipe: Recipe, rates: Rates) -> float:
+    tokens, total = _tokens(recipe), 0.0
+    if recipe.calibration.source == "self":
+        # One token per sequence at a time: half of the rate of large products.
+        total += 4 * tokens * shape.all / rates.products
+    forward = 2 * tokens * shape.weights / rates.products
+    moments = 2 * tokens * sum(width**2 for width in shape.inputs) / rates.plain
+    solve = 4 * sum(width**3 for width in shape.inputs) / rates.plain + 60 * shape.weights / rates.elements
+    sparse = recipe.prune.method == "sparsegpt" and recipe.sparsity.target > 0
+    per_step = 3.5 * forward + (moments + solve if sparse else 0.0)
+    steps = recipe.schedule.steps
+    total += steps * shape.blocks * per_step
+    for step in range(1, steps + 1):
+        for phase in recipe.phases:
+            if phase.runs(last=step == steps):
+                total += _trained_seconds(shape, recipe, phase, rates, last=step == steps)
+    return total
+
+
+def _trained_seconds(
+    shape: Geometry, recipe: Recipe, phase: PhaseRecipe, rates: Rates, *, last: bool
+) -> float:
+    length = phase.sequence_length or recipe.calibration.sequence_length
+    steps = phase.steps(recipe.calibration.samples, length, last=last)
+    tokens, weights = steps * phase.batch_size * length, shape.blocks * shape.weights * phase.window
+    passes = PASSES if {"weights", "adapters", "scales"} & set(phase.train) else 8
+    seconds = 6 * tokens * weights / rates.products + steps * passes * weights / rates.elements
+    if phase.where == "model":
+        seconds += 6 * tokens * shape.vocabulary * shape.hidden / rates.products
+        seconds += 30 * tokens * shape.vocabulary / rates.elements
+    return seconds
+
+
+def measured_rates(*, bf16: bool, seconds: float = 0.25) -> Rates:
+    """A quarter of a second of each kind of work."""
+    import torch
+
+    def rate(count: float, dtype: torch.dtype, size: int) -> float:
+        a, b = torch.ones(512, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        return _rate(count * 512 * size * size, lambda: torch.nn.functional.linear(a, b), seconds)
+
+    x, y = torch.ones(4_000_000), torch.ones(4_000_000)
+    elements = _rate(x.numel(), lambda: x.mul_(y), seconds)
+    plain = rate(2, torch.float32, 1024)
+    return Rates(rate(2, torch.bfloat16, 1024) if bf16 else plain, plain, elements)
+
+
+def _rate(count: float, work: Callable[[], object], seconds: float) -> float:
+    """`count` per second that a call of `work` does."""
+    work()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        calls += 1
+    return count * calls / (time.perf_counter() - start)

@@ -1,0 +1,80 @@
+"""What a compression is expected to take, for the sizes that the docs name and at the edges of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from losa_deploy.compress.estimate import Geometry, Rates, estimate
+from losa_deploy.recipe import load_recipe
+
+RATES = Rates(products=4e11, plain=1.6e11, elements=2.5e9)
+GIB = 2**30
+
+
+def llama(
+    blocks: int, hidden: int, inner: int, keys: int, vocabulary: int, *, tied: bool = False
+) -> Geometry:
+    """As a Hugging Face folder names it."""
+    rows = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
+    linears = {
+        **{f"model.layers.0.self_attn.{name}": (size, hidden) for name, size in rows.items()},
+        "model.layers.0.mlp.gate_proj": (inner, hidden),
+        "model.layers.0.mlp.up_proj": (inner, hidden),
+        "model.layers.0.mlp.down_proj": (hidden, inner),
+    }
+    others = {name: (vocabulary, hidden) for name in (["embed"] if tied else ["embed", "lm_head"])}
+    return dataclasses.replace(Geometry.of(linears, others), blocks=blocks)
+
+
+SMOLLM = llama(30, 576, 1536, 192, 49152, tied=True)
+TINYLLAMA = llama(22, 2048, 5632, 256, 32000)
+LLAMA_7B = llama(32, 4096, 11008, 4096, 32000)
+LLAMA_70B = llama(80, 8192, 28672, 1024, 128256)
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory", "most"),
+    [(SMOLLM, 20, 2.5), (TINYLLAMA, 6, 6), (LLAMA_7B, 14, 14), (LLAMA_70B, 48, 48)],
+    ids=["135M", "1.1B", "7B", "70B"],
+)
+def test_quick_stays_within_the_memory_it_is_given(shape: Geometry, memory: int, most: float) -> None:
+    found = estimate(shape, load_recipe(), memory * GIB, RATES, bf16=True)
+    assert found.peak_ram_bytes <= most * GIB
+    assert found.peak_ram_bytes == max(found.stages.values())
+
+
+def test_the_shapes_are_those_of_the_files() -> None:
+    assert (SMOLLM.hidden, SMOLLM.inner, SMOLLM.key_width, SMOLLM.vocabulary) == (576, 1536, 192, 49152)
+    assert SMOLLM.weights == 3_538_944 and SMOLLM.all == 134_479_872
+    found = Geometry.of(
+        {"blk.0.attn_k.weight": (4, 8), "blk.1.attn_k.weight": (6, 8)}, {"token_embd": (9, 8)}
+    )
+    assert (found.blocks, found.key_width, found.weights, found.outer) == (2, 6, 48, 72)
+
+
+def test_more_of_everything_takes_more() -> None:
+    base = estimate(TINYLLAMA, load_recipe(), 10 * GIB, RATES, bf16=True)
+    for key, value in {"calibration.samples": 512, "phases.0.window": 2}.items():
+        more = estimate(TINYLLAMA, load_recipe(overrides=[(key, value)]), 10 * GIB, RATES, bf16=True)
+        assert more.stages["blocks"] > base.stages["blocks"], key
+        assert more.seconds > base.seconds, key
+    slower = estimate(TINYLLAMA, load_recipe(), 10 * GIB, Rates(1e11, 4e10, 1e9), bf16=True)
+    assert slower.seconds > 2 * base.seconds and slower.peak_ram_bytes == base.peak_ram_bytes
+
+
+def test_a_phase_that_trains_all_weights_needs_them_in_memory() -> None:
+    """f32 weights, masks, gradients and two moments of 7B: more than 21 bytes for each."""
+    found = estimate(LLAMA_7B, load_recipe(preset="standard"), 14 * GIB, RATES, bf16=True)
+    assert found.stages["phase 1"] > 21 * LLAMA_7B.blocks * LLAMA_7B.weights
+    assert found.disk_bytes > 20 * LLAMA_7B.blocks * LLAMA_7B.weights
+
+
+def test_little_memory_is_used_up_block_by_block() -> None:
+    plenty = estimate(LLAMA_7B, load_recipe(), 100 * GIB, RATES, bf16=True)
+    little = estimate(LLAMA_7B, load_recipe(), 10 * GIB, RATES, bf16=True)
+    for stage in ("check", "text", "phase 1"):
+        assert little.stages[stage] < 0.5 * plenty.stages[stage], stage
+    assert little.stages["blocks"] == plenty.stages["blocks"]
+    assert little.disk_bytes == plenty.disk_bytes
