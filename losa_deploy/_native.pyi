@@ -10,6 +10,24 @@ def target_name() -> str: ...
 def target_reason() -> str: ...
 def targets() -> list[str]: ...
 def set_target(name: str) -> None: ...
+def round_rows(
+    weight: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    width: int,
+    low: float,
+    high: float,
+    result: NDArray[np.float32] | NDArray[np.uint16],
+) -> None: ...
+def round_gradient(
+    weight: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    width: int,
+    low: float,
+    high: float,
+    gradient: NDArray[np.float32] | NDArray[np.uint16],
+    weight_gradient: NDArray[np.float32],
+    scale_gradient: NDArray[np.float32],
+) -> None: ...
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...
 
 class MatmulTimer:

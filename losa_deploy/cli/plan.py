@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, int]]
 LIBRARY_BYTES = 1_000_000_000
 """What torch, transformers and ONNX Runtime take before a model is loaded."""
-COMPRESS_COPIES = 3
-"""f32 copies of the model in memory while it is compressed: dense, sparse, optimizer or statistics."""
+COMPARED_COPIES = 3
+"""f32 copies of the model in memory while results are compared: dense, merged, exported."""
 
 
 def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> ExportPlan:
@@ -42,7 +42,7 @@ def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> Expo
         files = {"packed .gguf": planned(dense=False)} if export.packed else {}
         files |= {"portable .gguf": planned(dense=True)} if export.portable or not export.packed else {}
     parameters = sum(rows * columns for rows, columns in (*linears.values(), *others.values()))
-    peak = LIBRARY_BYTES + COMPRESS_COPIES * 4 * parameters
+    peak = LIBRARY_BYTES + COMPARED_COPIES * 4 * parameters
     sizes = {file: sum(tensor.bytes for tensor in tensors) for file, tensors in files.items()}
     return ExportPlan(name, sizes, next(iter(files.values())), peak)
 

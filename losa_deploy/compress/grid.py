@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from losa_deploy import _native
 from losa_deploy.phases import Grid
 
 LEVELS: dict[Grid, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3), "i2": (-2, 1)}
@@ -66,8 +69,53 @@ def rounded(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
     return levels(weight, scales, kind) * scale + 0.0
 
 
+class _NativeRounding(torch.autograd.Function):
+    """`_Rounding` in one pass over the weights each way; the result is f32, or bf16 for products in that.
+
+    Only the weights are kept for the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        weight: Tensor,
+        scales: Tensor,
+        kind: GridKind,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        exact = scales.half().float()
+        result = torch.empty_like(weight, dtype=dtype)
+        _native.round_rows(*_grid_arguments(weight, exact, kind), _numbers(result))
+        ctx.save_for_backward(weight, exact)
+        ctx.kind = kind  # type: ignore[attr-defined]
+        return result
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, exact = ctx.saved_tensors  # type: ignore[attr-defined]
+        kind: GridKind = ctx.kind  # type: ignore[attr-defined]
+        of_weight, of_scales = torch.empty_like(weight), torch.empty_like(exact)
+        arguments = _grid_arguments(weight, exact, kind)
+        gradients = (_numbers(part) for part in (grad.contiguous(), of_weight, of_scales))
+        _native.round_gradient(*arguments, *gradients)
+        return of_weight, of_scales, None, None
+
+
+def _numbers(tensor: Tensor) -> NDArray[np.float32]:
+    """The memory of a tensor; bf16 as its bits."""
+    bits = tensor.detach()
+    return (bits.view(torch.uint16) if bits.dtype == torch.bfloat16 else bits).numpy()
+
+
+def _grid_arguments(
+    weight: Tensor, scales: Tensor, kind: GridKind
+) -> tuple[NDArray[np.float32], NDArray[np.float32], int, float, float]:
+    low, high = LEVELS[kind.value_type]
+    return _numbers(weight), _numbers(scales), kind.width(weight.shape[1]), float(low), float(high)
+
+
 class _Rounding(torch.autograd.Function):
-    """weight, scales ↦ the weight on the grid, with straight-through gradients."""
+    """weight, scales ↦ the weight on the grid, with straight-through gradients; on any device."""
 
     @staticmethod
     def forward(
@@ -99,8 +147,16 @@ class _Rounding(torch.autograd.Function):
 
 
 def straight_through(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
-    """`rounded`, differentiable in weight [out, in] and scales [out, groups]."""
-    result: Tensor = _Rounding.apply(weight, scales, kind)  # type: ignore[no-untyped-call]
+    """`rounded`, differentiable in weight [out, in] and scales [out, groups].
+
+    In bf16 where matmuls take such numbers (see `precision.products`).
+    """
+    result: Tensor
+    if weight.device.type != "cpu":
+        result = _Rounding.apply(weight, scales, kind)  # type: ignore[no-untyped-call]
+        return result
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    result = _NativeRounding.apply(weight, scales, kind, dtype)  # type: ignore[no-untyped-call]
     return result
 
 

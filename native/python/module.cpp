@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "losa/kernels.h"
+#include "rounding.h"
 #include "timing.h"
 
 namespace nb = nanobind;
@@ -129,5 +130,6 @@ NB_MODULE(_native, module) {
       .def_prop_ro("kept", &Tensor::kept)
       .def("matmul", &Tensor::matmul, nb::arg("x"), nb::arg("step") = 1 << 30,
            "x [tokens, columns] -> x @ W.T [tokens, rows].");
+  register_rounding(module);
   register_timing(module);
 }

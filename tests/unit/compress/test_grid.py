@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from losa_deploy import _native
 from losa_deploy.compress.grid import LEVELS, GridKind, levels, rounded, search_scales, straight_through
+from losa_deploy.compress.grid import _Rounding as Rounding
 from losa_deploy.compress.masked import MaskedLinear
+from losa_deploy.compress.precision import products
 from losa_deploy.model import WeightGrid
 
 KINDS = [GridKind("i4", 32), GridKind("i3", 64), GridKind.of("i8", 128)]
@@ -89,6 +92,47 @@ def test_gradients_are_those_of_the_formulas(kind: GridKind) -> None:
     np.testing.assert_allclose(
         scales.grad.numpy(), padded.reshape(6, -1, width).sum(-1), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("columns", [1, 31, 150, 700])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value_type)
+def test_one_pass_gives_what_the_steps_one_by_one_give(kind: GridKind, columns: int, precision: str) -> None:
+    """Bit for bit but for the order of the sums, also at ties and far beyond the levels."""
+    weight = weight_of(5, columns, seed=columns)
+    scales = (search_scales(weight, kind) * 0.6).half().float()
+    scales[0, 0] = 0.0
+    first = float(scales[1, 0])
+    ties = torch.tensor([0.5, -0.5, 1.5, 7.5, 8.5, -8.5, -9.0, 1e30, -1e30, 3.5])[:columns] * first
+    weight[1, : len(ties)] = ties
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6))
+    with products(precision):
+        w, s = weight.clone().requires_grad_(), scales.clone().requires_grad_()
+        found = straight_through(w, s, kind)
+        found.backward(grad.to(found.dtype))
+    assert found.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    w2, s2 = weight.clone().requires_grad_(), scales.clone().requires_grad_()
+    expected = Rounding.apply(w2, s2, kind)
+    expected.backward(grad.to(found.dtype).float())
+    assert torch.equal(found, expected.to(found.dtype))
+    assert torch.equal(w.grad, w2.grad)
+    torch.testing.assert_close(s.grad, s2.grad, rtol=1e-5, atol=1e-5 * float(s2.grad.abs().max()))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight, scales = np.zeros((3, 8), np.float32), np.ones((3, 2), np.float32)
+    _native.round_rows(weight, scales, 4, -8.0, 7.0, np.zeros((3, 8), np.float32))
+    for wrong in (
+        (weight, scales, 3, np.zeros((3, 8), np.float32)),
+        (weight, scales, 0, np.zeros((3, 8), np.float32)),
+        (weight, scales[:2], 4, np.zeros((3, 8), np.float32)),
+        (weight, scales, 4, np.zeros((3, 7), np.float32)),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            _native.round_rows(wrong[0], wrong[1], wrong[2], -8.0, 7.0, wrong[3])
+    gradients = np.zeros((3, 8), np.float32), np.zeros((3, 8), np.float32), np.zeros((3, 1), np.float32)
+    with pytest.raises(ValueError, match="another shape"):
+        _native.round_gradient(weight, scales, 4, -8.0, 7.0, *gradients)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value_type)
