@@ -138,4 +138,4 @@ def _descend(
         loss.backward()  # type: ignore[no-untyped-call]
         require_finite(float(loss.detach()), f"block {task.blocks[-1]}", phase.learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
-        optimizer.step()
+        trained.step(optimizer)

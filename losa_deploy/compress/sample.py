@@ -50,7 +50,9 @@ def sampled_tokens(
     dense = Decoder(source, dtype=dtype, attention=GROUPED)
     drawn = torch.randint(dense.head.out_features, (recipe.samples,), generator=draw).tolist()
     given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
-    chances = torch.rand(recipe.samples, length, generator=draw, dtype=torch.float64)
+    # Positions as well, as in a model that was cast as a whole: another text, of another draw's quality.
+    dense.model.to(dtype)
+    chances = _chances(recipe.samples, length, draw)
     resident, batch = _plan(source, dtype.itemsize, length, memory)
     parts = []
     total = length * -(-recipe.samples // batch)
@@ -58,6 +60,16 @@ def sampled_tokens(
         for start in range(0, recipe.samples, batch):
             done, part = length * (start // batch), slice(start, start + batch)
             parts.append(_continue(dense.model, given[part], chances[part], recipe, progress, done, total))
+    return torch.cat(parts)
+
+
+def _chances(samples: int, length: int, draw: torch.Generator) -> Tensor:
+    """Uniform numbers [samples, length] f64: those of `BATCH` sequences after each other, by position."""
+    parts = []
+    for start in range(0, samples, BATCH):
+        rows = min(BATCH, samples - start)
+        columns = [torch.rand(rows, 1, generator=draw, dtype=torch.float64) for _ in range(1, length)]
+        parts.append(torch.cat([torch.zeros(rows, 1, dtype=torch.float64), *columns], dim=1))
     return torch.cat(parts)
 
 

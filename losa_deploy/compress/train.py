@@ -13,7 +13,11 @@ from losa_deploy.phases import PhaseRecipe
 SCALE_RATE = 0.2
 """Learning rate of a grid's scales against that of its weights; one scale moves many weights."""
 NORM_RATE = 0.2
-"""The same of norms and biases; one of their numbers acts on a whole channel."""
+"""The same of norms and biases; one of their numbers acts on a whole channel.
+
+Each moves in proportion to itself: norms keep channels with huge activations small by numbers far below the
+others, and a step that suits these would let outliers through, which activations in eight bits cannot hold.
+"""
 
 
 def kept_rms(linear: MaskedLinear) -> float:
@@ -37,6 +41,8 @@ class Trained:
         self.linears = tuple(linears)
         self.groups: list[dict[str, object]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._proportional: list[tuple[torch.nn.Parameter, Tensor]] = []
+        """Parameters whose numbers move by shares of a step, and these shares."""
         relative = phase.rate != "absolute"
         rate = phase.learning_rate * factor
         for linear in self.linears:
@@ -57,8 +63,11 @@ class Trained:
                 self._add(linear.lora_b, rate * unit)
                 linear.dropout = phase.dropout
         for parameter in rest if "norms" in phase.train else ():
-            unit = float(parameter.detach().square().mean().sqrt()) or 1.0
-            self._add(parameter, NORM_RATE * rate * unit if relative else NORM_RATE * rate)
+            start = parameter.detach().abs()
+            unit = float(start.square().mean().sqrt())
+            self._add(parameter, NORM_RATE * rate * (unit or 1.0) if relative else NORM_RATE * rate)
+            if relative and unit:
+                self._proportional.append((parameter, start / unit))
 
     def _add(self, parameter: torch.nn.Parameter, rate: float) -> None:
         parameter.requires_grad_(True)
@@ -68,6 +77,14 @@ class Trained:
     def parameters(self) -> list[torch.nn.Parameter]:
         """All of them, in a fixed order."""
         return [group["params"][0] for group in self.groups]  # type: ignore[index]
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step of the optimizer, clear of what it would do to small numbers of norms."""
+        before = [parameter.detach().clone() for parameter, _ in self._proportional]
+        optimizer.step()
+        for (parameter, share), start in zip(self._proportional, before, strict=True):
+            parameter.copy_(start + share * (parameter - start))
 
     def snapshot(self) -> list[Tensor]:
         """Their values."""

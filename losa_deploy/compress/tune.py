@@ -92,7 +92,7 @@ def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, b
             loss = _descend_by_block(task, part, share)
         total += float(loss.detach())
     nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
-    optimizer.step()
+    trained.step(optimizer)
     return total
 
 

@@ -13,20 +13,16 @@ def test_presets_have_phases_on_the_grid_of_the_value_type() -> None:
     quick = load_recipe()
     assert [(p.where, p.grid, p.group_size) for p in quick.phases] == [
         ("blocks", "i4", 128),
-        ("model", "i4", 128),
     ]
     standard = load_recipe(preset="standard")
     assert [(p.where, p.grid) for p in standard.phases] == [("blocks", "none"), ("model", "i4")]
     assert quick.export.value_type == "i4"
     finer = load_recipe(overrides=[("export.group_size", 32)])
-    assert [p.group_size for p in finer.phases] == [32, 32]
+    assert [p.group_size for p in finer.phases] == [32]
     eight = load_recipe(overrides=[("export.value_type", "i8")])
-    assert [p.grid for p in eight.phases] == ["i8", "i8"]
+    assert [p.grid for p in eight.phases] == ["i8"]
     plain = load_recipe(overrides=[("export.value_type", "f16")])
-    assert [(p.grid, p.train) for p in plain.phases] == [
-        ("none", ("weights",)),
-        ("none", ("norms",)),
-    ]
+    assert [(p.grid, p.train) for p in plain.phases] == [("none", ("weights",))]
     assert all(load_recipe(preset=name).phases for name in preset_names())
 
 
@@ -74,7 +70,7 @@ def test_shorthand_is_laid_over_every_phase() -> None:
         ("phases.0.loss", {"kl": 1.0}, "a block has no logits"),
         ("phases.0.data", [{"source": "a.txt"}], "block phases train on the calibration"),
         ("phases.0.where", "everywhere", "phases.0.where"),
-        ("phases.2.tokens", 1, "there is no such entry among 2"),
+        ("phases.2.tokens", 1, "there is no such entry among 1"),
         ("phases.0.tokenz", 1, "Unknown recipe key 'phases.0.tokenz'"),
     ],
 )
