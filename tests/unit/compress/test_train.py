@@ -20,6 +20,7 @@ from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.schedule import compress
 from losa_deploy.compress.student import Student
+from losa_deploy.compress.train import NORM_RATE, Trained
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.errors import GateError, InputError
 from losa_deploy.interfaces import no_progress
@@ -102,6 +103,19 @@ def test_a_block_learns_on_its_grid(tiny_llama: Path, tokens: torch.Tensor) -> N
     before, after = reconstruct_block(task, phase, 60, torch.Generator())
     assert after < 0.8 * before
     assert not torch.equal(student.masked(student.block_linears(0)[0]).scales, scales)
+
+
+def test_small_numbers_of_a_norm_move_little() -> None:
+    """By a share of themselves, not of the largest: what keeps a huge channel small goes on doing so."""
+    start = torch.tensor([1e-4, -0.5, 2.0])
+    norm, bias = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2))
+    phase = PhaseRecipe(train=("norms",), learning_rate=0.1)
+    trained = Trained([], phase, rest=[norm, bias])
+    optimizer = torch.optim.AdamW(trained.groups, weight_decay=0.0)
+    norm.grad, bias.grad = torch.ones(3), torch.ones(2)
+    trained.step(optimizer)
+    assert torch.allclose(norm.data, start - NORM_RATE * 0.1 * start.abs(), rtol=1e-4)
+    assert torch.allclose(bias.data, torch.full((2,), -NORM_RATE * 0.1), rtol=1e-4), "none to be relative to"
 
 
 @pytest.mark.parametrize(("rate", "better"), [(0.1, True), (300.0, False)])
