@@ -72,8 +72,11 @@ def test_a_phase_that_trains_all_weights_needs_them_in_memory() -> None:
 
 
 def test_little_memory_is_used_up_block_by_block() -> None:
-    plenty = estimate(LLAMA_7B, load_recipe(), 100 * GIB, RATES, bf16=True)
-    little = estimate(LLAMA_7B, load_recipe(), 10 * GIB, RATES, bf16=True)
+    norms = {"train": ["norms"], "where": "model", "grid": "export", "tokens": 40960, "batch_size": 4}
+    blocks = {"train": ["weights", "scales"], "grid": "export"}
+    recipe = load_recipe(overrides=[("phases", [blocks, norms])])
+    plenty = estimate(LLAMA_7B, recipe, 100 * GIB, RATES, bf16=True)
+    little = estimate(LLAMA_7B, recipe, 10 * GIB, RATES, bf16=True)
     for stage in ("check", "text", "phase 1"):
         assert little.stages[stage] < 0.5 * plenty.stages[stage], stage
     assert little.stages["blocks"] == plenty.stages["blocks"]
