@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from losa_deploy.compress.memory import LIBRARY_BYTES
+from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES
+from losa_deploy.compress.sample import BATCH, FEWEST
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
 
 Shape = tuple[int, int]
-SAMPLED_TOGETHER = 128
 STREAMS = 5
 """Streams through the blocks that exist at once: three of the student, one of the dense model, a new one."""
 BLOCK_BYTES = 9
 """Per weight of an open block: the dense one's, the student's, its mask."""
 TRAINED_BYTES = 27
 """Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
-FROZEN_BYTES = 6
 PASSES = 120
 """Passes over all weights in an optimizer step that rounds them, in units of `Rates.elements`."""
 
@@ -126,12 +125,12 @@ def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
     """Weights, keys and values; as `sample` chooses how many sequences go on together."""
     length = recipe.calibration.sequence_length
     each = 2 * shape.blocks * shape.key_width * length * element
-    together = min(SAMPLED_TOGETHER, recipe.calibration.samples)
+    together = min(BATCH, recipe.calibration.samples)
     outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
-    if LIBRARY_BYTES + outer + blocks + 8 * each > memory:
+    if LIBRARY_BYTES + outer + blocks + FEWEST * each > memory:
         blocks = element * shape.weights
     free = memory - LIBRARY_BYTES - outer - blocks
-    together = max(8, min(together, free // max(1, each)))
+    together = max(FEWEST, min(together, free // max(1, each)))
     return LIBRARY_BYTES + outer + blocks + together * (each + 16 * shape.vocabulary)
 
 

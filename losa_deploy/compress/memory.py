@@ -1,4 +1,7 @@
-"""How much memory a run may take, and what the parts of a model take. No result depends on it."""
+"""How much memory a run may take, and what the parts of a model take.
+
+Results depend on it by rounding at most.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from math import prod
 
 from losa_deploy.checkpoint import Checkpoint
 
+FROZEN_BYTES = 6
+"""Per weight of a model in memory whose norms train: f32 weight, mask, level."""
 LIBRARY_BYTES = 450_000_000
 """What torch and transformers take before a model is read."""
 

@@ -22,7 +22,7 @@ from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
-from losa_deploy.compress.memory import LIBRARY_BYTES, all_parameters, available_bytes
+from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES, all_parameters, available_bytes
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
@@ -34,9 +34,6 @@ from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
-
-TRAINED_BYTES = 6
-"""Per parameter, while norms train through a model that is in memory: f32 weight, mask, level."""
 
 
 @dataclass
@@ -95,9 +92,8 @@ def compress(
 
     A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
-    `memory` is how many bytes the run may take, None for what is free; no result depends on it.
-    Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
-    diverges.
+    `memory` is how many bytes the run may take, None for what is free; results depend on it by rounding at
+    most. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training diverges.
     """
     mark = adapted.fingerprint(record.files, recipe)
     state = adapted.read_state(folder) if folder.is_dir() else None
@@ -253,7 +249,7 @@ def _needs_whole_model(run: _Run, phases: Sequence[PhaseRecipe]) -> bool:
             return True
     if not phases:
         return False
-    taken = TRAINED_BYTES * all_parameters(run.student.checkpoint) + LIBRARY_BYTES
+    taken = FROZEN_BYTES * all_parameters(run.student.checkpoint) + LIBRARY_BYTES
     return taken <= run.memory
 
 

@@ -12,6 +12,7 @@ import torch
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import allocate
 from losa_deploy.compress import schedule as schedule_module
+from losa_deploy.compress import tune as tune_module
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
 from losa_deploy.compress.decoder import Decoder, batch_size
 from losa_deploy.compress.schedule import compress, rmi_importance
@@ -335,6 +336,7 @@ def test_norms_learn_through_a_model_that_is_never_in_memory(
 ) -> None:
     """Block by block forwards and backwards, to the values that the whole model gives."""
     chosen = recipe(schedule__steps=1, precision="f32", **SMALL_QUICK)
+    monkeypatch.setattr(tune_module, "MICRO_TOKENS", 100)  # a batch of eight in four pieces
     checkpoint, record = source_of(tiny_llama)
     most: list[int] = []
     load = Student.load_block
