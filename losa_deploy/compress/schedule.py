@@ -93,7 +93,8 @@ def compress(
     A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
     `memory` is how many bytes the run may take, None for what is free; results depend on it by rounding at
-    most. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training diverges.
+    most. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
+    diverges.
     """
     mark = adapted.fingerprint(record.files, recipe)
     state = adapted.read_state(folder) if folder.is_dir() else None
