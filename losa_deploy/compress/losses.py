@@ -10,13 +10,14 @@ POSITIONS = 256
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of ‖output - target‖² / ‖target‖² of [samples, tokens, hidden], without the first.
+    """Mean over tokens of ‖output - target‖² / ‖target‖² of [samples, tokens, hidden].
 
-    Each token counts the same. A few tokens have hidden states hundreds of times larger than the rest, the
-    first of a sequence always: in a sum over tokens the loss would be about nothing else.
+    Each token counts the same: a few have hidden states hundreds of times larger than the rest, and in a sum
+    the loss would be about nothing else. The first of a sequence is one of these in most blocks. It counts
+    too: all others attend to it, and a block that is free to lose it does so with some texts.
     """
-    error = (output - target)[:, 1:].square().sum(dim=-1)
-    return (error / target[:, 1:].square().sum(dim=-1).clamp_min(1e-30)).mean()
+    error = (output - target).square().sum(dim=-1)
+    return (error / target.square().sum(dim=-1).clamp_min(1e-30)).mean()
 
 
 class _HeadLoss(torch.autograd.Function):
