@@ -27,6 +27,7 @@ from losa_deploy.attention import attention_windows, original_context
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Session
 from losa_deploy.model import SparseModel
+from losa_deploy.oracle import Oracle, Question
 from losa_deploy.parity import GreedyTrace, compare_greedy, compare_logits, greedy, logit_tolerance
 from losa_deploy.recipe import VerifyRecipe
 from losa_deploy.text import Tokenizer
@@ -162,6 +163,22 @@ def ask(session: Session, questions: Questions) -> Answers:
     finally:
         session.close()
     return Answers(logits, traces)
+
+
+def examine(oracle: Oracle, questions: Questions, said: Answers, *, threads: int) -> Answers:
+    """What an oracle says to the same questions, in one pass through its blocks.
+
+    It continues prompts as far as `said` does, always from the tokens chosen there: up to and including the
+    first token that it would not have chosen, which is all that is compared, this is its own continuation.
+    """
+    asked = [Question.whole(sequence) for sequence in questions.sequences]
+    if questions.long:
+        asked.append(Question(questions.long, min(len(questions.long), 1 + STEPPED)))
+    for prompt, trace in zip(questions.prompts, said.traces, strict=True):
+        asked.append(Question((*prompt, *trace.tokens[:-1]), len(trace.tokens)))
+    found = list(oracle.answers(asked, threads=threads))
+    split = len(found) - len(questions.prompts)
+    return Answers(tuple(found[:split]), tuple(map(GreedyTrace.of, found[split:])))
 
 
 def _stepped(session: Session, tokens: tuple[int, ...]) -> NDArray[np.float32]:

@@ -116,7 +116,10 @@ class Exporter(Protocol):
         ...
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
-        """Linear name → weight [out, in] as the artifact's bytes define it (bit-exact unpack)."""
+        """Linear name → weight [out, in] as the artifact's bytes define it (bit-exact unpack).
+
+        Best a mapping that unpacks a weight when it is asked for, see `losa_deploy.lazy`.
+        """
         ...
 
     def decode_beside(self, folder: Path) -> SecondForm | None:
@@ -167,12 +170,4 @@ class Runtime(Protocol):
 
     def baseline(self) -> Runtime:
         """The runtime that dense models are measured in: as people have it without us; or itself."""
-        ...
-
-
-class OracleRuntime(Runtime, Protocol):
-    """A runtime that can also run a folder with some of its weights replaced: what parity is judged by."""
-
-    def open_with(self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int) -> Session:
-        """Open `folder` with the weights [out, in] of the modules named in `weights` overridden."""
         ...

@@ -96,6 +96,11 @@ class GreedyTrace:
     logits: Logits
     """[steps, vocab]"""
 
+    @classmethod
+    def of(cls, logits: Logits) -> GreedyTrace:
+        """The trace of logits [steps, vocab]."""
+        return cls(tuple(int(token) for token in logits.argmax(-1)), logits)
+
     def margin(self, step: int) -> float:
         """Distance between the two largest logits at a step: how sure the choice was."""
         second, first = np.partition(self.logits[step], -2)[-2:]
@@ -107,8 +112,7 @@ def greedy(session: Session, prompt: Sequence[int], steps: int) -> GreedyTrace:
     logits = [session.prefill(prompt)]
     for _ in range(steps - 1):
         logits.append(session.step(int(logits[-1].argmax())))
-    stacked = np.stack(logits).astype(np.float32)
-    return GreedyTrace(tuple(int(t) for t in stacked.argmax(-1)), stacked)
+    return GreedyTrace.of(np.stack(logits).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gate import Parity, Questions, ask, judge
+from losa_deploy.gate import Parity, Questions, ask, examine, judge
 from losa_deploy.integrity import (
     check_coverage,
     check_decoded,
@@ -20,9 +20,11 @@ from losa_deploy.integrity import (
     check_side_files,
     check_support,
 )
-from losa_deploy.interfaces import Exporter, OracleRuntime, Runtime
+from losa_deploy.interfaces import Exporter, Runtime
+from losa_deploy.lazy import lazily
 from losa_deploy.manifest import Manifest
 from losa_deploy.model import SparseModel
+from losa_deploy.oracle import Oracle
 from losa_deploy.recipe import VerifyRecipe
 from losa_deploy.text import load_tokenizer
 
@@ -82,12 +84,13 @@ def verify_export(
     model: SparseModel,
     exporter: Exporter,
     runtime: Runtime,
-    reference: OracleRuntime,
     recipe: VerifyRecipe,
     *,
     threads: int,
 ) -> Parity:
     """Check an exported folder against the merged model it came from, in the runtime it is for.
+
+    Besides the open runtime one weight or one block is in memory at a time.
 
     Damaged files stop the check before any of them is opened. Raises only for what keeps the
     check from running (a missing runtime, an unreadable text); a failed check is in `reasons`.
@@ -112,8 +115,8 @@ def verify_export(
     actual = ask(runtime.open(folder, threads=threads), questions)
     plain = runtime.exact()
     stock = actual if plain is runtime else ask(plain.open(folder, threads=threads), questions)
-    exact = ask(reference.open_with(model.folder, _overrides(model, decoded), threads=threads), questions)
-    merged = ask(reference.open(model.folder, threads=threads), questions)
+    exact = examine(Oracle(model.checkpoint, _overrides(model, decoded)), questions, stock, threads=threads)
+    merged = examine(Oracle(model.checkpoint), questions, actual, threads=threads)
     return judge(
         actual,
         stock,
@@ -169,10 +172,8 @@ def _overrides(
     model: SparseModel, decoded: Mapping[str, NDArray[np.float32]]
 ) -> Mapping[str, NDArray[np.float32]]:
     """Decoded weights for the oracle; a tied head follows the embedding if only one was decoded."""
-    weights = dict(decoded)
-    if model.checkpoint.tied:
-        embedding, head = model.family.embedding, model.family.head
-        for one, other in ((embedding, head), (head, embedding)):
-            if one in weights:
-                weights.setdefault(other, weights[one])
-    return weights
+    if not model.checkpoint.tied:
+        return decoded
+    embedding, head = model.family.embedding, model.family.head
+    known = lazily(decoded)
+    return known.renamed({embedding: head, head: embedding}).joined(known)

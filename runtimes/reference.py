@@ -1,8 +1,8 @@
-"""The oracle: torch and transformers in f32 on an ordinary Hugging Face folder."""
+"""Torch and transformers in f32 on an ordinary Hugging Face folder, as one session among others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 class ReferenceRuntime:
-    """Opens Hugging Face folders with torch; slow, exact, and what every other runtime is checked against."""
+    """Opens Hugging Face folders with torch; slow and exact."""
 
     name = "reference"
 
@@ -40,25 +40,12 @@ class ReferenceRuntime:
 
     def open(self, folder: Path, *, threads: int) -> ReferenceSession:
         """Load all weights as f32; raises `InputError` if transformers cannot read the folder."""
-        return self.open_with(folder, {}, threads=threads)
-
-    def open_with(
-        self, folder: Path, weights: Mapping[str, NDArray[np.float32]], *, threads: int
-    ) -> ReferenceSession:
-        """Like `open`, with some weights replaced: module name (no `.weight`) → [out, in].
-
-        A tied head becomes a weight of its own once embedding or head is replaced: to change
-        both, give both names. Raises `InputError` for an unknown module or another shape.
-        """
         if not self.supports(folder):
             raise InputError(
                 f"{folder} is not a Hugging Face folder with safetensors weights.",
                 hint="Give the source model or the merged folder.",
             )
-        model = _load(folder)
-        for name, weight in weights.items():
-            _replace(model, name, weight)
-        return ReferenceSession(model, ModelFacts.read(folder), threads)
+        return ReferenceSession(_load(folder), ModelFacts.read(folder), threads)
 
 
 class ReferenceSession:
@@ -116,8 +103,10 @@ class ReferenceSession:
     def _run(self, tokens: Sequence[int], cache: Cache | None) -> NDArray[np.float32]:
         import torch
 
+        from losa_deploy.oracle import torch_threads
+
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
-        with torch.inference_mode(), _threads(self._threads):
+        with torch.inference_mode(), torch_threads(self._threads):
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         logits: NDArray[np.float32] = output.logits[0].float().numpy()
         return logits
@@ -135,41 +124,6 @@ def _load(folder: Path) -> PreTrainedModel:
             f"The reference runtime needs {error.name}, which is not installed.",
             hint="Run `pip install losa-deploy` again.",
         ) from None
-
-
-def _replace(model: PreTrainedModel, name: str, weight: NDArray[np.float32]) -> None:
-    import torch
-
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise InputError(
-            f"The model has no module {name!r}, for which a weight was given.",
-            hint="Check that the artifact and the merged folder belong together.",
-        ) from None
-    old = module.weight
-    if not isinstance(old, torch.nn.Parameter) or tuple(old.shape) != weight.shape:
-        found = tuple(old.shape) if isinstance(old, torch.Tensor) else "none"
-        raise InputError(
-            f"The weight given for {name} has shape {weight.shape}, the model's is {found}.",
-            hint="Check that the artifact and the merged folder belong together.",
-        )
-    new = torch.tensor(weight, dtype=torch.float32)
-    module.weight = torch.nn.Parameter(new, requires_grad=False)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with `count` torch threads (0: as they are); torch's setting is one per process."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count > 0:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,37 +15,48 @@ from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf_file import GgufFile, Tensor, open_gguf
 from losa_deploy.gguf_view import PREFIX, expanded
+from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.pretrained import full_config
 
 from .architecture import ARCHITECTURES, row_order, weight_name
 
 
-def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> dict[str, NDArray[np.float32]]:
-    """Module → weight [out, in] as the bytes of a file of the artifact in `folder` define it."""
+def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> Lazy:
+    """Module → weight [out, in] as the bytes of a file of the artifact in `folder` define it.
+
+    The file is open as long as the mapping lives.
+    """
     config = full_config(folder)
     family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
-    weights: dict[str, NDArray[np.float32]] = {}
-    with open_gguf(path) as file:
+    weights: dict[str, Callable[[], NDArray[np.float32]]] = {}
+    with ExitStack() as stack:
+        file = stack.enter_context(open_gguf(path))
         tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in file.tensors}
         for record in records:
             tensor = tensors.get(weight_name(family, record.name))
             if tensor is None:
                 raise InputError(f"{file.path} does not hold {record.name}.", hint="Export the model again.")
             rows, columns = record.shape
-            weight = _matrix(file, tensor, rows, columns)
             order = row_order(config, kind, record.name, rows)
-            if order is not None:
-                weight[order] = weight.copy()
-            weights[record.name] = weight
-    return weights
+            weights[record.name] = partial(_matrix, file, tensor, (rows, columns), order)
+        found = Lazy(weights)
+        weakref.finalize(found, stack.pop_all().close)
+    return found
 
 
-def _matrix(file: GgufFile, tensor: Tensor, rows: int, columns: int) -> NDArray[np.float32]:
+def _matrix(
+    file: GgufFile, tensor: Tensor, shape: tuple[int, int], order: NDArray[np.intp] | None
+) -> NDArray[np.float32]:
+    """The weight, its row i being row `order[i]` of the module."""
     weight = np.concatenate(list(expanded(file, tensor)))
+    rows, columns = shape
     if weight.size != rows * columns:
         raise InputError(
             f"{file.path}: {tensor.name} holds {weight.size} weights, losa.json says {rows} x {columns}.",
             hint="Export the model again.",
         )
-    return weight.reshape(rows, columns)
+    result = weight.reshape(rows, columns)
+    if order is not None:
+        result[order] = result.copy()
+    return result

@@ -118,7 +118,7 @@ class OnnxExporter:
             )
         group_size = manifest.recipe.export.group_size
         tables = reader.decode_tables(folder, manifest.other_tensors, group_size)
-        return {name: weights[name] for name in linears} | tables
+        return weights.only(linears).joined(tables)
 
 
 def _job(model: SparseModel, recipe: ExportRecipe) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from losa_deploy.layouts import PackedTensor, tiled, unpack
 from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions, ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, FORMS, parse_op_type
 from losa_deploy.layouts.values import value_params
+from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import TensorRecord
 
 from .graph import MODEL_FILE, DenseGraph
@@ -33,27 +35,33 @@ def load_graph(folder: Path) -> DenseGraph:
         raise InputError(f"{path} cannot be read as ONNX: {error}.", hint="Export the model again.") from None
 
 
-def decode(folder: Path) -> dict[str, NDArray[np.float32]]:
+def decode(folder: Path) -> Lazy:
     """Linear → weight [out, in] as the stored bytes define it; includes a packed head."""
     graph = load_graph(folder)
     constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
-    weights: dict[str, NDArray[np.float32]] = {}
+    weights: dict[str, Callable[[], NDArray[np.float32]]] = {}
+
+    def dense(name: str) -> NDArray[np.float32]:
+        return np.array(graph.array(constants[name]).T, np.float32, order="C")
+
     for node in graph.model.graph.node:
         if node.domain == DOMAIN:
             for name, packed in packed_tensors(node, lambda name: graph.array(constants[name])):
-                weights[name] = unpack(packed).weight
+                weights[name] = partial(_unpacked, packed)
         elif node.op_type == "MatMul" and node.input[1] == f"{node.name}.weight":
-            weights[node.name] = np.array(graph.array(constants[node.input[1]]).T, np.float32, order="C")
-    return weights
+            weights[node.name] = partial(dense, node.input[1])
+    return Lazy(weights)
 
 
-def decode_tables(
-    folder: Path, records: Sequence[TensorRecord], group_size: int
-) -> dict[str, NDArray[np.float32]]:
+def _unpacked(packed: PackedTensor) -> NDArray[np.float32]:
+    return unpack(packed).weight
+
+
+def decode_tables(folder: Path, records: Sequence[TensorRecord], group_size: int) -> Lazy:
     """Embedding and head → weight [out, in], those of `records` that are stored packed (not f32)."""
     graph = load_graph(folder)
     constants = {tensor.name: tensor for tensor in graph.model.graph.initializer}
-    weights: dict[str, NDArray[np.float32]] = {}
+    weights: dict[str, Callable[[], NDArray[np.float32]]] = {}
     for record in records:
         names = {part: f"{record.name}.{part}" for part in COMPONENTS}
         arrays = {part: graph.array(constants[n]) for part, n in names.items() if n in constants}
@@ -63,8 +71,8 @@ def decode_tables(
         shape = (record.shape[0], record.shape[1])
         params = value_params(options)
         packed = PackedTensor("dense", options.value_type, shape, params, arrays, record.nnz)
-        weights[record.name] = unpack(packed).weight
-    return weights
+        weights[record.name] = partial(_unpacked, packed)
+    return Lazy(weights)
 
 
 def packed_tensors(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from losa_deploy.artifact import remove, require_disk, sibling, staged_output
 from losa_deploy.cli.flags import is_offline
@@ -18,7 +18,7 @@ from losa_deploy.errors import InputError, UsageError
 if TYPE_CHECKING:
     from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.compress.adapted import AdaptedModel
-    from losa_deploy.interfaces import Exporter, OracleRuntime, Runtime
+    from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
@@ -268,10 +268,8 @@ def run_verify(
     threads: int,
     console: Console,
 ) -> Parity:
-    """The parity of an exported folder with the merged model, judged by the reference runtime."""
-    from losa_deploy import plugins
+    """The parity of an exported folder with the merged model, judged in torch."""
     from losa_deploy.verify import verify_export
 
-    oracle = cast("OracleRuntime", plugins.load_runtime("reference"))
-    console.info(f"Verifying in {runtime.name} against the merged model in {oracle.name} …")
-    return verify_export(folder, model, exporter, runtime, oracle, recipe.verify, threads=threads)
+    console.info(f"Verifying in {runtime.name} against the merged model in torch …")
+    return verify_export(folder, model, exporter, runtime, recipe.verify, threads=threads)

@@ -25,7 +25,6 @@ from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
-from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.verify import Parity, _check_weights, verify_export
 
 from .conftest import GATED, Make
@@ -136,9 +135,7 @@ def test_packed_and_portable_mean_the_decoded_weights(
 def verified(folder: Path, model: SparseModel) -> Parity:
     """What `verify` says of an export of `model`."""
     recipe = VerifyRecipe(prompts=1, tokens=4, max_tokens=128, window=64)
-    return verify_export(
-        folder, model, GgufExporter(), LlamaCppRuntime(), ReferenceRuntime(), recipe, threads=1
-    )
+    return verify_export(folder, model, GgufExporter(), LlamaCppRuntime(), recipe, threads=1)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

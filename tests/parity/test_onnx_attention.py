@@ -178,7 +178,7 @@ def test_windows_and_contexts_come_from_the_class_of_the_configuration() -> None
 
 def verified(folder: Path, model: SparseModel) -> Parity:
     recipe = VerifyRecipe(prompts=1, tokens=2, window=16)
-    return verify_export(folder, model, OnnxExporter(), OrtRuntime(), ReferenceRuntime(), recipe, threads=1)
+    return verify_export(folder, model, OnnxExporter(), OrtRuntime(), recipe, threads=1)
 
 
 def drop_window(graph: onnx.GraphProto) -> None:

@@ -195,37 +195,6 @@ def test_a_growing_buffer_keeps_the_sequence(ort: OrtSession, tokens: list[int])
     assert capacities == {4, 8, 16, 32, 64}
 
 
-def test_replaced_weights_are_used(tiny_llama: Path, reference: ReferenceSession, tokens: list[int]) -> None:
-    name = "model.layers.1.mlp.down_proj"
-    zero = np.zeros((64, 192), np.float32)
-    same = np.array(reference.model.get_submodule(name).weight.detach().numpy())
-    changed = ReferenceRuntime().open_with(tiny_llama, {name: zero}, threads=1)
-    equal = ReferenceRuntime().open_with(tiny_llama, {name: same}, threads=1)
-    assert largest(changed.logits(tokens), reference.logits(tokens)) > 0.1
-    assert np.array_equal(equal.logits(tokens), reference.logits(tokens))
-
-
-def test_a_replaced_head_leaves_the_tied_embedding(tiny_llama: Path, tokens: list[int]) -> None:
-    weights = {"lm_head": np.zeros((300, 64), np.float32)}
-    session = ReferenceRuntime().open_with(tiny_llama, weights, threads=1)
-    assert not session.logits(tokens).any()
-    assert session.model.get_submodule("model.embed_tokens").weight.detach().numpy().any()
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "message"),
-    [
-        ("model.layers.9.mlp.up_proj", (192, 64), "no module"),
-        ("model.layers.0.mlp.up_proj", (64, 192), "shape"),
-    ],
-)
-def test_replacements_that_do_not_fit(
-    tiny_llama: Path, name: str, shape: tuple[int, int], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        ReferenceRuntime().open_with(tiny_llama, {name: np.zeros(shape, np.float32)}, threads=1)
-
-
 def cut_data(folder: Path) -> None:
     data = folder / "model.onnx.data"
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
