@@ -11,7 +11,7 @@ from typing import cast
 from losa_deploy.card import mean_bits
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.gate import Parity
-from losa_deploy.gguf_view import dense_gguf_bytes, find_gguf
+from losa_deploy.gguf_view import dense_gguf_bytes
 from losa_deploy.interfaces import Exporter, Runtime
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size
@@ -21,6 +21,7 @@ from losa_deploy.parity import Floats
 from losa_deploy.recipe import Recipe, ValueType
 
 from .accuracy import Perplexity, loss_difference
+from .baseline import DenseBaseline, folder_bytes
 from .environment import collect
 from .latency import Latency
 from .memory import Footprint
@@ -41,6 +42,9 @@ from .rival_verdict import Match, Side
 from .verdict import Evidence, decide
 from .workloads import QUICK, Workload
 
+TORCH = "torch"
+"""Where the merged model is measured, and the dense one if it is too large to be run otherwise."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,12 +57,13 @@ class Job:
     exported: Path
     exporter: Exporter
     runtime: Runtime
-    reference: Runtime
     work: Path
     """Where the dense baseline is kept."""
     recipe: Recipe
     threads: int
     workload: Workload = QUICK
+    memory: int | None = None
+    """Bytes that the dense model may take; None: what is free."""
     warn: Callable[[str], None] = lambda line: None
     """Hears what the user should know of the run."""
 
@@ -67,26 +72,26 @@ class Job:
 class Found:
     """Numbers by model name, filled in step by step."""
 
-    dense_folder: Path
+    dense: DenseBaseline
     rival: RivalFile
     losses: dict[str, list[Floats]] = field(default_factory=dict)
     """Of every window, in nats per token."""
     quality: dict[str, Perplexity] = field(default_factory=dict)
     speed: dict[str, Latency] = field(default_factory=dict)
     footprint: dict[str, Footprint] = field(default_factory=dict)
+    windows_asked: int = 0
+    """Windows of the text, of which `verify.minutes` may leave some out."""
     timings: dict[str, float] = field(default_factory=dict)
 
 
 def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
     exported, merged = Manifest.read(job.exported), job.model.manifest
-    dense = Manifest.read(found.dense_folder)
     exported_bytes = folder_bytes(job.exported, exported)
-    dense_numbers = _numbers(
-        "dense", job.runtime.baseline().name, folder_bytes(found.dense_folder, dense), dense, found
-    )
+    dense, dense_runtime = found.dense, job.runtime.baseline().name if found.dense.folder else TORCH
+    dense_numbers = _measured("dense", dense_runtime, dense.bytes, dense.bits_per_weight, found)
     merged_bytes = folder_bytes(job.model.folder, merged)
-    merged_numbers = _numbers("merged", job.reference.name, merged_bytes, merged, found)
-    exported_numbers = _numbers("exported", job.runtime.name, exported_bytes, exported, found)
+    merged_numbers = _measured("merged", TORCH, merged_bytes, mean_bits(merged), found)
+    exported_numbers = _measured("exported", job.runtime.name, exported_bytes, mean_bits(exported), found)
     rival = rival_part(found)
     quality = found.quality["exported"]
     same_type = dense_same_type_bytes(exported_bytes, exported)
@@ -109,7 +114,11 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         rival=rival,
         dense_same_type_bytes=same_type,
         evaluation=EvaluationPart(
-            text=job.recipe.verify.text, window=quality.window, windows=quality.windows, tokens=quality.tokens
+            text=job.recipe.verify.text,
+            window=quality.window,
+            windows=quality.windows,
+            windows_asked=found.windows_asked,
+            tokens=quality.tokens,
         ),
         workload=_workload_part(found.speed["exported"].workload, job.threads),
         samples={name: _samples_part(speed) for name, speed in found.speed.items()},
@@ -117,7 +126,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
         training=merged.training,
         environment=collect(),
         timings=found.timings,
-        verdict=decide(_evidence(job, found, exported, dense, dense_numbers, exported_numbers, same_type)),
+        verdict=decide(_evidence(job, found, exported, exported_numbers, same_type)),
     )
 
 
@@ -135,18 +144,6 @@ def rival_part(found: Found) -> RivalPart:
     )
 
 
-def folder_bytes(folder: Path, manifest: Manifest) -> int:
-    """Bytes of the files of the manifest: the model without reports and card.
-
-    Of a packed and a portable GGUF only the one that is opened counts.
-    """
-    names = list(manifest.files)
-    if manifest.format == "gguf":
-        opened = find_gguf(folder).name
-        names = [name for name in names if not name.endswith(".gguf") or name == opened]
-    return sum((folder / name).stat().st_size for name in names)
-
-
 def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
     """The exported folder if each linear were dense in its own value type, from shapes."""
     group_size = manifest.recipe.export.group_size
@@ -159,11 +156,6 @@ def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
             dense = dense_gguf_bytes(value_type, shape)
         total += dense - record.bytes
     return total
-
-
-def _numbers(name: str, runtime: str, size_bytes: int, manifest: Manifest, found: Found) -> ModelNumbers:
-    """What was measured on one of the three models."""
-    return _measured(name, runtime, size_bytes, mean_bits(manifest), found)
 
 
 def _measured(name: str, runtime: str, size_bytes: int, bits: float, found: Found) -> ModelNumbers:
@@ -227,32 +219,27 @@ def _kernels(job: Job) -> str:
 
 
 def _evidence(
-    job: Job,
-    found: Found,
-    exported: Manifest,
-    dense: Manifest,
-    dense_numbers: ModelNumbers,
-    exported_numbers: ModelNumbers,
-    same_type_bytes: int,
+    job: Job, found: Found, exported: Manifest, exported_numbers: ModelNumbers, same_type_bytes: int
 ) -> Evidence:
-    dense_speed, exported_speed = found.speed["dense"], found.speed["exported"]
+    dense, speed = found.speed.get("dense"), found.speed["exported"]
     return Evidence(
         value_type=job.recipe.export.value_type,
-        dense_type=next((record.value_type for record in dense.linears), "f32"),
+        dense_type=found.dense.value_type,
         exported_bytes=exported_numbers.size_bytes,
         dense_same_type_bytes=same_type_bytes,
-        dense_f32_bytes=dense_numbers.size_bytes,
+        dense_bytes=found.dense.bytes,
         block_bits_per_weight=exported_numbers.bits_per_weight,
         packed=any(record.layout != "dense" for record in exported.linears),
         packed_at_load=exported.format == "gguf" and bool(_kernels(job)),
         runtime=job.runtime.name,
         dense_runtime=job.runtime.baseline().name,
         kernels=_kernels(job),
-        exported_decode=exported_speed.decode_tokens_per_second,
-        dense_decode=dense_speed.decode_tokens_per_second,
-        decode_noise=max(dense_speed.decode_spread, exported_speed.decode_spread),
+        exported_decode=speed.decode_tokens_per_second,
+        dense_decode=dense.decode_tokens_per_second if dense else None,
+        dense_missing=found.dense.reason,
+        decode_noise=max(speed.decode_spread, dense.decode_spread if dense else 0.0),
         exported_rss=found.footprint["exported"].peak_rss_bytes,
-        dense_rss=found.footprint["dense"].peak_rss_bytes,
+        dense_rss=found.footprint["dense"].peak_rss_bytes if dense else None,
         dense_perplexity=found.quality["dense"].perplexity if "dense" in found.quality else None,
         merged_perplexity=found.quality["merged"].perplexity,
         exported_perplexity=found.quality["exported"].perplexity,

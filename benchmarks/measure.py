@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.memory import all_parameters, available_bytes
 from losa_deploy.gate import Parity, evaluation_text
 from losa_deploy.interfaces import Progress, Runtime, no_progress
 from losa_deploy.model import SparseModel
+from losa_deploy.oracle import Oracle, Question
+from losa_deploy.parity import Floats
 from losa_deploy.plugins import load_runtime
 from losa_deploy.text import load_tokenizer
 
-from .accuracy import summarize, text_windows, window_losses
+from .accuracy import negative_log_likelihoods, summarize, text_windows, window_losses
 from .assemble import Found, Job, assemble
-from .baseline import dense_baseline
+from .baseline import DenseBaseline, dense_baseline
 from .latency import Open, measure_latency
 from .memory import measure_footprint
 from .report import Report
@@ -23,6 +27,8 @@ from .rival import RivalFile, rival_file
 
 STEPS = 10
 RIVAL = "rival"
+DENSE_BYTES = 6
+"""Per parameter of the dense baseline and what is open beside it."""
 
 
 def measure(
@@ -36,11 +42,11 @@ def measure(
     stage_times: dict[str, float] = dict(timings or {})
     progress(0, STEPS, "dense baseline")
     with _timed(stage_times, "dense baseline"):
-        folder = _dense_folder(job)
+        dense = _dense(job)
     progress(1, STEPS, "quantized rival")
     with _timed(stage_times, "quantized rival"):
-        rival = _rival(job, folder)
-    found = Found(folder, rival, timings=stage_times)
+        rival = _rival(job, dense.folder)
+    found = Found(dense, rival, timings=stage_times)
     models = _models(job, found)
     with _timed(stage_times, "perplexity"):
         _measure_quality(job, found, models, progress)
@@ -57,26 +63,35 @@ def measure(
     return assemble(job, found, parity)
 
 
-def _dense_folder(job: Job) -> Path:
-    """The dense baseline, from the merged model's weights if the dense ones are not at hand."""
-    name = f"dense-{job.exporter.name}" if job.source else f"merged-dense-{job.exporter.name}"
+def _dense(job: Job) -> DenseBaseline:
+    """The dense baseline, from the merged model's weights if the dense ones are not at hand.
+
+    Without a folder if the model does not fit into memory in f32 beside those it is compared with.
+    """
     source = job.source or job.model.checkpoint
-    return dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress, job.warn)
+    memory = available_bytes() if job.memory is None else job.memory
+    needed = DENSE_BYTES * all_parameters(source)
+    if needed > memory:
+        gigabytes = f"{needed / 1e9:.1f} GB of memory in f32, {memory / 1e9:.1f} GB can be had"
+        return DenseBaseline.of_source(source, f"it needs {gigabytes}")
+    name = f"dense-{job.exporter.name}" if job.source else f"merged-dense-{job.exporter.name}"
+    folder = dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress, job.warn)
+    return DenseBaseline.of_folder(folder)
 
 
-def _rival(job: Job, dense_folder: Path) -> RivalFile:
+def _rival(job: Job, dense_folder: Path | None) -> RivalFile:
     """The file that people would run otherwise; the dense baseline is what it is made of if it is a GGUF."""
-    dense = next(iter(sorted(dense_folder.glob("*.gguf"))), None)
+    dense = next(iter(sorted(dense_folder.glob("*.gguf"))), None) if dense_folder else None
     kind = job.recipe.verify.rival
     return rival_file(job.source, job.exported, dense, kind, job.work, job.threads, job.warn)
 
 
 def _models(job: Job, found: Found) -> dict[str, tuple[Runtime, Path]]:
     """Runtime and place of all that is timed."""
-    models = {
-        "dense": (job.runtime.baseline(), found.dense_folder),
-        "exported": (job.runtime, job.exported),
-    }
+    models: dict[str, tuple[Runtime, Path]] = {}
+    if found.dense.folder is not None:
+        models["dense"] = (job.runtime.baseline(), found.dense.folder)
+    models["exported"] = (job.runtime, job.exported)
     if found.rival.path is not None:
         models[RIVAL] = (load_runtime(found.rival.runtime), found.rival.path)
     return models
@@ -85,22 +100,51 @@ def _models(job: Job, found: Found) -> dict[str, tuple[Runtime, Path]]:
 def _measure_quality(
     job: Job, found: Found, models: Mapping[str, tuple[Runtime, Path]], progress: Progress
 ) -> None:
-    """Perplexity of all models on the same windows, one in memory at a time."""
+    """Perplexity of all models on the same windows, one in memory at a time.
+
+    The merged model, in torch and f32, is the slowest: how long a window takes it decides how many
+    `verify.minutes` allow. So is the dense one where it is not run otherwise.
+    """
     verify = job.recipe.verify
     window = min(verify.window, _context(job.model))
     tokenizer = load_tokenizer(job.model.folder)
     windows = text_windows(tokenizer, evaluation_text(verify.text), window, verify.max_tokens)
-    scored = {**models, "merged": (job.reference, job.model.folder)}
-    if job.source is None:
-        del scored["dense"]
-    for done, (name, model) in enumerate(scored.items(), start=2):
-        progress(done, STEPS, f"perplexity of {name}")
+    found.windows_asked = len(windows)
+    sessions = {name: model for name, model in models.items() if name != "dense" or job.source is not None}
+    in_torch = {"merged": job.model.checkpoint}
+    if job.source is not None and "dense" not in sessions:
+        in_torch["dense"] = job.source
+    share = 60.0 * verify.minutes / (len(sessions) + len(in_torch))
+    progress(2, STEPS, "perplexity of merged")
+    windows = _affordable(job, windows, share)
+    steps = iter(range(2, 6))
+    for name, checkpoint in in_torch.items():
+        progress(next(steps), STEPS, f"perplexity of {name}")
+        found.losses[name] = _oracle_losses(checkpoint, windows, job.threads)
+    for name, model in sessions.items():
+        progress(next(steps), STEPS, f"perplexity of {name}")
         session = _opener(job, *model)()
         try:
             found.losses[name] = window_losses(session, windows)
         finally:
             session.close()
-        found.quality[name] = summarize(found.losses[name], window)
+    found.quality = {name: summarize(losses, window) for name, losses in found.losses.items()}
+
+
+def _affordable(job: Job, windows: list[list[int]], seconds: float) -> list[list[int]]:
+    """The first windows, so many as the merged model reads in `seconds`; at least one."""
+    if len(windows) == 1:
+        return windows
+    start = time.perf_counter()
+    _oracle_losses(job.model.checkpoint, windows[:1], job.threads)
+    each = time.perf_counter() - start
+    return windows[: max(1, int(seconds / each))]
+
+
+def _oracle_losses(checkpoint: Checkpoint, windows: list[list[int]], threads: int) -> list[Floats]:
+    """Negative log-likelihoods [n] of every window, with one block in memory."""
+    answers = Oracle(checkpoint).answers([Question.whole(window) for window in windows], threads=threads)
+    return [negative_log_likelihoods(a, w) for a, w in zip(answers, windows, strict=True)]
 
 
 def _opener(job: Job, runtime: Runtime, path: Path) -> Open:

@@ -15,6 +15,7 @@ TableRow = tuple[str, ...]
 CardRow = tuple[str, str, str, str]
 """Label, dense, merged, exported."""
 BAR_WIDTH = 30
+SPEED_WORDS = {True: "faster", False: "not faster", None: "speed not compared"}
 FULL, EMPTY = "█", "░"
 
 
@@ -33,7 +34,7 @@ def measured_rival(report: Report) -> tuple[str, ModelNumbers] | None:
 def terminal_rows(report: Report) -> list[TableRow]:
     """At most 13 rows: numbers side by side, then proof, parity and verdict under the artifact."""
     smaller = "smaller" if report.verdict.smaller else "not smaller"
-    faster = "faster" if report.verdict.faster else "not faster"
+    faster = SPEED_WORDS[report.verdict.faster]
     rows: list[TableRow] = [
         *card_rows(report),
         ("merge proof", "", proof_line(report), ""),
@@ -118,11 +119,14 @@ def conditions(report: Report) -> str:
     """How the numbers were taken, in one paragraph."""
     e, w = report.evaluation, report.workload
     samples = min(len(s.decode_tokens_per_second) for s in report.samples.values())
+    cut = ""
+    if e.windows_asked is not None and e.windows_asked > e.windows:
+        cut = f" (of {e.windows_asked}: more would take longer than --verify-minutes allows)"
     return (
-        f"Perplexity on the text `{e.text}`: {e.tokens} scored tokens in {e.windows} windows of {e.window}, "
-        f"± one standard error over tokens. Speed: median of {samples} samples after {w.warmup} warm-up, "
-        f"the models in turns in shuffled order, prefill of {w.prompt_tokens} and decode of "
-        f"{w.decode_tokens} tokens, {w.threads} threads. Peak RSS and load time: a fresh process each."
+        f"Perplexity on the text `{e.text}`: {e.tokens} scored tokens in {e.windows} windows of "
+        f"{e.window}{cut}, ± one standard error over tokens. Speed: median of {samples} samples after "
+        f"{w.warmup} warm-up, the models in turns in shuffled order, prefill of {w.prompt_tokens} and decode "
+        f"of {w.decode_tokens} tokens, {w.threads} threads. Peak RSS and load time: a fresh process each."
     )
 
 

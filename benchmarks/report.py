@@ -94,6 +94,8 @@ class EvaluationPart(Part):
     text: str
     window: int
     windows: int
+    windows_asked: int | None = None
+    """More than `windows` if `verify.minutes` did not allow for all; None in reports of earlier versions."""
     tokens: int
 
 

@@ -20,7 +20,7 @@ class Evidence:
     exported_bytes: int
     dense_same_type_bytes: int
     """The same folder with every linear dense in the same value type, computed from shapes."""
-    dense_f32_bytes: int
+    dense_bytes: int
     """The dense baseline on disk."""
     block_bits_per_weight: float
     packed: bool
@@ -29,16 +29,19 @@ class Evidence:
     kernels: str
     """Name of the native kernels in use, e.g. `avx2`; empty if the runtime uses none."""
     exported_decode: float
-    dense_decode: float
+    dense_decode: float | None
+    """None if the dense model was not run."""
     decode_noise: float
     """Relative standard deviation of the decode speed, the larger of the two models'."""
     exported_rss: int
-    dense_rss: int
+    dense_rss: int | None
     dense_perplexity: float | None
     """None if the dense model was not at hand."""
     merged_perplexity: float
     exported_perplexity: float
     merged_perplexity_stderr: float
+    dense_missing: str = ""
+    """Why it was not run."""
     dense_type: str = "f32"
     """Value type of the dense baseline."""
     dense_runtime: str = ""
@@ -52,23 +55,27 @@ class Evidence:
 
 
 class Verdict(BaseModel):
-    """`smaller`: than a dense export of the same value type. `faster`: decode beyond noise."""
+    """`smaller`: than a dense export of the same value type.
+
+    `faster`: decode beyond noise; None if the dense model was not run.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     smaller: bool
-    faster: bool
     lines: tuple[str, ...]
+    faster: bool | None = None
 
 
 def decide(evidence: Evidence) -> Verdict:
     """The verdict; pure."""
-    smaller = evidence.exported_bytes < min(evidence.dense_same_type_bytes, evidence.dense_f32_bytes)
+    smaller = evidence.exported_bytes < min(evidence.dense_same_type_bytes, evidence.dense_bytes)
     margin = max(LEAST_NOISE, evidence.decode_noise)
-    faster = evidence.exported_decode > evidence.dense_decode * (1 + margin)
+    dense = evidence.dense_decode
+    faster = None if dense is None else evidence.exported_decode > dense * (1 + margin)
     lines = (
         size_line(evidence, smaller),
-        speed_line(evidence, faster, margin),
+        speed_line(evidence, margin),
         memory_line(evidence),
         quality_line(evidence),
         rival_line(evidence),
@@ -78,11 +85,11 @@ def decide(evidence: Evidence) -> Verdict:
 
 def size_line(e: Evidence, smaller: bool) -> str:
     """Against a dense export of the same value type, and against the dense baseline."""
-    same, baseline = e.exported_bytes / e.dense_same_type_bytes, e.exported_bytes / e.dense_f32_bytes
+    same, baseline = e.exported_bytes / e.dense_same_type_bytes, e.exported_bytes / e.dense_bytes
     numbers = (
         f"{megabytes(e.exported_bytes)}, {same:.2f}× a dense {e.value_type} export "
         f"({megabytes(e.dense_same_type_bytes)}), {baseline:.2f}× the dense {e.dense_type} one "
-        f"({megabytes(e.dense_f32_bytes)})"
+        f"({megabytes(e.dense_bytes)})"
     )
     if smaller:
         return f"Smaller: {numbers}."
@@ -94,14 +101,18 @@ def size_line(e: Evidence, smaller: bool) -> str:
     )
 
 
-def speed_line(e: Evidence, faster: bool, margin: float) -> str:
+def speed_line(e: Evidence, margin: float) -> str:
     """Decode speed, and the reason where it is not faster."""
+    if e.dense_decode is None:
+        return (
+            f"Speed: decode {e.exported_decode:.1f} tokens/s. The dense model was not run: {e.dense_missing}."
+        )
     ratio = e.exported_decode / e.dense_decode
     numbers = (
         f"decode {e.exported_decode:.1f} against {e.dense_decode:.1f} tokens/s dense {e.dense_type} "
         f"in {e.dense_runtime or e.runtime} ({ratio:.2f}×, noise ±{margin:.0%})"
     )
-    if faster:
+    if ratio > 1 + margin:
         return f"Faster: {numbers}."
     word = "Slower" if ratio < 1 - margin else "Not faster"
     return f"{word} here: {numbers}. {speed_reason(e)}"
@@ -111,15 +122,15 @@ def speed_reason(e: Evidence) -> str:
     """Why sparse weights do not decode faster in this runtime."""
     if not e.packed and not e.packed_at_load:
         return "Every linear is stored dense, so decode reads its zeros like any other weight."
-    if e.dense_f32_bytes <= CACHE_BYTES:
+    if e.dense_bytes <= CACHE_BYTES:
         return (
-            f"The dense model has {megabytes(e.dense_f32_bytes)} and stays in the CPU's caches, so that "
+            f"The dense model has {megabytes(e.dense_bytes)} and stays in the CPU's caches, so that "
             "reading fewer bytes saves no time."
         )
     if not e.packed:
         return "Its weights are packed when they are loaded; the kernels, not the memory, limit this CPU."
-    if e.kernels:
-        ours, dense = e.exported_bytes * e.exported_decode / 1e9, e.dense_f32_bytes * e.dense_decode / 1e9
+    if e.kernels and e.dense_decode is not None:
+        ours, dense = e.exported_bytes * e.exported_decode / 1e9, e.dense_bytes * e.dense_decode / 1e9
         rates = (
             f"reads {ours:.1f} GB/s of weights with the {e.kernels} kernels, the dense one {dense:.1f} GB/s"
         )
@@ -131,6 +142,8 @@ def speed_reason(e: Evidence) -> str:
 
 def memory_line(e: Evidence) -> str:
     """Peak resident memory of a fresh process."""
+    if e.dense_rss is None:
+        return f"Memory: peak {megabytes(e.exported_rss)}."
     ratio = e.exported_rss / e.dense_rss
     word = "Less" if ratio < 1 - LEAST_NOISE else "More" if ratio > 1 + LEAST_NOISE else "As much"
     against = f"{megabytes(e.dense_rss)} dense {e.dense_type}"

@@ -174,6 +174,8 @@ class VerifyRecipe(Part):
     """Text for the perplexities: `builtin` or a path."""
     window: Annotated[int, Field(ge=16)] = 512
     max_tokens: Annotated[int, Field(ge=16)] = 4096
+    minutes: Annotated[float, Field(gt=0.0)] = 10.0
+    """The perplexities use as much of the text as all models read in so many minutes."""
     rival: Literal["q4_0", "none"] = "q4_0"
     """The report measures llama.cpp's quantization of the dense model beside the export."""
 

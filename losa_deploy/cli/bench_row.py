@@ -101,7 +101,7 @@ def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpo
 def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJob, console: Console) -> Made:
     """Compressed, merged and exported; an interrupted compression goes on where it was."""
     from losa_deploy import plugins
-    from losa_deploy.benchmarks.assemble import folder_bytes
+    from losa_deploy.benchmarks.baseline import folder_bytes
     from losa_deploy.card import mean_bits
     from losa_deploy.cli import pipeline
     from losa_deploy.manifest import Manifest

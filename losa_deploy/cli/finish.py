@@ -37,6 +37,8 @@ class Job:
     overwrite: bool
     source: Checkpoint | None = None
     """The dense model, if it is at hand."""
+    memory: int | None = None
+    """Bytes that the dense model may take beside the others; None: what is free."""
     timings: dict[str, float] = field(default_factory=dict)
     """Stage → seconds; the stages here add theirs."""
 
@@ -92,7 +94,6 @@ def _verified(job: Job, folder: Path, runtime: Runtime, console: Console) -> Par
 
 
 def _measurement(job: Job, folder: Path, runtime: Runtime, console: Console) -> Measurement:
-    from losa_deploy import plugins
     from losa_deploy.benchmarks import assemble
 
     return assemble.Job(
@@ -101,10 +102,10 @@ def _measurement(job: Job, folder: Path, runtime: Runtime, console: Console) -> 
         exported=folder,
         exporter=job.exporter,
         runtime=runtime,
-        reference=plugins.load_runtime("reference"),
         work=job.work,
         recipe=job.recipe,
         threads=job.threads,
+        memory=job.memory,
         warn=console.warn,
     )
 

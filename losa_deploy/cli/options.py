@@ -120,6 +120,12 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     RecipeOption("--text", "verify.text", "text", "text for the perplexities: `builtin` or a file"),
     RecipeOption("--window", "verify.window", "number", "tokens per perplexity window"),
     RecipeOption("--text-tokens", "verify.max_tokens", "number", "tokens of the text that are used"),
+    RecipeOption(
+        "--verify-minutes",
+        "verify.minutes",
+        "number",
+        "shorten the text so that all perplexities take so long",
+    ),
     _choice(
         "--rival", "verify.rival", "q4_0|none", "llama.cpp file of the dense model to measure beside ours"
     ),

@@ -46,8 +46,9 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         console.info(plan.line(planned, output))
         plan.require_resources(planned, output)
         job = finish.Job(
-            exporter, model, recipe, output, work, threads, args.overwrite, source=source, timings=timings
-        )
+            exporter, model, recipe, output, work, threads, args.overwrite,
+            source=source, memory=args.memory, timings=timings,
+        )  # fmt: skip
         report = finish.export_and_measure(job, console)
     if not args.keep_work:
         remove(work)

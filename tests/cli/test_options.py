@@ -34,6 +34,7 @@ VALUES = {
     "verify.text": "notes.txt",
     "verify.window": "64",
     "verify.max_tokens": "321",
+    "verify.minutes": "2.5",
 }
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from losa_deploy import gguf_view
-from losa_deploy.benchmarks.assemble import dense_same_type_bytes, folder_bytes
+from losa_deploy.benchmarks.assemble import dense_same_type_bytes
+from losa_deploy.benchmarks.baseline import folder_bytes
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.gguf_view import find_gguf

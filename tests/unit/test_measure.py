@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,6 @@ def job(source: Path, merged: Path, exported: Path, exporter: Exporter, work: Pa
         exported=exported,
         exporter=exporter,
         runtime=ReferenceRuntime(),
-        reference=ReferenceRuntime(),
         work=work,
         recipe=load_recipe(overrides=overrides),
         threads=1,
@@ -247,3 +247,36 @@ def test_a_real_probe_in_a_fresh_process(merged_half: Path) -> None:
 def test_a_probe_of_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(LosaError, match=r"failed with exit code 3: .*not a Hugging Face folder"):
         measure_footprint("reference", tmp_path)
+
+
+def test_a_dense_model_that_does_not_fit_is_judged_in_torch_and_not_timed(
+    measured: tuple[Report, Path],
+    tiny_llama: Path,
+    merged_half: Path,
+    exported_half: Path,
+    folder_exporter: Exporter,
+    tmp_path: Path,
+) -> None:
+    task = job(tiny_llama, merged_half, exported_half, folder_exporter, tmp_path, dense=True)
+    report = measure(replace(task, memory=100_000), PARITY)
+    assert not (tmp_path / "dense-folder").exists()
+    assert set(report.samples) <= {"exported", "rival"}
+    weights = sum(path.stat().st_size for path in tiny_llama.glob("*.safetensors"))
+    assert (report.dense.runtime, report.dense.size_bytes) == ("torch", weights)
+    assert report.dense.decode_tokens_per_second is None and report.dense.peak_rss_bytes is None
+    assert report.dense.perplexity == pytest.approx(measured[0].dense.perplexity, rel=1e-4)
+    assert report.verdict.faster is None
+    assert "in f32, 0.0 GB can be had" in report.verdict.lines[1]
+    assert "speed not compared" in markdown(report)
+    report.write(tmp_path)
+    assert Report.read(tmp_path) == report
+
+
+def test_less_text_is_used_where_time_is_short_and_the_report_says_so(
+    tiny_llama: Path, merged_half: Path, exported_half: Path, folder_exporter: Exporter, tmp_path: Path
+) -> None:
+    task = job(tiny_llama, merged_half, exported_half, folder_exporter, tmp_path, dense=True)
+    short = task.recipe.verify.model_copy(update={"minutes": 1e-9})
+    report = measure(replace(task, recipe=task.recipe.model_copy(update={"verify": short})), PARITY)
+    assert (report.evaluation.windows, report.evaluation.windows_asked) == (1, 4)
+    assert "1 windows of 64 (of 4: more would take longer than --verify-minutes allows)" in markdown(report)

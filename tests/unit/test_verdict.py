@@ -11,7 +11,7 @@ GOOD = Evidence(
     value_type="i4",
     exported_bytes=60_000_000,
     dense_same_type_bytes=80_000_000,
-    dense_f32_bytes=540_000_000,
+    dense_bytes=540_000_000,
     block_bits_per_weight=3.1,
     packed=True,
     runtime="ort",
@@ -56,7 +56,7 @@ def test_the_type_of_the_dense_baseline_is_named() -> None:
 
 
 def test_smaller_than_its_dense_type_but_not_than_f32_is_not_smaller() -> None:
-    assert not decide(replace(GOOD, exported_bytes=70_000_000, dense_f32_bytes=65_000_000)).smaller
+    assert not decide(replace(GOOD, exported_bytes=70_000_000, dense_bytes=65_000_000)).smaller
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_slow_model_is_told_why() -> None:
     reads = "This model reads 0.6 GB/s of weights with the avx2 kernels, the dense one 10.8 GB/s"
     assert f"{reads}: the kernels are bound by computing" in line(slow, 1)
     assert "no fewer bytes to read" in line(replace(slow, exported_bytes=1_080_000_000), 1)
-    assert "stays in the CPU's caches" in line(replace(slow, dense_f32_bytes=32_000_000), 1)
+    assert "stays in the CPU's caches" in line(replace(slow, dense_bytes=32_000_000), 1)
     stock = replace(slow, runtime="ort-stock", kernels="")
     assert "ort-stock expands packed weights when it loads them" in line(stock, 1)
     assert "Every linear is stored dense" in line(replace(slow, packed=False), 1)
@@ -164,3 +164,10 @@ def test_which_file_has_more_quality_per_byte(ours: int, difference: float, expe
 )
 def test_which_file_is_faster(decode: float, noise: float, expected: str) -> None:
     assert speed_advice(replace(MATCH, ours=replace(OURS, decode=decode), decode_noise=noise)) == expected
+
+
+def test_a_dense_model_that_was_not_run_is_no_measure_of_speed_or_memory() -> None:
+    verdict = decide(replace(GOOD, dense_decode=None, dense_rss=None, dense_missing="it needs 28.0 GB"))
+    assert verdict.faster is None and verdict.smaller
+    assert verdict.lines[1] == "Speed: decode 30.0 tokens/s. The dense model was not run: it needs 28.0 GB."
+    assert verdict.lines[2] == "Memory: peak 300.0 MB."
