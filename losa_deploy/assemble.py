@@ -55,12 +55,16 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def skeleton(
-    checkpoint: Checkpoint, *, attention: str | None = None, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal LM of `checkpoint` in evaluation mode, its blocks without memory.
 
-    All but the blocks holds the checkpoint's own tensors, f32 or `dtype`; see `fill` for the blocks. Raises
-    `InputError` as `fill` does.
+    All but the blocks holds the checkpoint's own tensors, f32 or `dtype`, on the CPU or `device`; see `fill`
+    for the blocks. Raises `InputError` as `fill` does.
     """
     from accelerate import init_empty_weights
 
@@ -72,15 +76,24 @@ def skeleton(
     elsewhere = set(model.all_tied_weights_keys) if checkpoint.tied else set()
     inside = f"{checkpoint.family.blocks}."
     names = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-    fill(checkpoint, model, [name for name in names if name not in elsewhere], dtype)
+    fill(checkpoint, model, [name for name in names if name not in elsewhere], dtype, device)
+    for module in model.modules():
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, value.to(device))
     model.tie_weights()
     return model.requires_grad_(False)
 
 
 def fill(
-    checkpoint: Checkpoint, model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Give parameters of `model` the tensors of `checkpoint` with their names, f32 or `dtype`.
+
+    On the CPU or `device`.
 
     Raises `InputError` naming a tensor that is missing or holds NaN or infinity.
     """
@@ -94,7 +107,7 @@ def fill(
                 f"{checkpoint.file_of(name)} has {wrong} values in {name} that are NaN or infinite.",
                 hint="Training in half precision leaves such weights; use an earlier checkpoint.",
             )
-        set_parameter(model, name, tensor.to(dtype or torch.float32))
+        set_parameter(model, name, tensor.to(device=device, dtype=dtype or torch.float32))
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from losa_deploy.cli.command import Command
-from losa_deploy.cli.flags import add_memory, add_model, add_output, add_threads, thread_count
+from losa_deploy.cli.flags import add_device, add_memory, add_model, add_output, add_threads, thread_count
 from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
@@ -16,6 +16,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "./<name>-losa-<sparsity>-adapted")
     parser.add_argument("--dry-run", action="store_true", help="print memory, disk and time, and stop")
     add_threads(parser)
+    add_device(parser)
     add_memory(parser)
     add_recipe_options(parser, (*COMPRESS, *MERGE))
 
@@ -30,6 +31,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
     stages.check_state_folder(output)
+    room = expect.room(args)
     work = stages.work_folder(output)
     if args.dry_run:
         found = expect.expected(args, *pipeline.source_shapes(args), recipe)
@@ -51,7 +53,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             found = expect.expected(args, *pipeline.checkpoint_shapes(source), recipe)
             console.info(expect.line(found))
             expect.require(found, output, expect.budget(args))
-        adapted = stages.run_compress(source, record, recipe, output, console, memory=args.memory)
+        adapted = stages.run_compress(source, record, recipe, output, console, room=room)
     if args.json:
         console.result_json(
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from losa_deploy.cli.command import Command
-from losa_deploy.cli.flags import add_format, add_memory, add_model, add_output, add_threads
+from losa_deploy.cli.flags import add_device, add_format, add_memory, add_model, add_output, add_threads
 from losa_deploy.cli.options import (
     COMPRESS,
     EXPORT,
@@ -29,6 +29,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="keep <output>.work (resume state, merged model, dense baseline) at success",
     )
     add_threads(parser)
+    add_device(parser)
     add_memory(parser)
     add_recipe_options(parser, (*COMPRESS, *MERGE, *EXPORT))
 

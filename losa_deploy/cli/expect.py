@@ -13,6 +13,7 @@ from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
 
 if TYPE_CHECKING:
+    from losa_deploy.compress.device import Room
     from losa_deploy.compress.estimate import Estimate
     from losa_deploy.recipe import Recipe
 
@@ -28,16 +29,22 @@ def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: 
     from losa_deploy.compress.precision import uses_bf16
 
     set_threads(thread_count(args))
-    bf16 = uses_bf16(recipe.precision)
-    rates = measured_rates(bf16=bf16)
+    device = room(args).device
+    bf16 = uses_bf16(recipe.precision, device)
+    rates = measured_rates(bf16=bf16, device=device)
     return estimate(Geometry.of(linears, others), recipe, budget(args), rates, bf16=bf16)
 
 
 def budget(args: argparse.Namespace) -> int:
-    """Bytes of memory that the run may take: `--memory`, or what is free."""
-    from losa_deploy.compress.memory import available_bytes
+    """Bytes of the device's memory that the run may take: `--memory`, or what is free."""
+    return room(args).bytes
 
-    return int(args.memory or available_bytes())
+
+def room(args: argparse.Namespace) -> Room:
+    """`--device` and `--memory`; `UsageError` if there is no such device."""
+    from losa_deploy.compress.device import Room, find_device
+
+    return Room(find_device(args.device), args.memory)
 
 
 def line(found: Estimate) -> str:

@@ -51,13 +51,24 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where a compression computes."""
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="compress on auto, cpu (default), cuda, cuda:<n> or mps; all else runs on the CPU",
+    )
+
+
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """How much memory a compression may take."""
     parser.add_argument(
         "--memory",
         type=byte_count,
         metavar="SIZE",
-        help="memory to stay within, e.g. 8G: larger models are read block by block (default: what is free)",
+        help="memory of the device to stay within, e.g. 8G: larger models are read block by block "
+        "(default: what is free)",
     )
 
 

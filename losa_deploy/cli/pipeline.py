@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.artifact import check_output, remove
-from losa_deploy.cli import finish, plan, stages
+from losa_deploy.cli import expect, finish, plan, stages
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console
 
 if TYPE_CHECKING:
     from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
@@ -30,6 +31,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     if args.dry_run:
         _dry_run(args, exporter, recipe, output, console)
         return
+    room = expect.room(args)
     stages.require_runtime(exporter.name, recipe.export.packed)
     console.info(f"Output: {output} (work in {work})")
     threads = thread_count(args)
@@ -40,14 +42,14 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
             source, record = stages.open_source(args, work, console)
         exporter.check_source(source, recipe.export)
         _require(exporter, source, recipe, output, console)
-        model = merged_model(source, record, recipe, work, timings, console, memory=args.memory)
+        model = merged_model(source, record, recipe, work, timings, console, room=room)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
         console.info(plan.line(planned, output))
         plan.require_resources(planned, output)
         job = finish.Job(
             exporter, model, recipe, output, work, threads, args.overwrite,
-            source=source, memory=args.memory, timings=timings,
+            source=source, memory=args.memory if room.device.type == "cpu" else None, timings=timings,
         )  # fmt: skip
         report = finish.export_and_measure(job, console)
     if not args.keep_work:
@@ -71,11 +73,11 @@ def merged_model(
     console: Console,
     *,
     texts: Path | None = None,
-    memory: int | None = None,
+    room: Room | None = None,
 ) -> SparseModel:
     """The merged model in `work`: reused if it is of this source and recipe, otherwise made.
 
-    See `compress` for `texts` and `memory`.
+    See `compress` for `texts` and `room`.
     """
     from losa_deploy.model import SparseModel
     from losa_deploy.seal import seal
@@ -89,7 +91,7 @@ def merged_model(
     remove(folder)  # whatever it is: the folder is ours, and not what is needed
     with stages.timed(timings, "compress"):
         adapted = stages.run_compress(
-            source, record, recipe, work / "adapted", console, texts=texts, memory=memory
+            source, record, recipe, work / "adapted", console, texts=texts, room=room
         )
     with stages.timed(timings, "merge"):
         model = stages.run_merge(source, record, adapted, folder, console, overwrite=True)

@@ -18,6 +18,7 @@ from losa_deploy.errors import InputError, UsageError
 if TYPE_CHECKING:
     from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.compress.adapted import AdaptedModel
+    from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
@@ -104,10 +105,11 @@ def run_compress(
     console: Console,
     *,
     texts: Path | None = None,
-    memory: int | None = None,
+    room: Room | None = None,
 ) -> AdaptedModel:
     """The `compress` stage: continues or reuses `folder` if it belongs to the same run; see `compress`."""
     from losa_deploy.compress.adapted import fingerprint, read_state
+    from losa_deploy.compress.device import HERE
     from losa_deploy.compress.schedule import compress
 
     check_state_folder(folder)
@@ -126,7 +128,7 @@ def run_compress(
     weights = sum(path.stat().st_size for path in set(source.files.values()))
     require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:
-        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, memory=memory)
+        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, room=room or HERE)
     # The state may stem from a run with other merge and export choices.
     return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
 

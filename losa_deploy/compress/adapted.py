@@ -166,8 +166,8 @@ def save_step(folder: Path, state: AdaptedState, student: Student) -> AdaptedSta
     for block in range(len(student.blocks)):
         with student.open(block):
             save_file(block_tensors(student, block), partial / f"block-{block:05d}.safetensors")
-            rest |= {name: value.data.contiguous() for name, value in student.rest(block).items()}
-    rest |= {name: value.data.contiguous() for name, value in student.rest(None).items()}
+            rest |= {name: value.data.cpu().contiguous() for name, value in student.rest(block).items()}
+    rest |= {name: value.data.cpu().contiguous() for name, value in student.rest(None).items()}
     if trains_rest(state.recipe):
         save_file(rest, partial / REST_FILE)
     shutil.rmtree(target, ignore_errors=True)
@@ -182,13 +182,13 @@ def block_tensors(student: Student, block: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in student.block_linears(block):
         linear = student.masked(name)
-        tensors[f"{name}.weight"] = linear.weight.data.contiguous()
-        tensors[f"{name}.mask"] = torch.from_numpy(pack_mask(linear.mask.numpy()))
+        tensors[f"{name}.weight"] = linear.weight.data.cpu().contiguous()
+        tensors[f"{name}.mask"] = torch.from_numpy(pack_mask(linear.mask.cpu().numpy()))
         if linear.rank:
-            tensors[f"{name}.lora_a"] = linear.lora_a.data.contiguous()
-            tensors[f"{name}.lora_b"] = linear.lora_b.data.contiguous()
+            tensors[f"{name}.lora_a"] = linear.lora_a.data.cpu().contiguous()
+            tensors[f"{name}.lora_b"] = linear.lora_b.data.cpu().contiguous()
         if linear.grid is not None:
-            tensors[f"{name}.scales"] = linear.scales.data.contiguous()
+            tensors[f"{name}.scales"] = linear.scales.data.cpu().contiguous()
     return tensors
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.compress.memory import available_bytes
+from losa_deploy.compress.device import HERE, Room
 from losa_deploy.compress.sample import sampled_tokens
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
@@ -39,16 +39,16 @@ def calibration_tokens(
     seed: int,
     precision: str,
     progress: Progress,
-    memory: int | None = None,
+    room: Room = HERE,
 ) -> Tensor:
     """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`.
 
-    Text of the model's own is sampled in `memory` bytes; None: what is free.
+    Text of the model's own is sampled in `room`.
     """
     if recipe.source != "self":
         return text_tokens(source.folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
     starts = text_starts(source.folder, recipe.start)
-    return sampled_tokens(source, recipe, starts, seed, precision, progress, memory or available_bytes())
+    return sampled_tokens(source, recipe, starts, seed, precision, progress, room)
 
 
 def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Tensor]) -> Tensor:

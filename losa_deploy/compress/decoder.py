@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from losa_deploy.assemble import fill, set_parameter, skeleton
 from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.compress.device import CPU
 from losa_deploy.compress.precision import products
 from losa_deploy.families import Family
 
@@ -76,13 +77,18 @@ class Stream:
 
 
 class Decoder:
-    """A causal LM on the CPU, without gradients, addressed by its family's names.
+    """A causal LM on a device, without gradients, addressed by its family's names.
 
     A block has its weights while it is open, and is read from the checkpoint again each time.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, attention: str = ATTENTION
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attention: str = ATTENTION,
+        device: torch.device = CPU,
     ) -> None:
         """Put together from the checkpoint's own tensors, f32 or another `dtype`; no block is open.
 
@@ -93,7 +99,8 @@ class Decoder:
         self.family: Family = checkpoint.family
         self.names = tuple(checkpoint.linears)
         self.dtype = dtype
-        self.model: nn.Module = skeleton(checkpoint, attention=attention, dtype=dtype)
+        self.device = device
+        self.model: nn.Module = skeleton(checkpoint, attention=attention, dtype=dtype, device=device)
         self.pinned: set[str] = set()
         """Parameters of blocks that stay as they are when these open and close."""
         self._users: Counter[int] = Counter()
@@ -129,7 +136,7 @@ class Decoder:
     def load_block(self, block: int) -> None:
         """Read the weights of a block."""
         names = [name for name in self.block_parameters(block) if name not in self.pinned]
-        fill(self.checkpoint, self.model, names, self.dtype)
+        fill(self.checkpoint, self.model, names, self.dtype, self.device)
 
     def drop_block(self, block: int) -> None:
         """Forget the weights of a block; their shapes stay."""
@@ -170,8 +177,8 @@ class Decoder:
         Differentiable.
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        with products(precision), self.passing():
-            hidden: Tensor = decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        with products(precision, self.device), self.passing():
+            hidden: Tensor = decoder(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         return hidden.float()
 
     @contextmanager
@@ -212,7 +219,7 @@ class Decoder:
         blocks = self.blocks
         recorders = [_Recorder(block) for block in blocks]
         with self._replaced(recorders) as parent:
-            parent(input_ids=tokens, use_cache=False)
+            parent(input_ids=tokens.to(self.device), use_cache=False)
         seen = [recorder.seen for recorder in recorders if recorder.seen is not None]
         assert len(seen) == len(blocks)
         return seen[0][0], tuple(arguments for _, arguments in seen)
@@ -225,7 +232,7 @@ class Decoder:
     def last_norm(self, hidden: Tensor) -> Tensor:
         """What the head reads of the last block's output [samples, tokens, hidden]; differentiable."""
         with self._replaced([_Replay(self.blocks[0], hidden)]) as parent:
-            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
             found: Tensor = parent(input_ids=tokens, use_cache=False).last_hidden_state
         return found
 
@@ -260,7 +267,7 @@ class Decoder:
     def advance(self, block: int, stream: Stream, precision: str = "f32") -> Stream:
         """The stream after `block`; hidden states stay f32 (see `precision.products`)."""
         result = torch.empty_like(stream.hidden)
-        with self.open(block), products(precision):
+        with self.open(block), products(precision, self.device):
             for part in stream.batches():
                 result[part] = self.run_block(block, stream.hidden[part], stream.arguments[block])
         return Stream(result, stream.arguments, stream.batch)

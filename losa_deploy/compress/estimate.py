@@ -9,12 +9,17 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from losa_deploy.compress.device import CPU, synchronize
 from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES
 from losa_deploy.compress.sample import BATCH, FEWEST
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 Shape = tuple[int, int]
 STREAMS = 5
@@ -206,25 +211,27 @@ def _trained_seconds(
     return seconds
 
 
-def measured_rates(*, bf16: bool, seconds: float = 0.25) -> Rates:
-    """A quarter of a second of each kind of work."""
+def measured_rates(*, bf16: bool, device: torch.device = CPU, seconds: float = 0.25) -> Rates:
+    """A quarter of a second of each kind of work on a device."""
     import torch
 
     def rate(count: float, dtype: torch.dtype, size: int) -> float:
-        a, b = torch.ones(512, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        return _rate(count * 512 * size * size, lambda: torch.nn.functional.linear(a, b), seconds)
+        a, b = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (512, size))
+        return _rate(count * 512 * size * size, lambda: torch.nn.functional.linear(a, b), seconds, device)
 
-    x, y = torch.ones(4_000_000), torch.ones(4_000_000)
-    elements = _rate(x.numel(), lambda: x.mul_(y), seconds)
+    x, y = torch.ones(4_000_000, device=device), torch.ones(4_000_000, device=device)
+    elements = _rate(x.numel(), lambda: x.mul_(y), seconds, device)
     plain = rate(2, torch.float32, 1024)
     return Rates(rate(2, torch.bfloat16, 1024) if bf16 else plain, plain, elements)
 
 
-def _rate(count: float, work: Callable[[], object], seconds: float) -> float:
+def _rate(count: float, work: Callable[[], object], seconds: float, device: torch.device) -> float:
     """`count` per second that a call of `work` does."""
     work()
+    synchronize(device)
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work()
+        synchronize(device)
         calls += 1
     return count * calls / (time.perf_counter() - start)

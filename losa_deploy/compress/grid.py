@@ -201,7 +201,9 @@ def search_scales(weight: Tensor, kind: GridKind, importance: Tensor | None = No
     width, groups = kind.width(columns), kind.groups(columns)
     padding = (0, groups * width - columns)
     grouped = torch.nn.functional.pad(weight, padding).view(rows, groups, width)
-    weighing = torch.ones(columns) if importance is None else importance / importance.mean().clamp_min(1e-30)
+    weighing = weight.new_ones(columns)
+    if importance is not None:
+        weighing = importance / importance.mean().clamp_min(1e-30)
     weighing = torch.nn.functional.pad(weighing, padding).view(1, groups, width)
     index = grouped.abs().argmax(dim=2, keepdim=True)
     peak = grouped.gather(2, index)[..., 0]

@@ -10,15 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losa_deploy.compress.device import wide, wide_type
+
 
 def gram(features: Tensor) -> Tensor:
     """Centred Gram matrix [samples, samples] f64 of `features` [samples, …]."""
     flat = features.flatten(1)
-    product = torch.zeros(flat.shape[0], flat.shape[0], dtype=torch.float64)
+    product = torch.zeros(flat.shape[0], flat.shape[0], dtype=wide_type(flat.device), device=flat.device)
     # Pieces bound the f64 copy; sums over features are exact enough this way for any hidden size.
     for piece in torch.split(flat, 1 << 16, dim=1):
-        wide = piece.double()
-        product += wide @ wide.T
+        numbers = wide(piece)
+        product += numbers @ numbers.T
+    product = product.cpu().double()
     product -= product.mean(dim=0, keepdim=True)
     product -= product.mean(dim=1, keepdim=True)
     return (product + product.T) / 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from losa_deploy.compress.device import wide_type
+
 POSITIONS = 256
 """Positions whose logits exist at a time: 50 MB in f32 for a vocabulary of 49,152."""
 
@@ -40,7 +42,7 @@ class _HeadLoss(torch.autograd.Function):
         bias = None if head.bias is None else head.bias.detach().to(dtype)
         kl = weights[0] / len(hidden)
         ce = weights[1] / max(1, int((labels >= 0).sum()))
-        grad, total = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float64)
+        grad, total = torch.empty_like(hidden), hidden.new_zeros((), dtype=wide_type(hidden.device))
         for start in range(0, len(hidden), POSITIONS):
             part = slice(start, start + POSITIONS)
             student = _log_softmax(hidden[part], matrix, bias)
@@ -48,12 +50,12 @@ class _HeadLoss(torch.autograd.Function):
             if teacher is not None and kl:
                 aim = _log_softmax(teacher[part], matrix, bias)
                 chances = aim.exp()
-                total += kl * (aim.sub_(student).mul_(chances)).sum(dtype=torch.float64)
+                total += kl * (aim.sub_(student).mul_(chances)).sum(dtype=total.dtype)
                 slope += kl * (student.exp() - chances)
             if ce:
                 rows = torch.nonzero(labels[part] >= 0)[:, 0]
                 wanted = labels[part][rows]
-                total -= ce * student[rows, wanted].sum(dtype=torch.float64)
+                total -= ce * student[rows, wanted].sum(dtype=total.dtype)
                 slope[rows] += ce * student[rows].exp()
                 slope[rows, wanted] -= ce
             grad[part] = (slope.to(dtype) @ matrix).to(grad.dtype)
@@ -87,7 +89,7 @@ def head_loss(
     `hidden` and `teacher` [b, t, h] are what the head reads in the student and in the dense model (None if
     `kl` is 0); `tokens` [b, t]; `head`, which both share, does not train; `dtype` is that of its products.
     """
-    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
+    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten().to(hidden.device)
     flat = None if teacher is None else teacher.flatten(0, 1)
     result: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, 1), flat, labels, head, (kl, ce), dtype

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from losa_deploy.compress.device import CPU
 from losa_deploy.compress.grid import GridKind, levels, rounded, scaled, search_scales, straight_through
 
 
@@ -14,11 +15,10 @@ class _MaskedAdapterFunction(torch.autograd.Function):
     """x ↦ x·(W + s·(BA)∘M)ᵀ in one matmul; the masked product is rebuilt in the backward pass.
 
     Gradients go to x, A and B only, so that no dense weight gradient outlives the call
-    (the idea of LoRS, arXiv 2501.08582).
+    (the idea of LoRS, arXiv 2501.08582). In f32 whatever x is.
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
@@ -28,18 +28,22 @@ class _MaskedAdapterFunction(torch.autograd.Function):
         lora_b: Tensor,
         scale: float,
     ) -> Tensor:
+        ctx.dtype, x = x.dtype, x.float()  # type: ignore[attr-defined]
         ctx.save_for_backward(x, weight, mask, lora_a, lora_b)
         ctx.scale = scale  # type: ignore[attr-defined]
-        return x @ (weight + scale * (lora_b @ lora_a) * mask).T
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ (weight + scale * (lora_b @ lora_a) * mask).T
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, lora_a, lora_b = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]
-        grad_x = grad @ (weight + scale * (lora_b @ lora_a) * mask)
-        grad_product = scale * (grad.flatten(0, -2).T @ x.flatten(0, -2)) * mask
-        return grad_x, None, None, lora_b.T @ grad_product, grad_product @ lora_a.T, None
+        dtype: torch.dtype = ctx.dtype  # type: ignore[attr-defined]
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = grad @ (weight + scale * (lora_b @ lora_a) * mask)
+            grad_product = scale * (grad.flatten(0, -2).T @ x.flatten(0, -2)) * mask
+            grad_a, grad_b = lora_b.T @ grad_product, grad_product @ lora_a.T
+        return grad_x.to(dtype), None, None, grad_a, grad_b, None
 
 
 @dataclass(frozen=True)
@@ -95,22 +99,22 @@ class MaskedLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.data
         return cls(linear.weight.data, bias, torch.ones_like(linear.weight, dtype=torch.bool))
 
-    def take(self, saved: AdaptedLinear | None) -> None:
-        """Become what was saved; without it a full mask around the weight that is here."""
+    def take(self, saved: AdaptedLinear | None, device: torch.device = CPU) -> None:
+        """Become what was saved, on `device`; without it a full mask around the weight that is here."""
         if saved is None:
             rows, columns = self.weight.shape
-            self.mask = torch.ones(rows, columns, dtype=torch.bool)
-            self.lora_a = nn.Parameter(torch.zeros(0, columns), requires_grad=False)
-            self.lora_b = nn.Parameter(torch.zeros(rows, 0), requires_grad=False)
+            self.mask = torch.ones_like(self.weight, dtype=torch.bool)
+            self.lora_a = nn.Parameter(self.weight.new_zeros(0, columns), requires_grad=False)
+            self.lora_b = nn.Parameter(self.weight.new_zeros(rows, 0), requires_grad=False)
             self.scale, self.grid = 0.0, None
             return
-        self.weight = nn.Parameter(saved.weight, requires_grad=False)
-        self.mask = saved.mask
-        self.lora_a = nn.Parameter(saved.lora_a, requires_grad=False)
-        self.lora_b = nn.Parameter(saved.lora_b, requires_grad=False)
+        self.weight = nn.Parameter(saved.weight.to(device), requires_grad=False)
+        self.mask = saved.mask.to(device)
+        self.lora_a = nn.Parameter(saved.lora_a.to(device), requires_grad=False)
+        self.lora_b = nn.Parameter(saved.lora_b.to(device), requires_grad=False)
         self.scale, self.grid = saved.scale, saved.grid
         if saved.scales is not None:
-            self.scales = nn.Parameter(saved.scales, requires_grad=False)
+            self.scales = nn.Parameter(saved.scales.to(device), requires_grad=False)
 
     def drop(self) -> None:
         """Forget the values until `take`."""
@@ -229,7 +233,9 @@ class MaskedLinear(nn.Module):
             self.weight.add_(old_scale * (old_b[:, keep:] @ old_a[keep:]) * self.mask)
         scale = scale if rank else 0.0
         new_a = torch.empty(rank - keep, self.weight.shape[1])
-        new_a.uniform_(-1.0, 1.0, generator=generator).div_(self.weight.shape[1] ** 0.5)
+        new_a = (
+            new_a.uniform_(-1.0, 1.0, generator=generator).div_(self.weight.shape[1] ** 0.5).to(old_a.device)
+        )
         kept_b = old_b[:, :keep] * (old_scale / scale if scale and old_scale else 1.0)
         self.lora_a = nn.Parameter(torch.cat([old_a[:keep], new_a]), requires_grad=False)
         self.lora_b = nn.Parameter(

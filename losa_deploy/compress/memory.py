@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import TYPE_CHECKING
 
 from losa_deploy.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 FROZEN_BYTES = 6
 """Per weight of a model in memory whose norms train: f32 weight, mask, level."""
@@ -16,10 +20,14 @@ LIBRARY_BYTES = 450_000_000
 """What torch and transformers take before a model is read."""
 
 
-def available_bytes() -> int:
-    """Four fifths of what this machine has free."""
+def available_bytes(device: torch.device | None = None) -> int:
+    """Four fifths of what this machine has free, or a GPU with its own memory."""
     import psutil
 
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0]) * 4 // 5
     return int(psutil.virtual_memory().available) * 4 // 5
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from losa_deploy.compress.device import CPU, wide
 from losa_deploy.structure import WINDOW, first_slots, window_starts
 
 BLOCK = 32
@@ -35,7 +36,7 @@ def select_pairs(scores: Tensor, allowed: Tensor, choose: Callable[[Tensor, Tens
     paired = rows - rows % 2
     masks = []
     if paired:
-        summed = scores[:paired].view(-1, 2, columns).double().sum(dim=1)
+        summed = wide(scores[:paired].view(-1, 2, columns)).sum(dim=1)
         both = allowed[:paired].view(-1, 2, columns).all(dim=1)
         masks.append(choose(summed, both).repeat_interleave(2, dim=0))
     if rows > paired:
@@ -53,7 +54,7 @@ def select_sliding(scores: Tensor, stride: Fraction, allowed: Tensor) -> Tensor:
     mask = torch.empty_like(allowed)
     for start in range(0, rows, ROWS):
         part = slice(start, min(start + ROWS, rows))
-        windows = Sliding(stride, part.stop - start, columns)
+        windows = Sliding(stride, part.stop - start, columns, scores.device)
         mask[part] = windows.choose(scores[part], allowed[part], columns)
     return mask
 
@@ -65,10 +66,10 @@ class Sliding:
     first slot it can: whatever is kept further right may use all slots behind it, and no other.
     """
 
-    def __init__(self, stride: Fraction, rows: int, columns: int) -> None:
+    def __init__(self, stride: Fraction, rows: int, columns: int, device: torch.device = CPU) -> None:
         self.starts = window_starts(columns, stride)
-        self.first = torch.tensor(first_slots(columns, stride))
-        self.last = torch.full((rows,), -1)
+        self.first = torch.tensor(first_slots(columns, stride), device=device)
+        self.last = torch.full((rows,), -1, device=device)
         self.done = 0
 
     def choose(self, scores: Tensor, allowed: Tensor, width: int) -> Tensor:
@@ -76,8 +77,9 @@ class Sliding:
         rows, seen = scores.shape
         slots = [j for j, start in enumerate(self.starts) if -WINDOW < start - self.done < seen]
         starts = [self.starts[j] - self.done + WINDOW for j in slots]
-        gains = torch.full((seen + 2 * WINDOW, rows), float("-inf"), dtype=torch.double)
-        gains[WINDOW:-WINDOW] = scores.double().masked_fill(~allowed, float("-inf")).T
+        numbers = wide(scores)
+        gains = numbers.new_full((seen + 2 * WINDOW, rows), float("-inf"))
+        gains[WINDOW:-WINDOW] = numbers.masked_fill(~allowed, float("-inf")).T
         taken = self.last - (slots[0] if slots else 0) + 1
         pointers = _forward(gains, starts, taken)
         mask = _backward(pointers, starts, len(gains))[WINDOW : WINDOW + width].T.contiguous()
@@ -102,16 +104,16 @@ def _forward(gains: Tensor, starts: Sequence[int], taken: Tensor) -> Tensor:
     and so fills as many as can be.
     """
     rows = gains.shape[1]
-    pointers = torch.empty((len(starts), WINDOW, rows), dtype=torch.uint8)
-    state = torch.zeros((WINDOW, rows), dtype=torch.double)
+    pointers = gains.new_empty((len(starts), WINDOW, rows), dtype=torch.uint8)
+    state = gains.new_zeros((WINDOW, rows))
     most = int(taken.max()) if rows else 0
     before = 0
     for slot, start in enumerate(starts):
-        empty = state[_places(start - before)]
-        filled = gains[start : start + WINDOW] + state[_places(start - before - 1)]
+        empty = state[_places(start - before, gains.device)]
+        filled = gains[start : start + WINDOW] + state[_places(start - before - 1, gains.device)]
         if slot < most:
             filled.masked_fill_(taken > slot, float("-inf"))
-        best, place = filled[0], torch.zeros(rows, dtype=torch.uint8)
+        best, place = filled[0], pointers.new_zeros(rows)
         state = torch.empty_like(state)
         for d in range(WINDOW):
             place = torch.where(filled[d] >= best, d, place)
@@ -125,8 +127,8 @@ def _forward(gains: Tensor, starts: Sequence[int], taken: Tensor) -> Tensor:
 def _backward(pointers: Tensor, starts: Sequence[int], columns: int) -> Tensor:
     """The kept positions [columns, rows] of the best path; the last column is never in a window."""
     rows = pointers.shape[2]
-    mask = torch.zeros((columns, rows), dtype=torch.bool)
-    state = torch.full((rows,), WINDOW - 1)
+    mask = pointers.new_zeros((columns, rows), dtype=torch.bool)
+    state = pointers.new_full((rows,), WINDOW - 1, dtype=torch.int64)
     for slot in reversed(range(len(starts))):
         place = pointers[slot].gather(0, state[None])[0].long()
         filled = place != SKIP
@@ -136,7 +138,7 @@ def _backward(pointers: Tensor, starts: Sequence[int], columns: int) -> Tensor:
     return mask
 
 
-@lru_cache(maxsize=2 * WINDOW)
-def _places(shift: int) -> Tensor:
+@lru_cache(maxsize=4 * WINDOW)
+def _places(shift: int, device: torch.device) -> Tensor:
     """Places of the window before, `shift` positions further left, that hold what places 0 … 3 may see."""
-    return torch.arange(WINDOW).add_(shift).clamp_(max=WINDOW - 1)
+    return torch.arange(WINDOW, device=device).add_(shift).clamp_(max=WINDOW - 1)

@@ -1,4 +1,4 @@
-"""Products in bf16 while training, where the CPU computes them faster; sums and weights stay f32."""
+"""Products in bf16 while training, where the device computes them faster; sums and weights stay f32."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from losa_deploy.compress.device import CPU
 
-def has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 numbers itself (AVX-512 BF16 or AMX)."""
+
+def has_bf16(device: torch.device = CPU) -> bool:
+    """Whether a device multiplies bf16 numbers itself (CPUs: AVX-512 BF16 or AMX)."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in checks)
 
 
-def uses_bf16(precision: str) -> bool:
-    """What a recipe's `precision` (`auto`, `f32` or `bf16`) means on this CPU."""
-    return precision == "bf16" or (precision == "auto" and has_bf16())
+def uses_bf16(precision: str, device: torch.device = CPU) -> bool:
+    """What a recipe's `precision` (`auto`, `f32` or `bf16`) means on a device."""
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
 
 
-def products(precision: str) -> AbstractContextManager[object]:
-    """A context in which matmuls take bf16 numbers, if `uses_bf16`."""
-    if uses_bf16(precision):
-        return torch.autocast("cpu", torch.bfloat16)
+def products(precision: str, device: torch.device = CPU) -> AbstractContextManager[object]:
+    """A context in which matmuls on the device take bf16 numbers, if `uses_bf16`."""
+    if uses_bf16(precision, device):
+        return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

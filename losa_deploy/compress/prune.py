@@ -12,6 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from losa_deploy.compress.device import CPU
 from losa_deploy.compress.patterns import BLOCK, LOOK_AHEAD, Sliding, select_pairs, select_sliding
 from losa_deploy.errors import InputError
 
@@ -53,10 +54,10 @@ class InputStatistics:
     `count` the tokens.
     """
 
-    def __init__(self, in_features: int, *, hessian: bool) -> None:
+    def __init__(self, in_features: int, *, hessian: bool, device: torch.device = CPU) -> None:
         self.count = 0
-        self.squares = torch.zeros(in_features)
-        self.hessian = torch.zeros(in_features, in_features) if hessian else None
+        self.squares = torch.zeros(in_features, device=device)
+        self.hessian = torch.zeros(in_features, in_features, device=device) if hessian else None
         self._factor: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
@@ -176,7 +177,7 @@ def prune_sparsegpt(
     work[:, statistics.squares == 0] = 0.0
     mask = torch.zeros_like(allowed)
     columns = work.shape[1]
-    windows = Sliding(pattern.stride, *work.shape) if pattern.stride else None
+    windows = Sliding(pattern.stride, work.shape[0], work.shape[1], work.device) if pattern.stride else None
     width = block_columns + (-block_columns % pattern.group if pattern.group else 0)
     width = min(width, BLOCK) if windows else width
     for start in range(0, columns, width):

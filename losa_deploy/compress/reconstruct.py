@@ -42,7 +42,7 @@ class BlockTask:
     def output(self, part: slice) -> Tensor:
         """The last block's output on a batch; differentiable."""
         found = self.stream.hidden[part]
-        with products(self.precision):
+        with products(self.precision, self.student.device):
             for block in self.blocks:
                 found = self.student.run_block(block, found, self.stream.arguments[block])
         return found.float()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.device import Room, wide, wide_type
 from losa_deploy.compress.memory import LIBRARY_BYTES, block_parameters, cache_bytes, outer_parameters
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
@@ -32,35 +33,35 @@ def sampled_tokens(
     seed: int,
     precision: str,
     progress: Progress,
-    memory: int,
+    room: Room,
 ) -> Tensor:
     """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
 
     Sequence i continues `starts[i % len(starts)]`, sampled at `recipe.temperature` among tokens that are
     at least `recipe.min_p` times as likely as the likeliest (Liu et al. 2023, LLM-QAT, arXiv 2305.17888,
     use a model's own text for quantization-aware training). Without starts the first token is uniform
-    over the vocabulary. With more than `memory` bytes of weights, keys and values, fewer sequences go on
+    over the vocabulary. With more bytes of weights, keys and values than `room` has, fewer sequences go on
     together, and blocks are read for every token; what is drawn for a sequence does not depend on that.
     """
     draw = generator(seed, "calibration")
     length = recipe.sequence_length
     # In bf16 weights are read twice as fast, and so are keys and values.
-    dtype = torch.bfloat16 if uses_bf16(precision) else torch.float32
+    dtype = torch.bfloat16 if uses_bf16(precision, room.device) else torch.float32
     _register_attention()
-    dense = Decoder(source, dtype=dtype, attention=GROUPED)
+    dense = Decoder(source, dtype=dtype, attention=GROUPED, device=room.device)
     drawn = torch.randint(dense.head.out_features, (recipe.samples,), generator=draw).tolist()
     given = [list(starts[i % len(starts)])[:length] if starts else [drawn[i]] for i in range(recipe.samples)]
     # The frequencies of positions too: with these in f32 the default seed gives another text, with which
     # SmolLM2-135M comes out much worse on WikiText-2. Why is not known yet.
     dense.model.to(dtype)
     chances = _chances(recipe.samples, length, draw)
-    resident, batch = _plan(source, dtype.itemsize, length, memory)
+    resident, batch = _plan(source, dtype.itemsize, length, room.bytes)
     parts = []
     total = length * -(-recipe.samples // batch)
     with dense.open(*range(len(dense.blocks))) if resident else dense.passing():
         for start in range(0, recipe.samples, batch):
             done, part = length * (start // batch), slice(start, start + batch)
-            parts.append(_continue(dense.model, given[part], chances[part], recipe, progress, done, total))
+            parts.append(_continue(dense, given[part], chances[part], recipe, progress, done, total))
     return torch.cat(parts)
 
 
@@ -114,7 +115,7 @@ def _attend(
 
 @torch.no_grad()
 def _continue(
-    model: nn.Module,
+    dense: Decoder,
     starts: Sequence[Sequence[int]],
     chances: Tensor,
     recipe: CalibrationRecipe,
@@ -133,10 +134,11 @@ def _continue(
         result[row, : len(start)] = torch.tensor(start)
     cache = None
     for position in range(1, recipe.sequence_length):
-        output = model(input_ids=result[:, position - 1 : position], past_key_values=cache, use_cache=True)
+        last = result[:, position - 1 : position].to(dense.device)
+        output = dense.model(input_ids=last, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         weights = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
-        found = draw_tokens(weights, chances[:, position : position + 1])[:, 0]
+        found = draw_tokens(weights, chances[:, position : position + 1].to(dense.device))[:, 0].cpu()
         result[:, position] = torch.where(lengths > position, result[:, position], found)
         progress(done + position + 1, total, "sampling calibration text")
     return result
@@ -160,9 +162,9 @@ def draw_tokens(weights: Tensor, chances: Tensor) -> Tensor:
     """
     rows, entries = weights.shape
     grouped = nn.functional.pad(weights, (0, -entries % WIDTH)).view(rows, -1, WIDTH)
-    sums = grouped.sum(dim=-1, dtype=torch.float64)
-    group, rest = _place(sums, chances * sums.sum(dim=-1, keepdim=True))
-    inside = grouped[torch.arange(rows), group[:, 0]].double()
+    sums = grouped.sum(dim=-1, dtype=wide_type(grouped.device))
+    group, rest = _place(sums, chances.to(sums.dtype) * sums.sum(dim=-1, keepdim=True))
+    inside = wide(grouped[torch.arange(rows, device=grouped.device), group[:, 0]])
     place, _ = _place(inside, rest)
     return group * WIDTH + place
 

@@ -21,6 +21,7 @@ from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
 from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
+from losa_deploy.compress.device import CPU, HERE, Room
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES, all_parameters, available_bytes
 from losa_deploy.compress.partial import Partial
@@ -86,13 +87,13 @@ def compress(
     *,
     progress: Progress,
     texts: Path | None = None,
-    memory: int | None = None,
+    room: Room = HERE,
 ) -> AdaptedModel:
     """Compress `source` by `recipe` into `folder`, continuing there if the same run was interrupted.
 
     A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
-    `memory` is how many bytes the run may take, None for what is free; results depend on it by rounding at
+    `room` says where it computes and how many bytes it may take there; results depend on it by rounding at
     most. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
@@ -101,13 +102,14 @@ def compress(
     if state is not None and state.fingerprint == mark and state.complete:
         return AdaptedModel(folder, state)
     masked = masked_linears(source, recipe)
-    dense = Decoder(source)
+    dense = Decoder(source, device=room.device)
     student = Student(source, dense)
-    check_unpruned(source, folder.parent, memory or available_bytes())
+    on_cpu = room.bytes if room.device == CPU else available_bytes()
+    check_unpruned(source, folder.parent, on_cpu)
     if state is None or state.fingerprint != mark:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        tokens = _tokens(source, record, recipe, texts, memory, progress)
+        tokens = _tokens(source, record, recipe, texts, room, progress)
         _save_tokens(folder, tokens)
         state = AdaptedState(
             fingerprint=mark,
@@ -122,9 +124,7 @@ def compress(
     else:
         tokens = _load_tokens(folder)
     student.restore_rest(adapted.load_rest(folder, state, student.rest(None)))
-    run = _Run(
-        recipe, dense, student, tokens, folder, source.folder, masked, progress, memory or available_bytes()
-    )
+    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress, room.bytes)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
         partial = Partial(folder, step)
         with ExitStack() as stack:
@@ -148,13 +148,13 @@ def _tokens(
     record: SourceRecord,
     recipe: Recipe,
     texts: Path | None,
-    memory: int | None,
+    room: Room,
     progress: Progress,
 ) -> Tensor:
     """The calibration set; the model's own text from `texts` if a run before left it there."""
 
     def make() -> Tensor:
-        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress, memory)
+        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress, room)
 
     if texts is None or recipe.calibration.source != "self":
         return make()

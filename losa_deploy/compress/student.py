@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from losa_deploy.assemble import fill, set_parameter
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.device import CPU
 from losa_deploy.compress.masked import AdaptedLinear, MaskedLinear
 
 
@@ -27,11 +28,11 @@ class Student(Decoder):
     """A `Decoder` with a `MaskedLinear` for each linear of its blocks; f32."""
 
     def __init__(self, checkpoint: Checkpoint, dense: Decoder | None = None) -> None:
-        """Full masks: the function of the checkpoint, with the embedding and the head of `dense`.
+        """Full masks: the function of the checkpoint, with the embedding, the head and the device of `dense`.
 
         Raises `InputError` as `Decoder` does.
         """
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, device=CPU if dense is None else dense.device)
         if dense is not None:
             self._share(dense)
         self.stored: Callable[[int], StoredBlock] = lambda block: StoredBlock()
@@ -77,10 +78,11 @@ class Student(Decoder):
         """Read a block: what is stored of it, the rest from the checkpoint."""
         found = self.stored(block)
         known = {f"{name}.weight" for name in found.linears} | set(found.rest) | self.pinned
-        fill(self.checkpoint, self.model, [n for n in self.block_parameters(block) if n not in known])
+        names = [name for name in self.block_parameters(block) if name not in known]
+        fill(self.checkpoint, self.model, names, device=self.device)
         self.restore_rest({name: value for name, value in found.rest.items() if name not in self.pinned})
         for name in self.block_linears(block):
-            self.masked(name).take(found.linears.get(name))
+            self.masked(name).take(found.linears.get(name), self.device)
 
     def drop_block(self, block: int) -> None:
         """Forget the values of a block; its shapes, ranks, scales of adapters and grids stay."""
@@ -105,4 +107,4 @@ class Student(Decoder):
     def restore_rest(self, values: Mapping[str, Tensor]) -> None:
         """Put norms and biases in their places."""
         for name, value in values.items():
-            set_parameter(self.model, name, value)
+            set_parameter(self.model, name, value.to(self.device))

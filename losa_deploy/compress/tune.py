@@ -116,13 +116,13 @@ def _descend_by_block(task: ModelTask, batch: list[int], share: float) -> Tensor
         inputs.append(stream.hidden)
         stream = student.advance(block, stream, precision)
     output = stream.hidden.requires_grad_(True)
-    with products(precision):
+    with products(precision, student.device):
         found = student.last_norm(output)
     loss = share * _head_loss(task, batch, found.float())
     loss.backward()  # type: ignore[no-untyped-call]
     for block in reversed(range(len(student.blocks))):
         grad, start = output.grad, inputs.pop().requires_grad_(True)
-        with student.open(block), products(precision):
+        with student.open(block), products(precision, student.device):
             found = student.run_block(block, start, stream.arguments[block])
             found.backward(grad)  # type: ignore[no-untyped-call]
         output = start
@@ -138,11 +138,11 @@ def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
     """The loss of the sequences `batch`, of which the head reads `hidden` [batch, tokens, hidden]."""
     weights, tokens, teacher = task.phase.losses, task.tokens[batch], None
     if weights.kl and task.teacher is not None:
-        teacher = task.teacher[batch]
+        teacher = task.teacher[torch.tensor(batch, device=task.teacher.device)]
     elif weights.kl:
         with torch.no_grad():
             teacher = task.dense.features(tokens, task.precision)
-    dtype = torch.bfloat16 if uses_bf16(task.precision) else torch.float32
+    dtype = torch.bfloat16 if uses_bf16(task.precision, task.student.device) else torch.float32
     return head_loss(hidden, teacher, tokens, task.student.head, kl=weights.kl, ce=weights.ce, dtype=dtype)
 
 
@@ -172,9 +172,9 @@ def _point(
     """Everything that training needs to go on."""
     tensors: dict[str, Tensor] = {}
     for index, parameter in enumerate(trained.parameters):
-        tensors[f"{index}.value"] = parameter.detach()
+        tensors[f"{index}.value"] = parameter.detach().cpu()
         for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{index}.{key}"] = optimizer.state[parameter][key]
+            tensors[f"{index}.{key}"] = optimizer.state[parameter][key].cpu()
     return Point(task.labels, factor, tuple(losses), tensors)
 
 
@@ -182,5 +182,7 @@ def _point(
 def _resume(trained: Trained, optimizer: torch.optim.Optimizer, saved: Point) -> None:
     for index, parameter in enumerate(trained.parameters):
         parameter.copy_(saved.tensors[f"{index}.value"])
-        state = {key: saved.tensors[f"{index}.{key}"].clone() for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.losses))), **state}
+        place = parameter.device
+        keys = ("exp_avg", "exp_avg_sq")
+        state = {key: saved.tensors[f"{index}.{key}"].to(place, copy=True) for key in keys}
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.losses)), device=place), **state}

@@ -155,7 +155,7 @@ def _save(walk: Walk, block: int, changed: Sequence[int], result: BlockResult) -
     for index in changed:
         tensors |= adapted.block_tensors(student, index)
         if adapted.trains_rest(walk.recipe):
-            tensors |= {f"{REST}{name}": value.data for name, value in student.rest(index).items()}
+            tensors |= {f"{REST}{name}": value.data.cpu() for name, value in student.rest(index).items()}
     walk.partial.save_block(block, tensors, record)
 
 
@@ -320,7 +320,9 @@ def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, Input
     prefix = f"{walk.student.family.blocks}.{block}."
     for group in walk.student.family.linears:
         first = walk.student.masked(prefix + group[0])
-        statistics = InputStatistics(first.weight.shape[1], hessian=method == "sparsegpt")
+        statistics = InputStatistics(
+            first.weight.shape[1], hessian=method == "sparsegpt", device=walk.student.device
+        )
         handles.append(first.register_forward_pre_hook(_adder(statistics)))
         result.update({prefix + name: statistics for name in group})
     walk.student.advance(block, stream, walk.recipe.precision)

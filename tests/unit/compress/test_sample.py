@@ -11,6 +11,7 @@ import torch
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.device import Room
 from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
 from losa_deploy.interfaces import no_progress
@@ -91,7 +92,7 @@ def test_starts_are_kept_and_the_rest_follows_from_the_seed(tiny_llama: Path) ->
 def sampled(
     source: Checkpoint, recipe: CalibrationRecipe, starts: list[list[int]], seed: int, memory: int = 10**11
 ) -> torch.Tensor:
-    return sampled_tokens(source, recipe, starts, seed, "f32", no_progress, memory)
+    return sampled_tokens(source, recipe, starts, seed, "f32", no_progress, Room(memory=memory))
 
 
 def test_less_memory_gives_the_same_text(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

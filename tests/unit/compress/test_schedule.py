@@ -15,6 +15,7 @@ from losa_deploy.compress import schedule as schedule_module
 from losa_deploy.compress import tune as tune_module
 from losa_deploy.compress.adapted import AdaptedModel, read_state, step_folder
 from losa_deploy.compress.decoder import Decoder, batch_size
+from losa_deploy.compress.device import Room
 from losa_deploy.compress.schedule import compress, rmi_importance
 from losa_deploy.compress.student import Student
 from losa_deploy.compress.walk import walk_blocks
@@ -346,9 +347,11 @@ def test_norms_learn_through_a_model_that_is_never_in_memory(
         load(student, block)
 
     monkeypatch.setattr(Student, "load_block", spy)
-    frugal = compress(checkpoint, record, chosen, tmp_path / "a", progress=no_progress, memory=1)
+    frugal = compress(checkpoint, record, chosen, tmp_path / "a", progress=no_progress, room=Room(memory=1))
     assert max(most) == 1
-    plenty = compress(checkpoint, record, chosen, tmp_path / "b", progress=no_progress, memory=10**11)
+    plenty = compress(
+        checkpoint, record, chosen, tmp_path / "b", progress=no_progress, room=Room(memory=10**11)
+    )
     assert max(most) == 3
     small, large = frugal.rest(), plenty.rest()
     source = {name: checkpoint.tensor(name) for name in large}
