@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from losa_deploy.assemble import fill, set_parameter, skeleton
 from losa_deploy.checkpoint import Checkpoint
@@ -57,6 +58,18 @@ class _Replay(nn.Module):
 
     def forward(self, hidden: Tensor, **arguments: object) -> Tensor:
         return self.hidden
+
+
+class _Recomputed(nn.Module):
+    """Stands in for a block: the backward pass computes it a second time from its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.attention_type = getattr(block, "attention_type", "full_attention")
+
+    def forward(self, hidden: Tensor, **arguments: object) -> object:
+        return checkpoint(self.block, hidden, use_reentrant=False, **arguments)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -171,13 +184,15 @@ class Decoder:
         assert isinstance(head, nn.Linear)
         return head
 
-    def features(self, tokens: Tensor, precision: str = "f32") -> Tensor:
+    def features(self, tokens: Tensor, precision: str = "f32", *, recompute: bool = False) -> Tensor:
         """What the head reads, [samples, tokens, hidden] f32, of `tokens` [samples, tokens] int64.
 
-        Differentiable.
+        Differentiable; with `recompute` the backward pass computes each block a second time and only its
+        input is kept (Chen et al. 2016, arXiv 1604.06174).
         """
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        with products(precision, self.device), self.passing():
+        inside = self._replaced([_Recomputed(block) for block in self.blocks]) if recompute else nullcontext()
+        with products(precision, self.device), self.passing(), inside:
             hidden: Tensor = decoder(input_ids=tokens.to(self.device), use_cache=False).last_hidden_state
         return hidden.float()
 

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from losa_deploy.compress.device import CPU, synchronize
-from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES
+from losa_deploy.compress.memory import (
+    CACHE_COPIES,
+    FROZEN_BYTES,
+    LIBRARY_BYTES,
+    MOVING_BYTES,
+    ROUNDED_BYTES,
+    activation_bytes,
+)
 from losa_deploy.compress.sample import BATCH, FEWEST
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
@@ -28,7 +35,7 @@ BLOCK_BYTES = 9
 """Per weight of an open block: the dense one's, the student's, its mask."""
 TRAINED_BYTES = 27
 """Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
-PASSES = 120
+PASSES = 70
 """Passes over all weights in an optimizer step that rounds them, in units of `Rates.elements`."""
 
 
@@ -129,14 +136,14 @@ def _check(shape: Geometry, memory: int) -> int:
 def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
     """Weights, keys and values; as `sample` chooses how many sequences go on together."""
     length = recipe.calibration.sequence_length
-    each = 2 * shape.blocks * shape.key_width * length * element
+    each = 2 * CACHE_COPIES * shape.blocks * shape.key_width * length * element
     together = min(BATCH, recipe.calibration.samples)
     outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
     if LIBRARY_BYTES + outer + blocks + FEWEST * each > memory:
         blocks = element * shape.weights
     free = memory - LIBRARY_BYTES - outer - blocks
-    together = max(FEWEST, min(together, free // max(1, each)))
-    return LIBRARY_BYTES + outer + blocks + together * (each + 16 * shape.vocabulary)
+    together = max(FEWEST, min(together, int(free // max(1, each))))
+    return int(LIBRARY_BYTES + outer + blocks + together * (each + 16 * shape.vocabulary))
 
 
 def _blocks(shape: Geometry, recipe: Recipe) -> int:
@@ -155,17 +162,21 @@ def _blocks(shape: Geometry, recipe: Recipe) -> int:
 def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int) -> int:
     """Of a phase through the model."""
     length = phase.sequence_length or recipe.calibration.sequence_length
-    known = 2 * 4 * _tokens(recipe) * shape.hidden
+    taught = phase.losses.kl and all(item.source == "calibration" for item in phase.data)
+    known = 2 * 4 * _tokens(recipe) * shape.hidden if taught else 0
     frozen = set(phase.train) == {"norms"}
     tokens = (
         min(phase.batch_size * length, max(MICRO_TOKENS, length)) if frozen else phase.batch_size * length
     )
-    activations = 4 * tokens * (10 * shape.hidden + 4 * shape.inner)
+    activations = activation_bytes(shape.hidden, shape.inner, tokens)
     head = 256 * shape.vocabulary * 16
     base = LIBRARY_BYTES + 4 * shape.outer + known + head
     if not frozen:
-        moving = TRAINED_BYTES + BLOCK_BYTES - 4 if phase.grid != "none" else TRAINED_BYTES
-        return base + moving * shape.blocks * shape.weights + shape.blocks * activations
+        weights = shape.blocks * shape.weights
+        whole = base + (MOVING_BYTES + ROUNDED_BYTES) * weights + shape.blocks * activations
+        inputs = 4 * tokens * shape.hidden * shape.blocks
+        again = MOVING_BYTES * weights + inputs + 2 * BLOCK_BYTES * shape.weights + activations
+        return whole if whole <= memory else base + again
     if FROZEN_BYTES * shape.all + LIBRARY_BYTES <= memory:
         return base + FROZEN_BYTES * shape.blocks * shape.weights + shape.blocks * activations
     return base + 4 * tokens * shape.hidden * shape.blocks + 3 * BLOCK_BYTES * shape.weights + activations

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 FROZEN_BYTES = 6
 """Per weight of a model in memory whose norms train: f32 weight, mask, level."""
+CACHE_COPIES = 1.5
+"""Keys and values that exist at once: transformers makes them anew for every token, block after block."""
+MOVING_BYTES = 17
+"""Per weight of a model in memory whose weights train: f32 weight, mask, gradient, two moments."""
+ROUNDED_BYTES = 4
+"""More per weight if rounded weights stay until the backward pass."""
 LIBRARY_BYTES = 450_000_000
 """What torch and transformers take before a model is read."""
 
@@ -47,6 +53,20 @@ def all_parameters(source: Checkpoint) -> int:
     return outer_parameters(source) + sum(_by_block(source).values())
 
 
+def activation_bytes(hidden: int, inner: int, tokens: int) -> int:
+    """What the backward pass of a block needs of its forward pass, for so many tokens."""
+    return 4 * tokens * (10 * hidden + 4 * inner)
+
+
+def fits_at_once(source: Checkpoint, tokens: int, memory: int) -> bool:
+    """Whether weights that train and what all blocks keep for the backward pass are in memory together."""
+    inner = max(max(shape) for shape in source.linears.values())
+    kept = source.block_count * activation_bytes(int(str(source.config["hidden_size"])), inner, tokens)
+    outer = outer_parameters(source)
+    moving = (MOVING_BYTES + ROUNDED_BYTES) * (all_parameters(source) - outer)
+    return LIBRARY_BYTES + 4 * outer + moving + kept <= memory
+
+
 def _by_block(source: Checkpoint) -> Mapping[int, int]:
     inside, found = f"{source.family.blocks}.", dict.fromkeys(range(source.block_count), 0)
     for name in source.files:
@@ -56,9 +76,9 @@ def _by_block(source: Checkpoint) -> Mapping[int, int]:
 
 
 def cache_bytes(config: Mapping[str, object], length: int, element: int) -> int:
-    """Keys and values of one sequence of `length` tokens, `element` bytes per number."""
+    """For keys and values of one sequence of `length` tokens, `element` bytes per number."""
     numbers = {key: value for key, value in config.items() if isinstance(value, int)}
     heads = numbers["num_attention_heads"]
     size = numbers.get("head_dim") or numbers["hidden_size"] // heads
     shared = numbers.get("num_key_value_heads") or heads
-    return 2 * numbers["num_hidden_layers"] * shared * size * length * element
+    return int(2 * CACHE_COPIES * numbers["num_hidden_layers"] * shared * size * length * element)

@@ -23,7 +23,13 @@ from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.device import CPU, HERE, Room
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
-from losa_deploy.compress.memory import FROZEN_BYTES, LIBRARY_BYTES, all_parameters, available_bytes
+from losa_deploy.compress.memory import (
+    FROZEN_BYTES,
+    LIBRARY_BYTES,
+    all_parameters,
+    available_bytes,
+    fits_at_once,
+)
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
@@ -270,7 +276,10 @@ def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list
         names = tuple(n for n in run.student.names if n in run.masked) if whole else ()
         task = ModelTask(
             run.student, run.dense, names, tokens, phase, steps, recipe.precision, recipe.seed, labels,
-            _teacher(run, phase, dense),
+            recompute=bool(names) and not fits_at_once(
+                run.student.checkpoint, phase.batch_size * tokens.shape[1], run.memory
+            ),
+            teacher=_teacher(run, phase, dense),
         )  # fmt: skip
         losses = tune(
             task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")

@@ -40,6 +40,8 @@ class ModelTask:
     seed: int
     labels: tuple[str | int, ...]
     """What the random numbers of this phase depend on besides the seed."""
+    recompute: bool = False
+    """Blocks are computed a second time in the backward pass: memory for time."""
     teacher: Tensor | None = None
     """[n, length, hidden]: what the dense model's head reads of `tokens`, if that is known already."""
 
@@ -131,7 +133,9 @@ def _descend_by_block(task: ModelTask, batch: list[int], share: float) -> Tensor
 
 def _loss(task: ModelTask, batch: list[int]) -> Tensor:
     """The loss of the sequences `batch`."""
-    return _head_loss(task, batch, task.student.features(task.tokens[batch], task.precision))
+    return _head_loss(
+        task, batch, task.student.features(task.tokens[batch], task.precision, recompute=task.recompute)
+    )
 
 
 def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:

@@ -65,10 +65,17 @@ def test_more_of_everything_takes_more() -> None:
 
 
 def test_a_phase_that_trains_all_weights_needs_them_in_memory() -> None:
-    """f32 weights, masks, gradients and two moments of 7B: more than 21 bytes for each."""
+    """f32 weights, masks, gradients and two moments of 7B: 17 bytes for each, more where there is room."""
+    plenty = estimate(LLAMA_7B, load_recipe(preset="standard"), 300 * GIB, RATES, bf16=True)
     found = estimate(LLAMA_7B, load_recipe(preset="standard"), 14 * GIB, RATES, bf16=True)
-    assert found.stages["phase 1"] > 21 * LLAMA_7B.blocks * LLAMA_7B.weights
-    assert found.disk_bytes > 20 * LLAMA_7B.blocks * LLAMA_7B.weights
+    weights = LLAMA_7B.blocks * LLAMA_7B.weights
+    assert 17 * weights < found.stages["phase 1"] < 20 * weights
+    assert plenty.stages["phase 1"] > found.stages["phase 1"] + 4 * weights
+    assert found.disk_bytes > 20 * weights
+    assert (
+        estimate(TINYLLAMA, load_recipe(preset="standard"), 20 * GIB, RATES, bf16=True).peak_ram_bytes
+        < 20 * GIB
+    )
 
 
 def test_little_memory_is_used_up_block_by_block() -> None:

@@ -16,6 +16,7 @@ from losa_deploy.compress.adapted import AdaptedModel
 from losa_deploy.compress.data import Batches, phase_tokens
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.losses import token_error
+from losa_deploy.compress.memory import fits_at_once
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.schedule import compress
@@ -168,6 +169,53 @@ def test_phases_through_the_model_lower_their_loss(
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert all(not bool(student.masked(n).weight[~student.masked(n).mask].any()) for n in student.names)
+
+
+@pytest.mark.parametrize("train", [("weights", "scales"), ("adapters",)], ids=str)
+def test_blocks_that_are_computed_twice_train_as_others_and_keep_less(
+    train: tuple[str, ...], tiny_llama: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Less of the forward pass is kept for the backward pass; the weights are the same bits."""
+    from losa_deploy.compress.grid import GridKind
+
+    source, grid = Checkpoint.open(tiny_llama), "i4" if "scales" in train else "none"
+    phase = PhaseRecipe.model_validate(
+        {"where": "model", "train": train, "grid": grid, "group_size": 32, "batch_size": 4, "dropout": 0.1}
+    )
+    results, kept = [], []
+    for recompute in (False, True):
+        student = pruned(source, scale=0.9)
+        for name in student.names:
+            if grid == "i4":
+                student.masked(name).put_on_grid(GridKind("i4", 32), None)
+            else:
+                student.masked(name).set_rank(4, 2.0, torch.Generator().manual_seed(1))
+        labels = ("tune", 1, 0)
+        task = ModelTask(
+            student, Decoder(source), student.names, tokens, phase, 3, "f32", 0, labels, recompute=recompute
+        )
+        seen: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        trained = Trained([student.masked(name) for name in student.names], phase)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            student.features(tokens[:4], recompute=recompute)
+        trained.release()
+        kept.append(sum(seen.values()))
+        tune(task, Partial(tmp_path / str(recompute), 1), lambda done: None)
+        results.append([m.effective() for m in map(student.masked, student.names)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_memory_decides_whether_blocks_are_computed_twice(tiny_llama: Path) -> None:
+    source = Checkpoint.open(tiny_llama)
+    assert fits_at_once(source, 512, 10**9)
+    assert not fits_at_once(source, 512, 450_000_000)
+    assert not fits_at_once(source, 10**6, 10**9)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
