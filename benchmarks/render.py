@@ -175,11 +175,14 @@ def _parity_section(report: Report) -> list[str]:
     parity = report.parity
     if parity is None:
         return []
-    logits = (
-        f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; without native kernels, "
-        f"against the artifact's own decoded weights {parity.decoded_logit_difference:.3g} (f32 arithmetic "
-        f"allows {parity.decoded_logit_tolerance:.3g})"
-    )
+    logits = f"- largest logit difference: {parity.max_abs_logit_difference:.3g}; without native kernels, "
+    if parity.decoded_logit_difference is None:
+        logits += "in f32, the model does not fit into memory and was not run"
+    else:
+        logits += (
+            f"against the artifact's own decoded weights {parity.decoded_logit_difference:.3g} (f32 "
+            f"arithmetic allows {parity.decoded_logit_tolerance:.3g})"
+        )
     kernels = (
         f"- native kernels (int8 activations where weights are integers) add a mean divergence of "
         f"{parity.kernel_kl:.3g} nats"

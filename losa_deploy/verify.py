@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gate import Parity, Questions, ask, examine, judge
+from losa_deploy.compress.memory import all_parameters, available_bytes
+from losa_deploy.gate import Answers, Parity, Questions, ask, examine, judge
 from losa_deploy.integrity import (
     check_coverage,
     check_decoded,
@@ -29,6 +30,9 @@ from losa_deploy.recipe import VerifyRecipe
 from losa_deploy.text import load_tokenizer
 
 __all__ = ["MergedCheck", "Parity", "verify_export", "verify_merged"]
+
+EXACT_BYTES = 12
+"""Per parameter while a runtime without our kernels loads: ONNX Runtime expands weights in several steps."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,13 @@ def verify_export(
     recipe: VerifyRecipe,
     *,
     threads: int,
+    memory: int | None = None,
 ) -> Parity:
     """Check an exported folder against the merged model it came from, in the runtime it is for.
 
-    Besides the open runtime one weight or one block is in memory at a time.
+    Besides the open runtime one weight or one block is in memory at a time. The runtime without kernels of
+    ours, which computes in f32, is left out if the model has not got that many bytes of `memory` (None: what
+    is free).
 
     Damaged files stop the check before any of them is opened. Raises only for what keeps the
     check from running (a missing runtime, an unreadable text); a failed check is in `reasons`.
@@ -114,8 +121,13 @@ def verify_export(
     questions = Questions.make(model, recipe, load_tokenizer(model.folder))
     actual = ask(runtime.open(folder, threads=threads), questions)
     plain = runtime.exact()
-    stock = actual if plain is runtime else ask(plain.open(folder, threads=threads), questions)
-    exact = examine(Oracle(model.checkpoint, _overrides(model, decoded)), questions, stock, threads=threads)
+    stock: Answers | None = actual
+    if plain is not runtime:
+        room = available_bytes() if memory is None else memory
+        fits = EXACT_BYTES * all_parameters(model.checkpoint) <= room
+        stock = ask(plain.open(folder, threads=threads), questions) if fits else None
+    oracle = Oracle(model.checkpoint, _overrides(model, decoded))
+    exact = examine(oracle, questions, stock or actual, threads=threads)
     merged = examine(Oracle(model.checkpoint), questions, actual, threads=threads)
     return judge(
         actual,

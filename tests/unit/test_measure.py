@@ -280,3 +280,13 @@ def test_less_text_is_used_where_time_is_short_and_the_report_says_so(
     report = measure(replace(task, recipe=task.recipe.model_copy(update={"verify": short})), PARITY)
     assert (report.evaluation.windows, report.evaluation.windows_asked) == (1, 4)
     assert "1 windows of 64 (of 4: more would take longer than --verify-minutes allows)" in markdown(report)
+
+
+def test_the_report_says_what_was_not_run_without_kernels(measured: tuple[Report, Path]) -> None:
+    report, _ = measured
+    assert "(f32 arithmetic allows 0.0001)" in markdown(report)
+    assert report.parity is not None
+    changes = {"decoded_logit_difference": None, "decoded_logit_tolerance": None}
+    parity = report.parity.model_copy(update=changes)
+    text = markdown(report.model_copy(update={"parity": parity}))
+    assert "without native kernels, in f32, the model does not fit into memory and was not run" in text

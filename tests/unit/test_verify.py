@@ -306,3 +306,28 @@ def test_a_packed_embedding_that_the_decoder_leaves_out_is_named(exported: Path,
     assert parity(exported).reasons == (
         "model.embed_tokens: the artifact's decoder returned nothing, expected a weight (300, 64)",
     )
+
+
+class Rounding(StaleRuntime):
+    """A runtime with kernels, which are wrong by a replaced weight; exactly, it is what it must be."""
+
+    def exact(self) -> ReferenceRuntime:
+        return ReferenceRuntime()
+
+
+def test_kernels_are_judged_without_the_exact_runtime_where_that_does_not_fit(
+    exported: Path, merged_half: Path, folder_exporter: Exporter
+) -> None:
+    model, recipe = SparseModel.open(merged_half), load_recipe().verify
+    weight = model.weight(LINEAR)
+
+    def check(change: float, memory: int) -> Parity:
+        runtime = Rounding({LINEAR: weight * np.float32(change)})
+        return verify_export(exported, model, folder_exporter, runtime, recipe, threads=1, memory=memory)
+
+    assert check(1.0, 10**10).decoded_logit_difference is not None
+    small = check(1.0, 1000)
+    assert small.ok and small.decoded_logit_difference is small.decoded_tokens_equal is None
+    assert small.kernel_kl == pytest.approx(0.0, abs=1e-9)
+    wrong = check(-1.0, 1000)
+    assert not wrong.ok and any("kernels: found a mean divergence" in reason for reason in wrong.reasons)
