@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from losa_deploy.artifact import remove, require_disk, sibling
 from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, write_weights
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
+from losa_deploy.gguf_file import open_header
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.pretokenizers import rules
@@ -51,21 +54,9 @@ class GgufHeader:
 
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF header; `InputError` if the file is damaged or of an unsupported architecture."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        fields = {
-            key: str(field.contents())
-            for key in ("general.architecture", "general.license")
-            if (field := reader.get_field(key)) is not None
-        }
-        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read as GGUF: {error}.", hint="Download the file again."
-        ) from None
-    header = GgufHeader(fields.get("general.architecture", ""), fields.get("general.license", ""), shapes)
+    with open_header(path) as found:
+        shapes = {name: tuple(reversed(dims)) for name, dims in found.shapes.items()}
+        header = GgufHeader(found.text("general.architecture"), found.text("general.license"), shapes)
     find_family({"model_type": header.architecture})
     return header
 
@@ -92,7 +83,8 @@ def convert_gguf(
         remove(partial)
         partial.mkdir(parents=True)
         try:
-            _convert(path, partial, progress)
+            with _read_once():
+                _convert(path, partial, progress)
             (partial / STAMP).write_text(stamp, "utf-8")
             remove(folder)
             partial.rename(folder)
@@ -101,6 +93,24 @@ def convert_gguf(
             remove(partial)
     progress(4, 4, identity)
     return Checkpoint.open(folder), record
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what `gguf` makes of a file and an architecture for those who ask again.
+
+    transformers asks three times for the header, which takes seconds with a large vocabulary, and once per
+    module for the names of tensors.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lru_cache(lambda path: reader(path))  # type: ignore[misc, assignment]
+    gguf.get_tensor_name_map = lru_cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
 def _stamped(folder: Path, stamp: str) -> bool:
@@ -159,7 +169,7 @@ def _keep_tokenizer(path: Path, folder: Path) -> None:
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    reader = GGUFReader(str(path))
     found = {key: _value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre", "scores")}
     types = _value(reader, "tokenizer.ggml.token_type")
     ids = {name: _value(reader, f"tokenizer.ggml.{name}_token_id") for name in TOKEN_IDS}
