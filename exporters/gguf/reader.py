@@ -25,7 +25,7 @@ from .architecture import ARCHITECTURES, row_order, weight_name
 def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> Lazy:
     """Module → weight [out, in] as the bytes of a file of the artifact in `folder` define it.
 
-    The file is open as long as the mapping lives.
+    The file is open as long as this mapping, or another made of it, lives.
     """
     config = full_config(folder)
     family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
@@ -40,9 +40,8 @@ def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> Lazy:
             rows, columns = record.shape
             order = row_order(config, kind, record.name, rows)
             weights[record.name] = partial(_matrix, file, tensor, (rows, columns), order)
-        found = Lazy(weights)
-        weakref.finalize(found, stack.pop_all().close)
-    return found
+        weakref.finalize(file, stack.pop_all().close)
+    return Lazy(weights)
 
 
 def _matrix(

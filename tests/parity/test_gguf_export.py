@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from losa_deploy.gguf_view import find_gguf
 from losa_deploy.integrity import value_error_bound
 from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts.base import ValueType
+from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
@@ -376,6 +378,16 @@ def test_the_dense_baseline_is_f16_or_f32(merged_llama: SparseModel, tmp_path: P
         found, expected = llama_logits(path, list(TOKENS)), torch_logits(merged_llama, {})
         tolerance = 1e-5 if kind == "F32" else 5e-3
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_a_part_of_the_decoded_weights_outlives_the_whole(merged_llama: SparseModel, tmp_path: Path) -> None:
+    decoded = GgufExporter().decode(export(merged_llama, tmp_path / "out", packed=True))
+    assert isinstance(decoded, Lazy)
+    name = "model.layers.0.mlp.up_proj"
+    expected, part = decoded[name], decoded.renamed({name: "other"})
+    del decoded
+    gc.collect()
+    assert list(part) == ["other"] and np.array_equal(part["other"], expected)
 
 
 def test_decode_of_a_damaged_folder(merged_llama: SparseModel, tmp_path: Path) -> None:
