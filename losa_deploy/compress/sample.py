@@ -138,7 +138,8 @@ def _continue(
         output = dense.model(input_ids=last, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         weights = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
-        found = draw_tokens(weights, chances[:, position : position + 1].to(dense.device))[:, 0].cpu()
+        chance = chances[:, position : position + 1].to(dense.device, wide_type(dense.device))
+        found = draw_tokens(weights, chance)[:, 0].cpu()
         result[:, position] = torch.where(lengths > position, result[:, position], found)
         progress(done + position + 1, total, "sampling calibration text")
     return result
