@@ -439,3 +439,27 @@ def test_importance_is_that_of_the_features_without_their_first_token(tiny_llama
     expected = np.exp(-2.0 * redundancy / redundancy.sum())
     # Sums of squares of f32 features, in two orders.
     assert np.allclose(rmi_importance(decoder, tokens, beta=2.0), expected, rtol=1e-5)
+
+
+def test_phases_that_train_weights_compute_blocks_twice_where_memory_is_short(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phase = {"train": ["weights"], "where": "model", "tokens": 200}
+    chosen = recipe(schedule__steps=1, precision="f32", phases=[phase])
+    checkpoint, record = source_of(tiny_llama)
+    features = Student.features
+    seen: list[bool] = []
+
+    def spy(self: Student, tokens: torch.Tensor, precision: str, *, recompute: bool) -> torch.Tensor:
+        seen.append(recompute)
+        return features(self, tokens, precision, recompute=recompute)
+
+    monkeypatch.setattr(Student, "features", spy)
+    shards = []
+    for memory in (1, 10**11):
+        out = tmp_path / str(memory)
+        compress(checkpoint, record, chosen, out, progress=no_progress, room=Room(memory=memory))
+        shards.append(shard_hashes(out, 1))
+    half = len(seen) // 2
+    assert half and seen == [True] * half + [False] * half
+    assert shards[0] == shards[1]
