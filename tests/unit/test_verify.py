@@ -316,7 +316,7 @@ class Rounding(StaleRuntime):
 
 
 def test_kernels_are_judged_without_the_exact_runtime_where_that_does_not_fit(
-    exported: Path, merged_half: Path, folder_exporter: Exporter
+    exported: Path, merged_half: Path, folder_exporter: Exporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, recipe = SparseModel.open(merged_half), load_recipe().verify
     weight = model.weight(LINEAR)
@@ -329,5 +329,9 @@ def test_kernels_are_judged_without_the_exact_runtime_where_that_does_not_fit(
     small = check(1.0, 1000)
     assert small.ok and small.decoded_logit_difference is small.decoded_tokens_equal is None
     assert small.kernel_kl == pytest.approx(0.0, abs=1e-9)
+    parameters = sum(weight.size for weight in map(model.checkpoint.array, model.checkpoint.files))
+    assert check(1.0, 5 * parameters).decoded_logit_difference is not None
+    monkeypatch.setattr(ReferenceRuntime, "loading_bytes", 6, raising=False)
+    assert check(1.0, 5 * parameters).decoded_logit_difference is None, "this one says that it needs more"
     wrong = check(-1.0, 1000)
     assert not wrong.ok and any("kernels: found a mean divergence" in reason for reason in wrong.reasons)
