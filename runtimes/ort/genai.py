@@ -15,7 +15,7 @@ from losa_deploy.errors import InputError, MissingError
 from losa_deploy.operators import library_name
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
-from .library import check_target, folder_with_library, refusal
+from .library import LOADING_BYTES, check_target, folder_with_library, refusal
 
 if TYPE_CHECKING:
     import onnxruntime_genai as og
@@ -30,6 +30,7 @@ class GenaiRuntime:
     """Opens exported ONNX folders with onnxruntime-genai, with our operators for packed weights."""
 
     name = "genai"
+    loading_bytes = LOADING_BYTES
 
     def __init__(self, *, native: bool = True) -> None:
         """`native` false leaves the packed weights to the functions inside the model."""

@@ -16,6 +16,9 @@ from losa_deploy.operators import library_name, library_path
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+LOADING_BYTES = 30
+"""Per parameter while ONNX Runtime loads without the library: it keeps what decoders make on their way."""
+
 
 def check_target() -> None:
     """Raise `MissingError` if LOSA_KERNELS asks for kernels that cannot run here."""

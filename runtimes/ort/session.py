@@ -14,7 +14,7 @@ from losa_deploy.errors import InputError, MissingError
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .cache import GrowingCache, SharedCache
 from .graph import Graph, read_graph
-from .library import check_target, register
+from .library import LOADING_BYTES, check_target, register
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -103,8 +103,7 @@ class StockOrtRuntime(OrtRuntime):
     """Opens the same folders as anyone without our library does."""
 
     name = "ort-stock"
-    loading_bytes = 30
-    """Per parameter: while it loads, ONNX Runtime keeps what the decoders of weights make on their way."""
+    loading_bytes = LOADING_BYTES
 
     def __init__(self, configure: Sequence[Callable[[ort.SessionOptions], None]] = ()) -> None:
         super().__init__(configure, native=False)
