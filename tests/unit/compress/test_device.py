@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils import backend_registration
 
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import find_device
@@ -67,6 +68,10 @@ def on_far(source: Path, chosen: Recipe, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} has no backends in Python",
+)
 @pytest.mark.parametrize(
     "name", [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
