@@ -88,3 +88,12 @@ def test_little_memory_is_used_up_block_by_block() -> None:
         assert little.stages[stage] < 0.5 * plenty.stages[stage], stage
     assert little.stages["blocks"] == plenty.stages["blocks"]
     assert little.disk_bytes == plenty.disk_bytes
+
+
+def test_more_steps_on_the_same_tokens_take_longer() -> None:
+    """Each step rounds and moves all weights of a block."""
+    few, many = (
+        estimate(SMOLLM, load_recipe(overrides=[("phases.0.batch_size", size)]), 20 * GIB, RATES, bf16=True)
+        for size in (4, 2)
+    )
+    assert many.seconds > 1.3 * few.seconds
