@@ -31,6 +31,8 @@ class Console:
     quiet: bool = False
     verbose: bool = False
     color: bool = True
+    prefix: str = ""
+    """Before every line: which of several processes says it."""
 
     def result(self, text: str) -> None:
         """One piece of the result, with a line end, on stdout."""
@@ -125,7 +127,7 @@ class Console:
             yield progress
 
     def _line(self, text: str) -> None:
-        self.err.write(text + "\n")
+        self.err.write(f"{self.prefix}{text}\n")
         self.err.flush()
 
     def _paint(self, text: str, code: str) -> str:

@@ -21,3 +21,5 @@ class Command:
     run: Callable[[argparse.Namespace, Console], None]
     resumable: bool = False
     """True: running the same line again continues where an interruption stopped it."""
+    together: bool = False
+    """True: several processes of a launcher do it together; the others refuse to start in one."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from losa_deploy import launcher
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import add_device, add_memory, add_model, add_output, add_threads, thread_count
 from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from losa_deploy.manifest import SourceRecord
+    from losa_deploy.recipe import Recipe
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +33,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     recipe = make_recipe(args)
     if printed_recipe(args, recipe, console):
         return
-    from losa_deploy.artifact import remove
     from losa_deploy.cli import expect, pipeline, stages
-    from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
+    from losa_deploy.compress.team import joined
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
     stages.check_state_folder(output)
@@ -38,21 +45,16 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         expect.show(found, output, expect.budget(args), console, as_json=args.json)
         return
     console.info(f"Output: {output}")
-    with console.captured(work / "export.log"):
+    log = f"export-{launcher.rank()}.log" if launcher.rank() else "export.log"
+    with console.captured(work / log), joined(room.device) as team:
+        room = replace(room, team=team)
         stages.set_threads(thread_count(args))
-        source, record = stages.open_source(args, work, console)
-        if args.overwrite and (output / STATE_FILE).is_file():
-            remove(output)
-        state = read_state(output) if output.is_dir() else None
-        if state is not None and state.fingerprint != fingerprint(record.files, recipe):
-            raise UsageError(
-                f"{output} was made from another source, recipe, text or seed.",
-                hint="Add --overwrite to start afresh, or choose another --output.",
-            )
-        if state is None or not state.complete:
+        source, record = team.after_the_first(lambda: stages.open_source(args, work, console))
+        complete = team.after_the_first(lambda: _complete(args, output, record, recipe))
+        if not complete:
             found = expect.expected(args, *pipeline.checkpoint_shapes(source), recipe)
             console.info(expect.line(found))
-            expect.require(found, output, expect.budget(args))
+            expect.require(found, output, room.bytes)
         adapted = stages.run_compress(source, record, recipe, output, console, room=room)
     if args.json:
         console.result_json(
@@ -70,6 +72,22 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         console.result(str(output))
 
 
+def _complete(args: argparse.Namespace, output: Path, record: SourceRecord, recipe: Recipe) -> bool:
+    """Whether `output` holds all of this run; `UsageError` if it is of another one."""
+    from losa_deploy.artifact import remove
+    from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
+
+    if args.overwrite and launcher.rank() == 0 and (output / STATE_FILE).is_file():
+        remove(output)
+    state = read_state(output) if output.is_dir() else None
+    if state is not None and state.fingerprint != fingerprint(record.files, recipe):
+        raise UsageError(
+            f"{output} was made from another source, recipe, text or seed.",
+            hint="Add --overwrite to start afresh, or choose another --output.",
+        )
+    return state is not None and state.complete
+
+
 COMMAND = Command(
     name="compress",
     summary="make a model sparse: masks and adapted weights, saved after every step",
@@ -80,4 +98,5 @@ COMMAND = Command(
     add_arguments=_add,
     run=_run,
     resumable=True,
+    together=True,
 )

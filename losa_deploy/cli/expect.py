@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losa_deploy import launcher
 from losa_deploy.artifact import free_bytes, require_disk
 from losa_deploy.cli.flags import thread_count
-from losa_deploy.cli.plan import Shapes
 from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from losa_deploy.compress.estimate import Estimate
     from losa_deploy.recipe import Recipe
 
+Shapes = Mapping[str, tuple[int, int]]
 SCHEMA = "losa.compress-plan/1"
 ROOM = 0.05
 """How much an estimate may be above the memory that is there: it is an estimate."""
@@ -32,7 +34,8 @@ def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: 
     device = room(args).device
     bf16 = uses_bf16(recipe.precision, device)
     rates = measured_rates(bf16=bf16, device=device)
-    return estimate(Geometry.of(linears, others), recipe, budget(args), rates, bf16=bf16)
+    shape, processes = Geometry.of(linears, others), launcher.size()
+    return estimate(shape, recipe, budget(args), rates, bf16=bf16, processes=processes)
 
 
 def budget(args: argparse.Namespace) -> int:
@@ -49,8 +52,9 @@ def room(args: argparse.Namespace) -> Room:
 
 def line(found: Estimate) -> str:
     """An estimate in one line."""
+    each = " for each process" if launcher.size() > 1 else ""
     return (
-        f"Expected: peak memory {found.peak_ram_bytes / 1e9:.1f} GB, "
+        f"Expected: peak memory {found.peak_ram_bytes / 1e9:.1f} GB{each}, "
         f"{found.disk_bytes / 1e9:.1f} GB of disk, about {_duration(found.seconds)}"
     )
 
@@ -74,6 +78,16 @@ def require(found: Estimate, output: Path, memory: int) -> None:
         )
 
 
+def document(found: Estimate) -> dict[str, object]:
+    """An estimate for JSON."""
+    return {
+        "peak_ram_bytes": found.peak_ram_bytes,
+        "disk_bytes": found.disk_bytes,
+        "seconds": round(found.seconds, 1),
+        "stages": dict(found.stages),
+    }
+
+
 def show(found: Estimate, output: Path, memory: int, console: Console, *, as_json: bool) -> None:
     """The result of a dry run; raises `ResourceError` if the run does not fit."""
     if as_json:
@@ -81,10 +95,7 @@ def show(found: Estimate, output: Path, memory: int, console: Console, *, as_jso
             {
                 "schema": SCHEMA,
                 "output": str(output),
-                "peak_ram_bytes": found.peak_ram_bytes,
-                "disk_bytes": found.disk_bytes,
-                "seconds": round(found.seconds, 1),
-                "stages": dict(found.stages),
+                **document(found),
                 "memory_bytes": memory,
                 "disk_free_bytes": free_bytes(output),
             }

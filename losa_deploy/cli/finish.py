@@ -81,7 +81,9 @@ def _verified(job: Job, folder: Path, runtime: Runtime, console: Console) -> Par
     if job.recipe.verify.level == "off":
         console.warn("--verify off: nothing has checked that the artifact computes the merged model.")
         return None
-    parity = stages.run_verify(folder, job.model, job.exporter, runtime, job.recipe, job.threads, console)
+    parity = stages.run_verify(
+        folder, job.model, job.exporter, runtime, job.recipe, job.threads, console, job.memory
+    )
     for tie in parity.ties:
         console.detail(f"Undecided token: {tie}")
     if not parity.ok:

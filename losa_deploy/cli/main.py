@@ -10,11 +10,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from losa_deploy import launcher
 from losa_deploy.cli.parser import PROGRAM, build_parser, commands, parse
 from losa_deploy.console import Console, wants_color
-from losa_deploy.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, LosaError
+from losa_deploy.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, LosaError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         color=wants_color("--no-color" in arguments),
     )
     try:
+        if launcher.rank():
+            console = _follower(console)
         return _run(arguments, console)
     except SystemExit as stop:  # --help and --version
         return stop.code if isinstance(stop.code, int) else EXIT_BUG
@@ -41,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unexpected(error, console)
 
 
+def _follower(console: Console) -> Console:
+    """For all but the first process of a launcher: it says nothing but what goes wrong in it."""
+    name = f"process {launcher.rank()} of {launcher.size()}: "
+    nothing = Path(os.devnull).open("w", encoding="utf-8")
+    return replace(console, out=nothing, quiet=True, color=False, prefix=name)
+
+
 def _run(arguments: list[str], console: Console) -> int:
     # OpenMP's default is to spin for milliseconds at every barrier: beside another busy process the
     # same run then takes several times as long. Read once, when torch loads its OpenMP library.
@@ -50,6 +61,11 @@ def _run(arguments: list[str], console: Console) -> int:
         console.err.write(parser.format_help())
         return 2
     args = parse(parser, arguments)
+    if launcher.size() > 1 and not commands()[args.command].together:
+        raise UsageError(
+            f"{args.command} runs in one process, a launcher started {launcher.size()}.",
+            hint="Run `losa-deploy compress` with the launcher, and the other commands without it.",
+        )
     _go_offline(bool(getattr(args, "offline", False)))
     with console.guarded():
         commands()[args.command].run(args, console)
@@ -64,6 +80,8 @@ def _go_offline(offline: bool) -> None:
 
 
 def _failed(error: LosaError, console: Console) -> int:
+    if console.prefix and isinstance(error, UsageError):
+        return error.exit_code  # the first process says the same
     console.error(error)
     if console.verbose:
         console.detail("".join(traceback.format_exception(error)).rstrip())

@@ -41,7 +41,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         with stages.timed(timings, "source"):
             source, record = stages.open_source(args, work, console)
         exporter.check_source(source, recipe.export)
-        _require(exporter, source, recipe, output, console)
+        _require(args, exporter, source, recipe, output, console)
         model = merged_model(source, record, recipe, work, timings, console, room=room)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
@@ -57,11 +57,30 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     finish.show(report, output, console, as_json=args.json)
 
 
-def _require(exporter: Exporter, source: Checkpoint, recipe: Recipe, output: Path, console: Console) -> None:
+def _require(
+    args: argparse.Namespace,
+    exporter: Exporter,
+    source: Checkpoint,
+    recipe: Recipe,
+    output: Path,
+    console: Console,
+) -> None:
     """Say what the run will roughly write and need, and refuse what does not fit."""
-    expected = plan.estimate(exporter.name, *checkpoint_shapes(source), recipe)
+    shapes = checkpoint_shapes(source)
+    first = expect.expected(args, *shapes, recipe)
+    console.info(expect.line(first))
+    expect.require(first, output, expect.budget(args))
+    expected = plan.estimate(exporter.name, *shapes, recipe, _host_memory(args))
     console.info(f"{plan.line(expected, output)} (estimated)")
     plan.require_resources(expected, output)
+
+
+def _host_memory(args: argparse.Namespace) -> int:
+    """Bytes for what runs on the CPU after the compression."""
+    from losa_deploy.compress.memory import available_bytes
+
+    on_cpu = args.memory if expect.room(args).device.type == "cpu" else None
+    return on_cpu or available_bytes()
 
 
 def merged_model(
@@ -123,8 +142,10 @@ def _dry_run(
         check_tensors(checkpoint)
         exporter.check_source(checkpoint, recipe.export)
     linears, others = source_shapes(args)
-    planned = plan.estimate(exporter.name, linears, others, recipe)
-    plan.show(planned, output, console, as_json=args.json, estimated=True)
+    planned = plan.estimate(exporter.name, linears, others, recipe, _host_memory(args))
+    first = expect.expected(args, linears, others, recipe)
+    plan.show(planned, output, console, as_json=args.json, estimated=True, first=first)
+    expect.require(first, output, expect.budget(args))
 
 
 def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losa_deploy.cli import expect
 from losa_deploy.artifact import free_bytes, require_disk
 from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
 
 if TYPE_CHECKING:
+    from losa_deploy.compress.estimate import Estimate
     from losa_deploy.interfaces import ExportPlan, PlannedTensor
     from losa_deploy.recipe import Recipe
 
@@ -23,8 +25,8 @@ BUILT_BYTES = {"onnx": 12.0}
 """Per parameter, in formats whose graph is built from the whole dense model at once."""
 
 
-def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> ExportPlan:
-    """A plan from shapes alone, for a model that is not compressed yet.
+def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe, memory: int) -> ExportPlan:
+    """A plan from shapes alone, for a model that is not compressed yet, with `memory` bytes at hand.
 
     `linears` are pruned at the recipe's mean rate, `others` (embedding, head) stay dense. Small
     tensors, graph and tokenizer are left out.
@@ -47,8 +49,18 @@ def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe) -> Expo
     sizes = {file: sum(tensor.bytes for tensor in tensors) for file, tensors in files.items()}
     compared = max(sizes.values()) + RIVAL_BYTES * parameters
     judged = 8 * sum(rows * columns for rows, columns in others.values())
-    peak = LIBRARY_BYTES + int(max(compared, judged, BUILT_BYTES.get(name, 0.0) * parameters))
+    loaded = _loading_bytes(name) * parameters
+    exact = loaded if recipe.verify.level != "off" and LIBRARY_BYTES + loaded <= memory else 0
+    peak = LIBRARY_BYTES + int(max(compared, judged, exact, BUILT_BYTES.get(name, 0.0) * parameters))
     return ExportPlan(name, sizes, next(iter(files.values())), peak)
+
+
+def _loading_bytes(name: str) -> int:
+    """Per parameter, of the runtime without our kernels that judges an export where it fits."""
+    from losa_deploy.runtimes.ort.library import LOADING_BYTES
+    from losa_deploy.verify import EXACT_BYTES
+
+    return LOADING_BYTES if name == "onnx" else EXACT_BYTES
 
 
 def _planned(
@@ -107,11 +119,25 @@ def require_resources(plan: ExportPlan, output: Path) -> None:
         )
 
 
-def show(plan: ExportPlan, output: Path, console: Console, *, as_json: bool, estimated: bool = False) -> None:
-    """Print a plan as the result of a dry run; raises `ResourceError` if it does not fit."""
+def show(
+    plan: ExportPlan,
+    output: Path,
+    console: Console,
+    *,
+    as_json: bool,
+    estimated: bool = False,
+    first: Estimate | None = None,
+) -> None:
+    """Print a plan as the result of a dry run; raises `ResourceError` if it does not fit.
+
+    `first` is what the compression before it takes.
+    """
     if as_json:
-        console.result_json(_document(plan, output, estimated=estimated))
+        before = {"compress": expect.document(first)} if first else {}
+        console.result_json({**_document(plan, output, estimated=estimated), **before})
     else:
+        if first:
+            console.result(expect.line(first))
         console.result(line(plan, output) + (" (estimated from shapes)" if estimated else ""))
         rows = [(name, f"{size / 1e6:,.1f} MB") for name, size in plan.files.items()]
         console.result(table(("file", "size"), rows))

@@ -17,7 +17,7 @@ from losa_deploy.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from losa_deploy.checkpoint import Checkpoint
-    from losa_deploy.compress.adapted import AdaptedModel
+    from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
     from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
@@ -108,17 +108,13 @@ def run_compress(
     room: Room | None = None,
 ) -> AdaptedModel:
     """The `compress` stage: continues or reuses `folder` if it belongs to the same run; see `compress`."""
-    from losa_deploy.compress.adapted import fingerprint, read_state
+    from losa_deploy.compress.adapted import fingerprint
     from losa_deploy.compress.device import HERE
     from losa_deploy.compress.schedule import compress
 
     check_state_folder(folder)
-    try:
-        state = read_state(folder) if folder.is_dir() else None
-    except InputError as error:
-        console.warn(f"{error.message.rstrip('.')}: compressing again.")
-        remove(folder)
-        state = None
+    room = room or HERE
+    state = room.team.after_the_first(lambda: _undamaged_state(folder, console))
     if state is not None and state.fingerprint != fingerprint(record.files, recipe):
         console.info(f"{folder} was made from another source, recipe, text or seed: compressing again.")
     elif state is not None and state.complete:
@@ -128,9 +124,21 @@ def run_compress(
     weights = sum(path.stat().st_size for path in set(source.files.values()))
     require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:
-        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, room=room or HERE)
+        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, room=room)
     # The state may stem from a run with other merge and export choices.
     return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
+
+
+def _undamaged_state(folder: Path, console: Console) -> AdaptedState | None:
+    """The state of `folder`, which is deleted if it is damaged."""
+    from losa_deploy.compress.adapted import read_state
+
+    try:
+        return read_state(folder) if folder.is_dir() else None
+    except InputError as error:
+        console.warn(f"{error.message.rstrip('.')}: compressing again.")
+        remove(folder)
+        return None
 
 
 def run_merge(
@@ -269,9 +277,10 @@ def run_verify(
     recipe: Recipe,
     threads: int,
     console: Console,
+    memory: int | None = None,
 ) -> Parity:
     """The parity of an exported folder with the merged model, judged in torch."""
     from losa_deploy.verify import verify_export
 
     console.info(f"Verifying in {runtime.name} against the merged model in torch …")
-    return verify_export(folder, model, exporter, runtime, recipe.verify, threads=threads)
+    return verify_export(folder, model, exporter, runtime, recipe.verify, threads=threads, memory=memory)

@@ -16,6 +16,7 @@ from torch import Tensor
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import HERE, Room
 from losa_deploy.compress.sample import sampled_tokens
+from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Progress
 from losa_deploy.recipe import CalibrationRecipe
@@ -51,10 +52,12 @@ def calibration_tokens(
     return sampled_tokens(source, recipe, starts, seed, precision, progress, room)
 
 
-def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Tensor]) -> Tensor:
+def kept_tokens(
+    folder: Path, what: Mapping[str, object], make: Callable[[], Tensor], team: Team = ALONE
+) -> Tensor:
     """The tokens `make` gives, kept in `folder` for other runs; `what` says all that decides them.
 
-    A file that cannot be read is made again.
+    A file that cannot be read is made again; all processes of a team find the same.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -62,12 +65,17 @@ def kept_tokens(folder: Path, what: Mapping[str, object], make: Callable[[], Ten
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"text-{name}.safetensors"
     try:
-        return load_file(path)["tokens"]
+        known = load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError):
-        tokens = make()
-    partial = path.with_suffix(f".{os.getpid()}")
-    save_file({"tokens": tokens}, partial)
-    os.replace(partial, path)
+        known = None
+    if team.total(torch.tensor(float(known is not None))) == team.count:
+        assert known is not None
+        return known
+    tokens = make()
+    if team.leads:
+        partial = path.with_suffix(f".{os.getpid()}")
+        save_file({"tokens": tokens}, partial)
+        os.replace(partial, path)
     return tokens
 
 

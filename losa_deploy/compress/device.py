@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from losa_deploy.compress.memory import available_bytes
+from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.errors import UsageError
+from losa_deploy.launcher import local_rank, neighbours
 
 CPU = torch.device("cpu")
 NARROW = ("mps",)
@@ -18,11 +20,14 @@ NARROW = ("mps",)
 def find_device(name: str) -> torch.device:
     """The device called `auto`, `cpu`, `cuda`, `cuda:<n>` or `mps`; `UsageError` if it is not there.
 
-    `auto` is the first GPU that torch can use, else the CPU.
+    `auto` is the first GPU that torch can use, else the CPU. Of several processes on a machine each has its
+    own GPU.
     """
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         name = next((kind for kind in ("cuda", "mps") if present[kind]), "cpu")
+    if name == "cuda" and local_rank():
+        name = f"cuda:{local_rank()}"
     kind, _, number = name.partition(":")
     if kind not in present or (number and not number.isdecimal()):
         raise UsageError(
@@ -43,10 +48,15 @@ class Room:
     device: torch.device = CPU
     memory: int | None = None
     """None: what is free."""
+    team: Team = ALONE
+    """The processes that compress together, each with a room of its own."""
 
     @property
     def bytes(self) -> int:
-        return self.memory or available_bytes(self.device)
+        if self.memory:
+            return self.memory
+        free = available_bytes(self.device)
+        return free if self.device.type == "cuda" else free // neighbours()
 
 
 HERE = Room()

@@ -111,16 +111,27 @@ class Estimate:
     """Bytes by stage."""
 
 
-def estimate(shape: Geometry, recipe: Recipe, memory: int, rates: Rates, *, bf16: bool) -> Estimate:
-    """What `compress` takes with `memory` bytes at hand."""
-    stages = {"check": _check(shape, memory), "blocks": _blocks(shape, recipe)}
+def estimate(
+    shape: Geometry, recipe: Recipe, memory: int, rates: Rates, *, bf16: bool, processes: int = 1
+) -> Estimate:
+    """What `compress` takes with `memory` bytes at hand; of several processes what each takes."""
+    own = _part(recipe, processes)
+    stages = {"check": _check(shape, memory), "blocks": _blocks(shape, own)}
     if recipe.calibration.source == "self":
-        stages["text"] = _text(shape, recipe, memory, 2 if bf16 else 4)
-    for number, phase in enumerate(recipe.phases):
+        stages["text"] = _text(shape, own, memory, 2 if bf16 else 4)
+    for number, phase in enumerate(own.phases):
         if phase.where == "model":
-            stages[f"phase {number}"] = _phase(shape, recipe, phase, memory)
-    seconds = _seconds(shape, recipe, rates)
+            stages[f"phase {number}"] = _phase(shape, own, phase, memory)
+    seconds = _seconds(shape, recipe, rates, processes)
     return Estimate(max(stages.values()), _disk(shape, recipe), seconds, stages)
+
+
+def _part(recipe: Recipe, processes: int) -> Recipe:
+    """A process's part of the samples and of every batch."""
+    samples = -(-recipe.calibration.samples // processes)
+    phases = [p.model_copy(update={"batch_size": -(-p.batch_size // processes)}) for p in recipe.phases]
+    calibration = recipe.calibration.model_copy(update={"samples": samples})
+    return recipe.model_copy(update={"calibration": calibration, "phases": tuple(phases)})
 
 
 def _tokens(recipe: Recipe) -> int:
@@ -189,8 +200,9 @@ def _disk(shape: Geometry, recipe: Recipe) -> int:
     return state + (12 * shape.blocks * shape.weights if points else 0)
 
 
-def _seconds(shape: Geometry, recipe: Recipe, rates: Rates) -> float:
-    tokens, total = _tokens(recipe), 0.0
+def _seconds(shape: Geometry, recipe: Recipe, rates: Rates, processes: int) -> float:
+    """Products are shared by the processes, an optimizer's step is not; of a block's inputs each has one."""
+    tokens, total = _tokens(recipe) / processes, 0.0
     if recipe.calibration.source == "self":
         # One token per sequence at a time: half of the rate of large products.
         total += 4 * tokens * shape.all / rates.products
@@ -198,22 +210,23 @@ def _seconds(shape: Geometry, recipe: Recipe, rates: Rates) -> float:
     moments = 2 * tokens * sum(width**2 for width in shape.inputs) / rates.plain
     solve = 4 * sum(width**3 for width in shape.inputs) / rates.plain + 60 * shape.weights / rates.elements
     sparse = recipe.prune.method == "sparsegpt" and recipe.sparsity.target > 0
+    solve /= min(processes, len(shape.inputs))
     per_step = 3.5 * forward + (moments + solve if sparse else 0.0)
     steps = recipe.schedule.steps
     total += steps * shape.blocks * per_step
     for step in range(1, steps + 1):
         for phase in recipe.phases:
             if phase.runs(last=step == steps):
-                total += _trained_seconds(shape, recipe, phase, rates, last=step == steps)
+                total += _trained_seconds(shape, recipe, phase, rates, processes, last=step == steps)
     return total
 
 
 def _trained_seconds(
-    shape: Geometry, recipe: Recipe, phase: PhaseRecipe, rates: Rates, *, last: bool
+    shape: Geometry, recipe: Recipe, phase: PhaseRecipe, rates: Rates, processes: int, *, last: bool
 ) -> float:
     length = phase.sequence_length or recipe.calibration.sequence_length
     steps = phase.steps(recipe.calibration.samples, length, last=last)
-    tokens, weights = steps * phase.batch_size * length, shape.blocks * shape.weights * phase.window
+    tokens, weights = steps * -(-phase.batch_size // processes) * length, shape.blocks * shape.weights * phase.window
     passes = PASSES if {"weights", "adapters", "scales"} & set(phase.train) else 8
     seconds = 6 * tokens * weights / rates.products + steps * passes * weights / rates.elements
     if phase.where == "model":

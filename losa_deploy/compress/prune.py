@@ -12,8 +12,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from losa_deploy.compress.device import CPU
+from losa_deploy.compress.device import CPU, wide_type
 from losa_deploy.compress.patterns import BLOCK, LOOK_AHEAD, Sliding, select_pairs, select_sliding
+from losa_deploy.compress.team import Team
 from losa_deploy.errors import InputError
 
 
@@ -67,6 +68,12 @@ class InputStatistics:
         if self.hessian is not None:
             self.hessian.addmm_(flat.T, flat)
         self.squares += flat.square().sum(dim=0)
+
+    def add_up(self, team: Team) -> None:
+        """Count what all processes have seen."""
+        seen = torch.tensor(float(self.count), dtype=torch.float64)
+        self.count = int(team.total(seen.to(self.squares.device, wide_type(self.squares.device))))
+        team.add((self.squares, *(() if self.hessian is None else (self.hessian,))))
 
     def factor(self, damping: float, name: str) -> Tensor:
         """See `inverse_factor`; all linears that read this input share it, and the Hessian goes."""

@@ -16,6 +16,7 @@ from losa_deploy.compress.decoder import Stream, slices
 from losa_deploy.compress.losses import learning_factor, require_finite, token_error
 from losa_deploy.compress.precision import products
 from losa_deploy.compress.student import Student
+from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
@@ -38,6 +39,9 @@ class BlockTask:
     target: Tensor
     """[samples, tokens, hidden]: the dense model's output of the last of the blocks."""
     precision: str
+    samples: int
+    """Of all processes; the stream and the target have those of this one."""
+    team: Team = ALONE
 
     def output(self, part: slice) -> Tensor:
         """The last block's output on a batch; differentiable."""
@@ -54,9 +58,17 @@ class BlockTask:
         return Trained(linears, phase, rest=rest, factor=factor)
 
     @torch.no_grad()
-    def error(self, parts: Sequence[slice]) -> float:
-        """Mean relative error per token over batches."""
-        return float(torch.stack([token_error(self.output(p), self.target[p]) for p in parts]).mean())
+    def error(self, rows: slice) -> float:
+        """Mean relative error per token of these samples."""
+        own, found = self.team.part(rows), self.target.new_zeros(())
+        for part in slices(own.start, own.stop, self.stream.batch):
+            found += self.share(part, rows)
+        return float(self.team.total(found))
+
+    def share(self, part: slice, rows: slice) -> Tensor:
+        """What a part of this process's samples adds to the mean error per token of `rows`."""
+        weight = (part.stop - part.start) / (rows.stop - rows.start)
+        return weight * token_error(self.output(part), self.target[part])
 
 
 def held_out_count(samples: int) -> int:
@@ -72,10 +84,10 @@ def reconstruct_block(
     Returns the held-out error before and after. A block that got worse is put back and tried again with
     half the learning rate; after `ATTEMPTS` it stays as it was. Raises `GateError` if the loss is not finite.
     """
-    samples = task.stream.hidden.shape[0]
+    samples = task.samples
     split = samples - held_out_count(samples)
     train = list(slices(0, split, phase.batch_size))
-    held = list(slices(split if split < samples else 0, samples, task.stream.batch))
+    held = slice(split if split < samples else 0, samples)
     before = task.error(held)
     factor = _probed(task, phase, steps, train, held, draw) if phase.rate == "probe" else 1.0
     for _ in range(ATTEMPTS):
@@ -97,7 +109,7 @@ def _probed(
     phase: PhaseRecipe,
     steps: int,
     train: Sequence[slice],
-    held: Sequence[slice],
+    held: slice,
     draw: torch.Generator,
 ) -> float:
     """The factor of the learning rate that lowers the held-out error most in a quarter of the steps."""
@@ -134,8 +146,12 @@ def _descend(
         part = train[order.pop(0)]
         set_rates(optimizer, learning_factor(number, steps, phase.warmup))
         optimizer.zero_grad(set_to_none=True)
-        loss = phase.losses.block * token_error(task.output(part), task.target[part])
-        loss.backward()  # type: ignore[no-untyped-call]
-        require_finite(float(loss.detach()), f"block {task.blocks[-1]}", phase.learning_rate)
+        own, loss = task.team.part(part), task.target.new_zeros(())
+        if own.start < own.stop:
+            loss = phase.losses.block * task.share(own, part)
+            loss.backward()  # type: ignore[no-untyped-call]
+        task.team.add_gradients(trained.parameters)
+        found = float(task.team.total(loss))
+        require_finite(found, f"block {task.blocks[-1]}", phase.learning_rate)
         torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
         trained.step(optimizer)

@@ -42,6 +42,7 @@ def sampled_tokens(
     use a model's own text for quantization-aware training). Without starts the first token is uniform
     over the vocabulary. With more bytes of weights, keys and values than `room` has, fewer sequences go on
     together, and blocks are read for every token; what is drawn for a sequence does not depend on that.
+    The processes of a team write a part each.
     """
     draw = generator(seed, "calibration")
     length = recipe.sequence_length
@@ -56,13 +57,15 @@ def sampled_tokens(
     dense.model.to(dtype)
     chances = _chances(recipe.samples, length, draw)
     resident, batch = _plan(source, dtype.itemsize, length, room.bytes)
+    team = room.team
+    given, chances = [given[i] for i in team.mine(range(recipe.samples))], team.rows(chances)
     parts = []
-    total = length * -(-recipe.samples // batch)
+    total = length * -(-len(given) // batch)
     with dense.open(*range(len(dense.blocks))) if resident else dense.passing():
-        for start in range(0, recipe.samples, batch):
+        for start in range(0, len(given), batch):
             done, part = length * (start // batch), slice(start, start + batch)
             parts.append(_continue(dense, given[part], chances[part], recipe, progress, done, total))
-    return torch.cat(parts)
+    return team.gathered(torch.cat(parts), recipe.samples)
 
 
 def _chances(samples: int, length: int, draw: torch.Generator) -> Tensor:

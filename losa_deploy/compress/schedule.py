@@ -34,9 +34,10 @@ from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.student import StoredBlock, Student
+from losa_deploy.compress.team import Team
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.compress.walk import Walk, finished_block, grid_of, settle_grid, walk_blocks
-from losa_deploy.errors import InputError
+from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.phases import PhaseRecipe
@@ -57,6 +58,7 @@ class _Run:
     progress: Progress
     memory: int
     """Bytes that the run may take."""
+    team: Team
     sizes: np.ndarray[tuple[int], np.dtype[np.float64]] = field(init=False)
     """Prunable weights per block."""
 
@@ -100,7 +102,8 @@ def compress(
     A folder of another run (other source, recipe, text or seed) is started afresh, a complete one is returned
     as it is. `texts` is a folder for text that the model wrote itself: runs that ask for the same share it.
     `room` says where it computes and how many bytes it may take there; results depend on it by rounding at
-    most. Raises `InputError` for unusable text or weights or a damaged folder, `GateError` if training
+    most. The processes of its team leave what one would, up to rounding; the first of them writes it. Raises
+    `InputError` for unusable text or weights or a damaged folder, `GateError` if training
     diverges.
     """
     mark = adapted.fingerprint(record.files, recipe)
@@ -111,13 +114,18 @@ def compress(
     dense = Decoder(source, device=room.device)
     student = Student(source, dense)
     on_cpu = room.bytes if room.device == CPU else available_bytes()
-    check_unpruned(source, folder.parent, on_cpu)
+    team = room.team
+    if team.count > recipe.calibration.samples:
+        raise UsageError(
+            f"{team.count} processes cannot share {recipe.calibration.samples} calibration samples.",
+            hint="Start fewer processes, or give more --samples.",
+        )
+    if team.leads:
+        check_unpruned(source, folder.parent, on_cpu)
+    team.wait()
     if state is None or state.fingerprint != mark:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         tokens = _tokens(source, record, recipe, texts, room, progress)
-        _save_tokens(folder, tokens)
-        state = AdaptedState(
+        empty = AdaptedState(
             fingerprint=mark,
             step=0,
             source=record,
@@ -126,17 +134,39 @@ def compress(
             calibration_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             files={},
         )
-        state = adapted.write_state(folder, state)
-    else:
-        tokens = _load_tokens(folder)
+        state = _together(team, folder, lambda: _start(folder, tokens, empty))
+    tokens = _load_tokens(folder)
     student.restore_rest(adapted.load_rest(folder, state, student.rest(None)))
-    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress, room.bytes)
+    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress, room.bytes, team)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
         partial = Partial(folder, step)
         with ExitStack() as stack:
-            state = adapted.save_step(folder, _step(run, state, partial, stack), student)
-        partial.remove()
+            made = _step(run, state, partial, stack)
+            state = _together(team, folder, lambda new=made: adapted.save_step(folder, new, student))
+        if team.leads:
+            partial.remove()
     return AdaptedModel(folder, state)
+
+
+def _together(team: Team, folder: Path, work: Callable[[], AdaptedState]) -> AdaptedState:
+    """Let the first process change what is in `folder`; the state that all find there."""
+    state = work() if team.leads else None
+    team.wait()
+    found = state or adapted.read_state(folder)
+    if found is None:
+        raise InputError(
+            f"{folder} has nothing of the first process.",
+            hint="Give an --output that all machines share, under the same path.",
+        )
+    return found
+
+
+def _start(folder: Path, tokens: Tensor, state: AdaptedState) -> AdaptedState:
+    """Begin afresh with these tokens."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _save_tokens(folder, tokens)
+    return adapted.write_state(folder, state)
 
 
 def _stored(run: _Run, state: AdaptedState, partial: Partial | None) -> Callable[[int], StoredBlock]:
@@ -170,7 +200,7 @@ def _tokens(
         "seed": recipe.seed,
         "precision": recipe.precision,
     }
-    return kept_tokens(texts, what, make)
+    return kept_tokens(texts, what, make, room.team)
 
 
 def masked_linears(source: Checkpoint, recipe: Recipe) -> frozenset[str]:
@@ -204,7 +234,7 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
         kept = allocate.kept_per_block(rates, target, recipe.sparsity, run.sizes, run.block_kept())
     run.student.stored = _stored(run, state, partial)
     label = f"step {step}/{steps}: pruning to {target:.3f}"
-    walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial)
+    walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial, run.team)
     results, dense = walk_blocks(walk, run.tokens, rates, kept)
     ranks = tuple(0 for _ in results)
     adapters = any("adapters" in phase.train for phase in recipe.phases)
@@ -277,9 +307,10 @@ def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list
         task = ModelTask(
             run.student, run.dense, names, tokens, phase, steps, recipe.precision, recipe.seed, labels,
             recompute=bool(names) and not fits_at_once(
-                run.student.checkpoint, phase.batch_size * tokens.shape[1], run.memory
+                run.student.checkpoint, -(-phase.batch_size // run.team.count) * tokens.shape[1], run.memory
             ),
             teacher=_teacher(run, phase, dense),
+            team=run.team,
         )  # fmt: skip
         losses = tune(
             task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")

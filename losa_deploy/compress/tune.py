@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from losa_deploy.compress.data import Batches
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.compress.device import wide_type
 from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
 from losa_deploy.compress.partial import Partial, Point
 from losa_deploy.compress.precision import products, uses_bf16
 from losa_deploy.compress.student import Student
+from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.compress.train import Trained, set_rates
 from losa_deploy.phases import PhaseRecipe
 
@@ -43,7 +45,9 @@ class ModelTask:
     recompute: bool = False
     """Blocks are computed a second time in the backward pass: memory for time."""
     teacher: Tensor | None = None
-    """[n, length, hidden]: what the dense model's head reads of `tokens`, if that is known already."""
+    """[n, length, hidden]: what the dense model's head reads of this process's `tokens`, if that is known."""
+    team: Team = ALONE
+    """Each of its processes computes a part of every batch; all take the same step."""
 
 
 def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tuple[float, ...]:
@@ -61,12 +65,12 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
     batches = Batches(task.tokens.shape[0], task.phase.batch_size, task.seed, *task.labels)
     # Dropout draws from the global generator: reseeded, it does not depend on where a run was resumed.
     for number in range(len(losses), task.steps):
-        torch.manual_seed(task.seed * 1_000_003 + number)
+        torch.manual_seed(task.seed * 1_000_003 + number + task.team.rank * 1_000_000_007)
         set_rates(optimizer, learning_factor(number, task.steps, task.phase.warmup))
         losses.append(_step(task, trained, optimizer, batches[number]))
         require_finite(losses[-1], f"step {number + 1} of {task.steps}", task.phase.learning_rate)
         report(number + 1)
-        if partial.due():
+        if task.team.leads and partial.due():
             partial.save_point(_point(task, trained, optimizer, factor, losses))
     trained.release()
     return tuple(losses)
@@ -84,24 +88,25 @@ def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
 
 def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
     optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for part in _micro_batches(task, batch):
+    total = torch.zeros((), dtype=torch.float64)
+    for part in _micro_batches(task, task.team.mine(batch)):
         share = len(part) / len(batch)
         if task.student.is_open(0):
             loss = share * _loss(task, part)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
             loss = _descend_by_block(task, part, share)
-        total += float(loss.detach())
+        total += loss.detach().cpu()
+    task.team.add_gradients(trained.parameters)
     nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
     trained.step(optimizer)
-    return total
+    return float(task.team.total(total.to(task.student.device, wide_type(task.student.device))))
 
 
 def _micro_batches(task: ModelTask, batch: list[int]) -> list[list[int]]:
     """The batch in pieces; whole where weights train, which are rounded anew for each piece."""
     if set(task.phase.train) != {"norms"}:
-        return [batch]
+        return [batch] if batch else []
     size = max(1, MICRO_TOKENS // task.tokens.shape[1])
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
@@ -138,11 +143,19 @@ def _loss(task: ModelTask, batch: list[int]) -> Tensor:
     )
 
 
+def _whole_loss(task: ModelTask, batch: list[int]) -> float:
+    """The loss of sequences that the processes have parts of."""
+    own = task.team.mine(batch)
+    part = _loss(task, own) * (len(own) / len(batch)) if own else torch.zeros((), device=task.student.device)
+    return float(task.team.total(part))
+
+
 def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
     """The loss of the sequences `batch`, of which the head reads `hidden` [batch, tokens, hidden]."""
     weights, tokens, teacher = task.phase.losses, task.tokens[batch], None
     if weights.kl and task.teacher is not None:
-        teacher = task.teacher[torch.tensor(batch, device=task.teacher.device)]
+        own = [task.team.place(index) for index in batch]
+        teacher = task.teacher[torch.tensor(own, device=task.teacher.device)]
     elif weights.kl:
         with torch.no_grad():
             teacher = task.dense.features(tokens, task.precision)
@@ -164,7 +177,7 @@ def _factor(task: ModelTask) -> float:
             set_rates(optimizer, learning_factor(number, steps + 1, task.phase.warmup))
             _step(task, trained, optimizer, batches[number])
         with torch.no_grad():
-            losses[factor] = float(_loss(task, batches[0]))
+            losses[factor] = _whole_loss(task, batches[0])
         trained.restore(start)
         trained.release()
     return min(losses, key=losses.__getitem__)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from losa_deploy.compress.prune import (
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.student import StoredBlock, Student
+from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import GridRecord, Record
 from losa_deploy.phases import PhaseRecipe
@@ -48,6 +49,10 @@ class Walk:
     label: str
     progress: Progress
     partial: Partial
+    team: Team = ALONE
+    """Each of its processes has the streams of its own samples, and all have the same student."""
+    samples: int = 0
+    """Of all processes together."""
 
     @property
     def phases(self) -> list[tuple[int, PhaseRecipe]]:
@@ -81,13 +86,17 @@ def walk_blocks(
 
     A block is trained before the stream moves on, so that later masks see repaired activations. Blocks
     that an interrupted run had finished are taken from `walk.partial`. Returns the results and the dense
-    model's stream after the last block.
+    model's stream after the last block. `tokens` are those of all processes.
     """
+    walk = replace(walk, samples=tokens.shape[0])
+    tokens = walk.team.rows(tokens)
     batch = batch_size(tokens.shape[0])
     ours, dense = walk.student.stream(tokens, batch), walk.dense.stream(tokens, batch)
     count = len(walk.student.blocks)
     results = finished_blocks(walk.partial)[:count]
-    walk.partial.forget_blocks(len(results))
+    walk.team.wait()
+    if walk.team.leads:
+        walk.partial.forget_blocks(len(results))
     earlier = ours
     for block in range(count):
         with walk.dense.open(block):
@@ -128,15 +137,25 @@ def _make_block(walk: Walk, place: Place, rate: float, kept: int) -> tuple[Block
         statistics = _input_statistics(walk, block, ours)
         prune_block(walk, block, statistics, rate, kept)
         trained, ours = _train_block(walk, place, statistics)
+        walk.team.agree(_values(walk.student, changed))
         after = walk.student.advance(block, ours, precision)
         masks = [walk.student.masked(n).mask for n in walk.student.block_linears(block) if n in walk.masked]
         result = BlockResult(
-            block_error(after.hidden, reference.hidden),
+            block_error(after.hidden, reference.hidden, walk.team),
             tuple(trained),
             sum(int(mask.sum()) for mask in masks),
         )
-        _save(walk, block, changed, result)
+        if walk.team.leads:
+            _save(walk, block, changed, result)
+        walk.team.wait()
     return result, ours, after
+
+
+def _values(student: Student, blocks: Iterable[int]) -> list[Tensor]:
+    """Everything in open blocks that a walk changes."""
+    linears = [student.masked(name) for block in blocks for name in student.block_linears(block)]
+    found = [value for each in linears for value in (each.mask, each.weight, each.scales)]
+    return [*found, *(value for block in blocks for value in student.rest(block).values())]
 
 
 def _save(walk: Walk, block: int, changed: Sequence[int], result: BlockResult) -> None:
@@ -175,8 +194,11 @@ def _train_block(
         blocks = range(max(0, block + 1 - phase.window), block + 1)
         trained = [name for index in blocks for name in student.block_linears(index) if name in walk.masked]
         start = place.earlier if len(blocks) > 1 else ours
-        task = BlockTask(student, blocks, tuple(trained), start, place.dense.hidden, walk.recipe.precision)
-        steps = phase.steps(*ours.hidden.shape[:2], last=walk.step == walk.recipe.schedule.steps)
+        task = BlockTask(
+            student, blocks, tuple(trained), start, place.dense.hidden, walk.recipe.precision,
+            walk.samples, walk.team,
+        )  # fmt: skip
+        steps = phase.steps(walk.samples, ours.hidden.shape[1], last=walk.step == walk.recipe.schedule.steps)
         draw = generator(walk.recipe.seed, "reconstruct", walk.step, block, number)
         errors.append(reconstruct_block(task, phase, steps, draw))
         for name in {*names, *trained}:
@@ -253,18 +275,22 @@ def _needs_local_error(recipe: Recipe) -> bool:
     return adapters and recipe.rank.method == "error" and recipe.rank.error == "local"
 
 
-def block_error(output: Tensor, dense: Tensor) -> float:
+def block_error(output: Tensor, dense: Tensor, team: Team = ALONE) -> float:
     """LoSA's L_i: mean over channels of ‖dense - output‖² / ‖dense‖² of [samples, tokens, hidden]."""
     difference = (dense - output).flatten(0, -2).square().sum(dim=0)
-    scale = dense.flatten(0, -2).square().sum(dim=0).clamp_min(1e-30)
-    return float((difference / scale).mean())
+    scale = dense.flatten(0, -2).square().sum(dim=0)
+    team.add((difference, scale))
+    return float((difference / scale.clamp_min(1e-30)).mean())
 
 
 @torch.no_grad()
 def prune_block(
     walk: Walk, block: int, statistics: Mapping[str, InputStatistics], rate: float, kept: int
 ) -> None:
-    """Choose new masks for the linears of `block` from the statistics of their inputs."""
+    """Choose new masks for the linears of `block` from the statistics of their inputs.
+
+    The processes of a team take turns: one prunes a linear, all have the result.
+    """
     recipe = walk.recipe
     group, structure = recipe.sparsity.group, recipe.sparsity.structure
     if recipe.sparsity.target == 0.0 or (structure.stride and rate == 0.0):
@@ -274,17 +300,30 @@ def prune_block(
         if kept >= group[1]:
             return
         pattern = Pattern(1.0 - kept / group[1], kept=kept, group=group[1])
-    for name in walk.student.block_linears(block):
-        if name in walk.masked:
-            linear = walk.student.masked(name)
-            weight, allowed = linear.effective(), linear.mask
-            if recipe.prune.regrow:
-                # Kept weights may make up for pruned ones: one that returns among them would count twice.
-                weight = walk.dense.linear(name).weight + linear.adapter()
-                allowed = torch.ones_like(linear.mask)
-            pruned = prune_linear(weight, statistics.get(name), pattern, allowed, recipe.prune, name)
-            update = weight if recipe.prune.regrow and pruned.weight is None else pruned.weight
-            linear.set_mask(pruned.mask, update)
+    names = [name for name in walk.student.block_linears(block) if name in walk.masked]
+    for number, name in enumerate(names):
+        linear = walk.student.masked(name)
+        if walk.team.shares(number):
+            _prune(walk, name, linear, statistics.get(name), pattern)
+        else:
+            linear.leave_grid()
+    for number, name in enumerate(names):
+        linear = walk.student.masked(name)
+        walk.team.agree((linear.mask, linear.weight), number % walk.team.count)
+
+
+def _prune(
+    walk: Walk, name: str, linear: MaskedLinear, statistics: InputStatistics | None, pattern: Pattern
+) -> None:
+    recipe = walk.recipe.prune
+    weight, allowed = linear.effective(), linear.mask
+    if recipe.regrow:
+        # Kept weights may make up for pruned ones: one that returns among them would count twice.
+        weight = walk.dense.linear(name).weight + linear.adapter()
+        allowed = torch.ones_like(linear.mask)
+    pruned = prune_linear(weight, statistics, pattern, allowed, recipe, name)
+    update = weight if recipe.regrow and pruned.weight is None else pruned.weight
+    linear.set_mask(pruned.mask, update)
 
 
 def prune_linear(
@@ -328,6 +367,8 @@ def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, Input
     walk.student.advance(block, stream, walk.recipe.precision)
     for handle in handles:
         handle.remove()
+    for statistics in dict.fromkeys(result.values()):
+        statistics.add_up(walk.team)
     return result
 
 
