@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _follower(console: Console) -> Console:
     """For all but the first process of a launcher: it says nothing but what goes wrong in it."""
     name = f"process {launcher.rank()} of {launcher.size()}: "
-    nothing = Path(os.devnull).open("w", encoding="utf-8")
+    nothing = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
     return replace(console, out=nothing, quiet=True, color=False, prefix=name)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.cli import expect
 from losa_deploy.artifact import free_bytes, require_disk
+from losa_deploy.cli import expect
 from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
 

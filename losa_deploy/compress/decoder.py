@@ -135,9 +135,9 @@ class Decoder:
     def is_open(self, block: int) -> bool:
         return self._users[block] > 0
 
-    def keep(self) -> Self:
-        """Open all blocks, until `release`."""
-        for block in range(len(self.blocks)):
+    def keep(self, *blocks: int) -> Self:
+        """Open these blocks or all, until `release`."""
+        for block in blocks or range(len(self.blocks)):
             self._enter(block)
         return self
 

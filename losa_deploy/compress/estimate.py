@@ -35,6 +35,8 @@ BLOCK_BYTES = 9
 """Per weight of an open block: the dense one's, the student's, its mask."""
 TRAINED_BYTES = 27
 """Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
+TOGETHER_BYTES = 12
+"""Per weight of a block that processes share out, while it computes: its value, rounded, its gradient."""
 PASSES = 70
 """Passes over all weights in an optimizer step that rounds them, in units of `Rates.elements`."""
 
@@ -121,7 +123,7 @@ def estimate(
         stages["text"] = _text(shape, own, memory, 2 if bf16 else 4)
     for number, phase in enumerate(own.phases):
         if phase.where == "model":
-            stages[f"phase {number}"] = _phase(shape, own, phase, memory)
+            stages[f"phase {number}"] = _phase(shape, own, phase, memory, processes)
     seconds = _seconds(shape, recipe, rates, processes)
     return Estimate(max(stages.values()), _disk(shape, recipe), seconds, stages)
 
@@ -170,7 +172,7 @@ def _blocks(shape: Geometry, recipe: Recipe) -> int:
     return LIBRARY_BYTES + 4 * shape.outer + streams + held + max(statistics, trained)
 
 
-def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int) -> int:
+def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> int:
     """Of a phase through the model."""
     length = phase.sequence_length or recipe.calibration.sequence_length
     taught = phase.losses.kl and all(item.source == "calibration" for item in phase.data)
@@ -187,6 +189,8 @@ def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int) -> 
         whole = base + (MOVING_BYTES + ROUNDED_BYTES) * weights + shape.blocks * activations
         inputs = 4 * tokens * shape.hidden * shape.blocks
         again = MOVING_BYTES * weights + inputs + 2 * BLOCK_BYTES * shape.weights + activations
+        if processes > 1 and LIBRARY_BYTES + 4 * shape.outer + MOVING_BYTES * weights > memory:
+            again += TOGETHER_BYTES * shape.weights - MOVING_BYTES * weights * (processes - 1) // processes
         return whole if whole <= memory else base + again
     if FROZEN_BYTES * shape.all + LIBRARY_BYTES <= memory:
         return base + FROZEN_BYTES * shape.blocks * shape.weights + shape.blocks * activations
@@ -226,7 +230,10 @@ def _trained_seconds(
 ) -> float:
     length = phase.sequence_length or recipe.calibration.sequence_length
     steps = phase.steps(recipe.calibration.samples, length, last=last)
-    tokens, weights = steps * -(-phase.batch_size // processes) * length, shape.blocks * shape.weights * phase.window
+    tokens, weights = (
+        steps * -(-phase.batch_size // processes) * length,
+        shape.blocks * shape.weights * phase.window,
+    )
     passes = PASSES if {"weights", "adapters", "scales"} & set(phase.train) else 8
     seconds = 6 * tokens * weights / rates.products + steps * passes * weights / rates.elements
     if phase.where == "model":

@@ -146,13 +146,14 @@ class _Rounding(torch.autograd.Function):
         return grad * inside, product.view(rows, groups, width).sum(dim=2), None
 
 
-def straight_through(weight: Tensor, scales: Tensor, kind: GridKind) -> Tensor:
+def straight_through(weight: Tensor, scales: Tensor, kind: GridKind, *, native: bool = True) -> Tensor:
     """`rounded`, differentiable in weight [out, in] and scales [out, groups].
 
-    In bf16 where matmuls take such numbers (see `precision.products`).
+    In bf16 where matmuls take such numbers (see `precision.products`). `native` is for memory that NumPy may
+    hold on to: FSDP frees that of its parameters after each use.
     """
     result: Tensor
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or not native:
         result = _Rounding.apply(weight, scales, kind)  # type: ignore[no-untyped-call]
         return result
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32

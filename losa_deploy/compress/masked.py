@@ -91,6 +91,8 @@ class MaskedLinear(nn.Module):
         """[out, groups]: the scales of the grid."""
         self.held: Tensor | None = None
         """[out, in] int8: the weight's levels while they stay and at most its scales train."""
+        self.shared_out = False
+        """Whether processes share out its parameters, see `sharded`."""
         self.mask: Tensor
 
     @classmethod
@@ -142,7 +144,7 @@ class MaskedLinear(nn.Module):
         if self.grid is None:
             return self.weight
         if self.held is None:
-            return straight_through(self.weight, self.scales, self.grid)
+            return straight_through(self.weight, self.scales, self.grid, native=not self.shared_out)
         return scaled(self.held, self.scales, self.grid) if self.scales.requires_grad else self.weight
 
     def _with_dropout(self, x: Tensor) -> Tensor:

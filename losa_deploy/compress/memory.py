@@ -67,6 +67,12 @@ def fits_at_once(source: Checkpoint, tokens: int, memory: int) -> bool:
     return LIBRARY_BYTES + 4 * outer + moving + kept <= memory
 
 
+def trains_whole(source: Checkpoint, memory: int) -> bool:
+    """Whether all weights can train in one process."""
+    outer = outer_parameters(source)
+    return LIBRARY_BYTES + 4 * outer + MOVING_BYTES * (all_parameters(source) - outer) <= memory
+
+
 def _by_block(source: Checkpoint) -> Mapping[int, int]:
     inside, found = f"{source.family.blocks}.", dict.fromkeys(range(source.block_count), 0)
     for name in source.files:

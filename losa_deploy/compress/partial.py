@@ -75,22 +75,40 @@ class Partial:
         """Whether it is time to save a point."""
         return time.monotonic() - self.saved > SAVE_SECONDS
 
-    def save_point(self, point: Point) -> None:
-        """Replace the point that was saved before."""
+    def save_point(self, point: Point, name: str = "point") -> None:
+        """Replace the point that was saved before under this name."""
         record = {"labels": list(point.labels), "factor": point.factor, "losses": list(point.losses)}
-        self._write("point", point.tensors, record)
+        self._write(name, point.tensors, record)
         self.saved = time.monotonic()
 
-    def point(self, labels: tuple[str | int, ...]) -> Point | None:
+    def point(self, labels: tuple[str | int, ...], name: str = "point") -> Point | None:
         """The point saved in the phase with these labels, None if there is none."""
         from safetensors.torch import load_file
 
-        record = self._read("point")
+        record = self._read(name)
         if record is None or record["labels"] != list(labels):
             return None
         losses, factor = record["losses"], record["factor"]
         assert isinstance(losses, list) and isinstance(factor, float)
-        return Point(labels, factor, tuple(losses), load_file(self.path / "point.safetensors"))
+        return Point(labels, factor, tuple(losses), load_file(self.path / f"{name}.safetensors"))
+
+    def phase(self, number: int) -> Mapping[str, object] | None:
+        """The record of a phase whose blocks were all saved by `save_phase`."""
+        return self._read(f"phase-{number}")
+
+    def phase_block(self, number: int, block: int) -> Mapping[str, object]:
+        """The record that `save_phase` has left of a block; its tensors are not checked."""
+        return self._read(self.phase_file(number, block).stem, check=False) or {}
+
+    def phase_file(self, number: int, block: int | None) -> Path:
+        """What a phase made of a block, or (None) of what is behind the last one."""
+        return self.path / f"phase-{number}{'' if block is None else f'-block-{block:05d}'}.safetensors"
+
+    def save_phase(
+        self, number: int, block: int | None, tensors: Mapping[str, Tensor], record: Mapping[str, object]
+    ) -> None:
+        """What a phase made of a block; None, saved last, says that all are there."""
+        self._write(self.phase_file(number, block).stem, tensors, record)
 
     def remove(self) -> None:
         """The step is finished."""

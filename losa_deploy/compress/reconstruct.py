@@ -68,7 +68,8 @@ class BlockTask:
     def share(self, part: slice, rows: slice) -> Tensor:
         """What a part of this process's samples adds to the mean error per token of `rows`."""
         weight = (part.stop - part.start) / (rows.stop - rows.start)
-        return weight * token_error(self.output(part), self.target[part])
+        error: Tensor = weight * token_error(self.output(part), self.target[part])
+        return error
 
 
 def held_out_count(samples: int) -> int:
@@ -153,5 +154,5 @@ def _descend(
         task.team.add_gradients(trained.parameters)
         found = float(task.team.total(loss))
         require_finite(found, f"block {task.blocks[-1]}", phase.learning_rate)
-        torch.nn.utils.clip_grad_norm_(trained.parameters, phase.clip)
+        trained.clip(phase.clip)
         trained.step(optimizer)

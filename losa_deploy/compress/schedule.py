@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial as partial_call
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,12 @@ from losa_deploy.compress.memory import (
     all_parameters,
     available_bytes,
     fits_at_once,
+    trains_whole,
 )
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
+from losa_deploy.compress.sharded import collect, shared_out, take_up
 from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.compress.team import Team
 from losa_deploy.compress.tune import ModelTask, tune
@@ -142,7 +145,7 @@ def compress(
         partial = Partial(folder, step)
         with ExitStack() as stack:
             made = _step(run, state, partial, stack)
-            state = _together(team, folder, lambda new=made: adapted.save_step(folder, new, student))
+            state = _together(team, folder, partial_call(adapted.save_step, folder, made, student))
         if team.leads:
             partial.remove()
     return AdaptedModel(folder, state)
@@ -239,10 +242,11 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
     ranks = tuple(0 for _ in results)
     adapters = any("adapters" in phase.train for phase in recipe.phases)
     through = [phase for phase in recipe.phases if phase.where == "model" and phase.runs(last=step == steps)]
-    if adapters or _needs_whole_model(run, through):
+    sharded = _is_sharded(run, through)
+    if adapters or (not sharded and _needs_whole_model(run, through)):
         run.student.keep()
         stack.callback(run.student.release)
-    elif through:
+    elif through and not sharded:
         stack.enter_context(run.student.rest_pinned())
     if adapters:
         ranks = _set_ranks(run, np.array([result.error for result in results], np.float64), step)
@@ -258,7 +262,7 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
         )
         for place, (number, phase) in enumerate(walk.phases)
     ]
-    training += _model_phases(run, partial, step, dense)
+    training += _model_phases(run, partial, step, dense, sharded=sharded)
     sparsity = 1.0 - np.array([result.kept for result in results], np.float64) / np.maximum(run.sizes, 1)
     return state.model_copy(
         update={
@@ -290,7 +294,20 @@ def _needs_whole_model(run: _Run, phases: Sequence[PhaseRecipe]) -> bool:
     return taken <= run.memory
 
 
-def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list[TrainingRecord]:
+def _is_sharded(run: _Run, phases: Sequence[PhaseRecipe]) -> bool:
+    """Whether the processes share out the parameters in phases through the model.
+
+    They do where all of these train weights, and one process has no room for it.
+    """
+    if run.team.count == 1 or not phases or any("weights" not in phase.train for phase in phases):
+        return False
+    fits = torch.tensor(float(trains_whole(run.student.checkpoint, run.memory)))
+    return float(run.team.total(fits)) < run.team.count
+
+
+def _model_phases(
+    run: _Run, partial: Partial, step: int, dense: Stream, *, sharded: bool
+) -> list[TrainingRecord]:
     """The phases through the whole model that this step has; `dense` is the dense model's last stream."""
     recipe, last = run.recipe, step == run.recipe.schedule.steps
     records: list[TrainingRecord] = []
@@ -299,6 +316,13 @@ def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list
             continue
         tokens = phase_tokens(phase, run.tokens, run.source, recipe.seed)
         steps = phase.steps(*tokens.shape, last=last)
+        trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
+        if sharded:
+            losses = _sharded_phase(
+                run, partial, number, phase, (step, tokens, steps, _teacher(run, phase, dense))
+            )
+            records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
+            continue
         linears = [run.student.masked(name) for name in run.student.names]
         settle_grid(linears, phase, [None] * len(linears))
         labels = ("tune", step, number)
@@ -317,9 +341,28 @@ def _model_phases(run: _Run, partial: Partial, step: int, dense: Stream) -> list
         )
         for linear in linears if whole else ():
             linear.settle()
-        trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
         records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
     return records
+
+
+def _sharded_phase(
+    run: _Run, partial: Partial, number: int, phase: PhaseRecipe, work: tuple[int, Tensor, int, Tensor | None]
+) -> tuple[float, ...]:
+    """A phase whose parameters the processes share out; its losses. What an interrupted run has is taken."""
+    step, tokens, steps, teacher = work
+    known = take_up(run.student, partial, number)
+    if known is not None:
+        return known
+    trained = shared_out(run.student, phase, run.team)
+    task = ModelTask(
+        trained, run.dense, tuple(n for n in trained.names if n in run.masked), tokens, phase, steps,
+        run.recipe.precision, run.recipe.seed, ("tune", step, number),
+        recompute=True, teacher=teacher, team=run.team, sharded=True,
+    )  # fmt: skip
+    label = f"step {step}/{run.recipe.schedule.steps}: phase {number}"
+    losses = tune(task, partial, _reporter(run, steps, label))
+    collect(trained, run.student, partial, run.team, number, losses)
+    return losses
 
 
 def _teacher(run: _Run, phase: PhaseRecipe, dense: Stream) -> Tensor | None:

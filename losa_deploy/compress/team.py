@@ -111,7 +111,7 @@ ALONE = Team()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The processes of the launcher's run, connected: by NCCL for GPUs of NVIDIA, otherwise by Gloo."""
+    """The processes of the launcher's run, connected: by NCCL for what is on GPUs, otherwise by Gloo."""
     size, rank = launcher.size(), launcher.rank()
     if size == 1:
         yield ALONE
@@ -120,7 +120,7 @@ def joined(device: torch.device) -> Iterator[Team]:
         raise UsageError(f"RANK is {rank}, but WORLD_SIZE {size}.", hint="Start it with torchrun.")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"{size} processes cannot share {device.type}.", hint="Use --device cpu or cuda.")
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

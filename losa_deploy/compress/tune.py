@@ -6,17 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losa_deploy.compress.data import Batches
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import wide_type
 from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
 from losa_deploy.compress.partial import Partial, Point
+from losa_deploy.compress.points import Points
 from losa_deploy.compress.precision import products, uses_bf16
 from losa_deploy.compress.student import Student
 from losa_deploy.compress.team import ALONE, Team
-from losa_deploy.compress.train import Trained, set_rates
+from losa_deploy.compress.train import Trained, local, set_rates
 from losa_deploy.phases import PhaseRecipe
 
 MICRO_TOKENS = 512
@@ -48,6 +49,8 @@ class ModelTask:
     """[n, length, hidden]: what the dense model's head reads of this process's `tokens`, if that is known."""
     team: Team = ALONE
     """Each of its processes computes a part of every batch; all take the same step."""
+    sharded: bool = False
+    """Each has some rows of every parameter of the blocks, see `sharded`."""
 
 
 def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tuple[float, ...]:
@@ -55,7 +58,8 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
 
     Returns the loss of each step. Raises `GateError` if one is not finite.
     """
-    saved = partial.point(task.labels)
+    points = Points(partial, task.team, sharded=task.sharded)
+    saved = points.saved(task.labels)
     factor = saved.factor if saved else _factor(task)
     trained = _trained(task, factor)
     optimizer = _optimizer(trained, task.phase)
@@ -70,8 +74,8 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
         losses.append(_step(task, trained, optimizer, batches[number]))
         require_finite(losses[-1], f"step {number + 1} of {task.steps}", task.phase.learning_rate)
         report(number + 1)
-        if task.team.leads and partial.due():
-            partial.save_point(_point(task, trained, optimizer, factor, losses))
+        if points.due():
+            points.save(lambda: _point(task, trained, optimizer, factor, losses))
     trained.release()
     return tuple(losses)
 
@@ -79,7 +83,9 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
 def _trained(task: ModelTask, factor: float) -> Trained:
     student = task.student
     rest = [p for block in (*range(len(student.blocks)), None) for p in student.rest(block).values()]
-    return Trained([student.masked(name) for name in task.names], task.phase, rest=rest, factor=factor)
+    linears = [student.masked(name) for name in task.names]
+    team = task.team if task.sharded else ALONE
+    return Trained(linears, task.phase, rest=rest, factor=factor, team=team)
 
 
 def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
@@ -89,18 +95,36 @@ def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
 def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64)
-    for part in _micro_batches(task, task.team.mine(batch)):
-        share = len(part) / len(batch)
+    for part, share in _parts(task, batch):
         if task.student.is_open(0):
             loss = share * _loss(task, part)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # What is shared out comes as the mean over the processes, the rest is made one below.
+            (loss * _divisor(task)).backward()  # type: ignore[no-untyped-call]
         else:
             loss = _descend_by_block(task, part, share)
         total += loss.detach().cpu()
-    task.team.add_gradients(trained.parameters)
-    nn.utils.clip_grad_norm_(trained.parameters, task.phase.clip)
+    whole = [parameter for parameter in trained.parameters if parameter is local(parameter)]
+    task.team.add_gradients(whole)
+    for parameter in whole if task.sharded else ():
+        assert parameter.grad is not None
+        parameter.grad /= _divisor(task)
+    trained.clip(task.phase.clip)
     trained.step(optimizer)
     return float(task.team.total(total.to(task.student.device, wide_type(task.student.device))))
+
+
+def _divisor(task: ModelTask) -> int:
+    return task.team.count if task.sharded else 1
+
+
+def _parts(task: ModelTask, batch: list[int]) -> list[tuple[list[int], float]]:
+    """This process's pieces of a batch, and their shares of it.
+
+    Processes that share out parameters compute together: one without a sequence takes one that counts 0.
+    """
+    parts = [(part, len(part) / len(batch)) for part in _micro_batches(task, task.team.mine(batch))]
+    idle = min(task.team.rank, task.tokens.shape[0] - 1)
+    return [([idle], 0.0)] if task.sharded and not parts else parts
 
 
 def _micro_batches(task: ModelTask, batch: list[int]) -> list[list[int]]:
@@ -145,9 +169,10 @@ def _loss(task: ModelTask, batch: list[int]) -> Tensor:
 
 def _whole_loss(task: ModelTask, batch: list[int]) -> float:
     """The loss of sequences that the processes have parts of."""
-    own = task.team.mine(batch)
-    part = _loss(task, own) * (len(own) / len(batch)) if own else torch.zeros((), device=task.student.device)
-    return float(task.team.total(part))
+    found = torch.zeros((), device=task.student.device)
+    for part, share in _parts(task, batch):
+        found += share * _loss(task, part)
+    return float(task.team.total(found))
 
 
 def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
@@ -189,17 +214,18 @@ def _point(
     """Everything that training needs to go on."""
     tensors: dict[str, Tensor] = {}
     for index, parameter in enumerate(trained.parameters):
-        tensors[f"{index}.value"] = parameter.detach().cpu()
+        tensors[f"{index}.value"] = local(parameter.detach()).cpu()
         for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{index}.{key}"] = optimizer.state[parameter][key].cpu()
+            tensors[f"{index}.{key}"] = local(optimizer.state[parameter][key]).cpu()
     return Point(task.labels, factor, tuple(losses), tensors)
 
 
 @torch.no_grad()
 def _resume(trained: Trained, optimizer: torch.optim.Optimizer, saved: Point) -> None:
     for index, parameter in enumerate(trained.parameters):
-        parameter.copy_(saved.tensors[f"{index}.value"])
-        place = parameter.device
-        keys = ("exp_avg", "exp_avg_sq")
-        state = {key: saved.tensors[f"{index}.{key}"].to(place, copy=True) for key in keys}
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(saved.losses)), device=place), **state}
+        local(parameter.detach()).copy_(saved.tensors[f"{index}.value"])
+        state = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        for key, value in state.items():
+            local(value).copy_(saved.tensors[f"{index}.{key}"])
+        step = torch.tensor(float(len(saved.losses)), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **state}

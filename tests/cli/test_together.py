@@ -33,7 +33,11 @@ def test_two_processes_write_one_result(tiny_llama: Path, tmp_path: Path) -> Non
     assert "for each process" in done.stderr
     assert done.stderr.count(f"Output: {output}") == 1
     assert "process 1 of 2" not in done.stderr
-    assert sorted(path.name for path in output.iterdir()) == ["calibration.safetensors", "state.json", "step-01"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "calibration.safetensors",
+        "state.json",
+        "step-01",
+    ]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
         ELSEWHERE,
         {"phases": [{"train": ["weights", "norms"], "tokens": 600}, {"where": "model", "tokens": 400}]},
     ),
+    "weights shared out, three processes": (
+        3,
+        ON_GRID,
+        {"phases": [BLOCKS, {**WEIGHTS, "train": ["weights", "scales", "norms"], "batch_size": 2}]},
+    ),
+    "weights shared out, no grid": (
+        2,
+        ELSEWHERE,
+        {"phases": [{"where": "model", "tokens": 400, "batch_size": 5}, {"where": "model", "tokens": 200}]},
+    ),
     "mixed 2:4, ranks, two steps": (
         2,
         ELSEWHERE,
@@ -88,8 +99,13 @@ def together(source: Path, chosen: Recipe, folder: Path, count: int, **environme
     path = folder.with_suffix(".json")
     path.write_text(chosen.model_dump_json(), "utf-8")
     done = torchrun(count, str(TOGETHER), str(source), str(path), str(folder), **environment)
-    assert done.returncode == 0 or environment, done.stderr[-3000:]
+    assert done.returncode == 0 or "DIES" in environment, done.stderr[-3000:]
     return done.returncode
+
+
+def counted(folder: Path) -> list[int]:
+    """Processes, phases that shared out weights, steps through the model; see `together`."""
+    return [int(word) for word in folder.with_suffix(".count").read_text().split()]
 
 
 def alone(source: Path, chosen: Recipe, folder: Path) -> None:
@@ -123,8 +139,11 @@ def unsigned(key: str, value: torch.Tensor) -> torch.Tensor:
 def test_processes_give_what_one_gives(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     count, most, changes = RECIPES[name]
     chosen = load_recipe(overrides={**BASE, **changes}.items())
-    together(tiny_llama, chosen, tmp_path / "many", count)
-    assert (tmp_path / "many.count").read_text() == str(count)
+    shared = (
+        len(chosen.phases) - ("phases" in changes and BLOCKS in changes["phases"]) if "shared" in name else 0
+    )
+    together(tiny_llama, chosen, tmp_path / "many", count, **({"MEMORY": "1"} if shared else {}))
+    assert counted(tmp_path / "many")[:2] == [count, shared]
     alone(tiny_llama, chosen, tmp_path / "one")
     expected, found = tensors(tmp_path / "one"), tensors(tmp_path / "many")
     assert found.keys() == expected.keys() and len(found) > 20
@@ -133,15 +152,40 @@ def test_processes_give_what_one_gives(name: str, tiny_llama: Path, tmp_path: Pa
         assert distance(unsigned(key, found[key]), unsigned(key, value)) < most, key
 
 
+SAMPLING = 24
+"""Progress calls before the first block."""
+
+
 @pytest.mark.slow
-def test_processes_go_on_where_they_were_killed(tiny_llama: Path, tmp_path: Path) -> None:
-    chosen = load_recipe(overrides={**BASE, "phases": [BLOCKS]}.items())
-    together(tiny_llama, chosen, tmp_path / "whole", 2)
-    sampling = chosen.calibration.sequence_length
-    assert together(tiny_llama, chosen, tmp_path / "killed", 2, DIES=str(sampling + 1)) != 0
+@pytest.mark.parametrize(
+    ("phases", "dies", "left", "environment"),
+    [
+        ([BLOCKS], SAMPLING + 1, "block-00000.json", {}),
+        ([WEIGHTS], SAMPLING + 3 + 5, "point-1-of-2-*.json", {"MEMORY": "1", "EAGER": "1"}),
+        (
+            [{**WEIGHTS, "tokens": 216, "rate": "relative"}, {**WEIGHTS, "tokens": 216, "rate": "relative"}],
+            SAMPLING + 3 + 3 + 2,
+            "phase-0.json",
+            {"MEMORY": "1"},
+        ),
+    ],
+    ids=["blocks", "inside a phase that shares out weights", "after such a phase"],
+)
+def test_processes_go_on_where_they_were_killed(
+    phases: list[object],
+    dies: int,
+    left: str,
+    environment: dict[str, str],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
+    chosen = load_recipe(overrides={**BASE, "phases": phases}.items())
+    together(tiny_llama, chosen, tmp_path / "whole", 2, **environment)
+    assert together(tiny_llama, chosen, tmp_path / "killed", 2, DIES=str(dies), **environment) != 0
     assert not (tmp_path / "killed.count").exists()
-    assert list((tmp_path / "killed").rglob("block-00000.json"))
-    together(tiny_llama, chosen, tmp_path / "killed", 2)
+    assert list((tmp_path / "killed").rglob(left))
+    together(tiny_llama, chosen, tmp_path / "killed", 2, **environment)
+    assert not environment or counted(tmp_path / "killed")[2] < counted(tmp_path / "whole")[2]
     expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
@@ -152,12 +196,12 @@ def test_rows_and_batches_are_dealt_out_completely() -> None:
         teams = [Team(rank, count) for rank in range(count)]
         rows = torch.arange(11)
         owned = [team.rows(rows).tolist() for team in teams]
-        assert sorted(sum(owned, [])) == list(range(11))
+        assert sorted(chain(*owned)) == list(range(11))
         for whole in (slice(0, 4), slice(4, 8), slice(7, 11), slice(3, 4), slice(5, 5)):
             parts = [own[team.part(whole)] for team, own in zip(teams, owned, strict=True)]
-            assert sorted(sum(parts, [])) == list(range(11))[whole]
+            assert sorted(chain(*parts)) == list(range(11))[whole]
         batch = [9, 2, 4, 7, 2]
-        assert sorted(sum((team.mine(batch) for team in teams), [])) == sorted(batch)
+        assert sorted(chain(*(team.mine(batch) for team in teams))) == sorted(batch)
         for team, own in zip(teams, owned, strict=True):
             assert all(own[team.place(index)] == index for index in team.mine(range(11)))
 
