@@ -16,6 +16,7 @@ from losa_deploy.assemble import fill, set_parameter, skeleton
 from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import CPU
 from losa_deploy.compress.precision import products
+from losa_deploy.compress.streams import Streams
 from losa_deploy.families import Family
 
 ATTENTION = "sdpa"
@@ -114,6 +115,8 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.model: nn.Module = skeleton(checkpoint, attention=attention, dtype=dtype, device=device)
+        self.streams: Streams | None = None
+        """Where streams lie; None: in memory."""
         self.pinned: set[str] = set()
         """Parameters of blocks that stay as they are when these open and close."""
         self._users: Counter[int] = Counter()
@@ -225,9 +228,17 @@ class Decoder:
     @torch.no_grad()
     def stream(self, tokens: Tensor, batch: int) -> Stream:
         """Embed `tokens` [samples, tokens], `batch` samples at a time: the stream before block 0."""
-        _, arguments = self._embed(tokens[:1])
-        hidden = [self._embed(part)[0] for part in torch.split(tokens, batch)]
-        return Stream(torch.cat(hidden), arguments, batch)
+        first, arguments = self._embed(tokens[:1])
+        hidden = self._room((*tokens.shape, first.shape[-1]))
+        for part in slices(0, tokens.shape[0], batch):
+            hidden[part] = self._embed(tokens[part])[0]
+        return Stream(hidden, arguments, batch)
+
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        """Room for hidden states."""
+        if self.streams is None:
+            return torch.empty(*shape, dtype=torch.float32, device=self.device)
+        return self.streams.empty(shape, self.device)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, tuple[BlockArguments, ...]]:
         """What the model passes to block 0, and what to every block besides the hidden states."""
@@ -242,7 +253,10 @@ class Decoder:
     @torch.no_grad()
     def finish(self, stream: Stream) -> Tensor:
         """What the head reads, [samples, tokens, hidden], of the stream after the last block."""
-        return torch.cat([self.last_norm(stream.hidden[part]) for part in stream.batches()])
+        result = self._room(stream.hidden.shape)
+        for part in stream.batches():
+            result[part] = self.last_norm(stream.hidden[part])
+        return result
 
     def last_norm(self, hidden: Tensor) -> Tensor:
         """What the head reads of the last block's output [samples, tokens, hidden]; differentiable."""
@@ -281,7 +295,7 @@ class Decoder:
     @torch.no_grad()
     def advance(self, block: int, stream: Stream, precision: str = "f32") -> Stream:
         """The stream after `block`; hidden states stay f32 (see `precision.products`)."""
-        result = torch.empty_like(stream.hidden)
+        result = self._room(stream.hidden.shape)
         with self.open(block), products(precision, self.device):
             for part in stream.batches():
                 result[part] = self.run_block(block, stream.hidden[part], stream.arguments[block])

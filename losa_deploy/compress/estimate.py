@@ -28,6 +28,8 @@ from losa_deploy.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
+    from losa_deploy.checkpoint import Checkpoint
+
 Shape = tuple[int, int]
 STREAMS = 5
 """Streams through the blocks that exist at once: three of the student, one of the dense model, a new one."""
@@ -66,6 +68,13 @@ class Geometry:
         outer = sum(rows * columns for rows, columns in others.values())
         vocabulary = max((rows for rows, _ in others.values()), default=0)
         return cls(len(blocks), tuple(largest.values()), max(keys, default=0), outer, vocabulary)
+
+    @classmethod
+    def of_checkpoint(cls, source: Checkpoint) -> Geometry:
+        """From a model's headers."""
+        names = [source.family.embedding] + ([] if source.tied else [source.family.head])
+        shapes = {name: source.shape(f"{name}.weight") for name in names}
+        return cls.of(source.linears, {name: (shape[0], shape[1]) for name, shape in shapes.items()})
 
     @property
     def hidden(self) -> int:
@@ -117,18 +126,29 @@ def estimate(
     shape: Geometry, recipe: Recipe, memory: int, rates: Rates, *, bf16: bool, processes: int = 1
 ) -> Estimate:
     """What `compress` takes with `memory` bytes at hand; of several processes what each takes."""
-    own = _part(recipe, processes)
-    stages = {"check": _check(shape, memory), "blocks": _blocks(shape, own)}
+    own = part_of(recipe, processes)
+    streams, room = _streams(shape, own), stream_room(shape, own, memory)
+    stages = {"check": _check(shape, memory), "blocks": _blocks(shape, own) + min(streams, room)}
     if recipe.calibration.source == "self":
         stages["text"] = _text(shape, own, memory, 2 if bf16 else 4)
     for number, phase in enumerate(own.phases):
         if phase.where == "model":
             stages[f"phase {number}"] = _phase(shape, own, phase, memory, processes)
     seconds = _seconds(shape, recipe, rates, processes)
-    return Estimate(max(stages.values()), _disk(shape, recipe), seconds, stages)
+    disk = _disk(shape, recipe) + max(0, streams - room)
+    return Estimate(max(stages.values()), disk, seconds, stages)
 
 
-def _part(recipe: Recipe, processes: int) -> Recipe:
+def stream_room(shape: Geometry, recipe: Recipe, memory: int) -> int:
+    """Bytes of memory for streams of calibration; the others lie in files."""
+    return max(0, memory - _blocks(shape, recipe))
+
+
+def _streams(shape: Geometry, recipe: Recipe) -> int:
+    return STREAMS * 4 * _tokens(recipe) * shape.hidden
+
+
+def part_of(recipe: Recipe, processes: int) -> Recipe:
     """A process's part of the samples and of every batch."""
     samples = -(-recipe.calibration.samples // processes)
     phases = [p.model_copy(update={"batch_size": -(-p.batch_size // processes)}) for p in recipe.phases]
@@ -160,7 +180,7 @@ def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
 
 
 def _blocks(shape: Geometry, recipe: Recipe) -> int:
-    streams = STREAMS * 4 * _tokens(recipe) * shape.hidden
+    """Of the walk through the blocks, without the streams."""
     statistics = 0
     if recipe.prune.method == "sparsegpt" and recipe.sparsity.target:
         statistics = 4 * (sum(width**2 for width in shape.inputs) + 2 * shape.inner**2)
@@ -169,7 +189,7 @@ def _blocks(shape: Geometry, recipe: Recipe) -> int:
     )
     window = max((p.window for p in recipe.phases if p.where == "blocks"), default=1)
     held = (BLOCK_BYTES + 5 * (window - 1)) * shape.weights
-    return LIBRARY_BYTES + 4 * shape.outer + streams + held + max(statistics, trained)
+    return LIBRARY_BYTES + 4 * shape.outer + held + max(statistics, trained)
 
 
 def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> int:

@@ -23,6 +23,7 @@ from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.device import CPU, HERE, Room
+from losa_deploy.compress.estimate import Geometry, part_of, stream_room
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.memory import (
     FROZEN_BYTES,
@@ -36,6 +37,7 @@ from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.sharded import collect, shared_out, take_up
+from losa_deploy.compress.streams import Streams
 from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.compress.team import Team
 from losa_deploy.compress.tune import ModelTask, tune
@@ -116,6 +118,9 @@ def compress(
     masked = masked_linears(source, recipe)
     dense = Decoder(source, device=room.device)
     student = Student(source, dense)
+    own = part_of(recipe, room.team.count)
+    limit = stream_room(Geometry.of_checkpoint(source), own, room.bytes)
+    dense.streams = student.streams = Streams(folder, limit)
     on_cpu = room.bytes if room.device == CPU else available_bytes()
     team = room.team
     if team.count > recipe.calibration.samples:

@@ -141,7 +141,7 @@ def _make_block(walk: Walk, place: Place, rate: float, kept: int) -> tuple[Block
         after = walk.student.advance(block, ours, precision)
         masks = [walk.student.masked(n).mask for n in walk.student.block_linears(block) if n in walk.masked]
         result = BlockResult(
-            block_error(after.hidden, reference.hidden, walk.team),
+            block_error(after, reference, walk.team),
             tuple(trained),
             sum(int(mask.sum()) for mask in masks),
         )
@@ -275,10 +275,13 @@ def _needs_local_error(recipe: Recipe) -> bool:
     return adapters and recipe.rank.method == "error" and recipe.rank.error == "local"
 
 
-def block_error(output: Tensor, dense: Tensor, team: Team = ALONE) -> float:
-    """LoSA's L_i: mean over channels of ‖dense - output‖² / ‖dense‖² of [samples, tokens, hidden]."""
-    difference = (dense - output).flatten(0, -2).square().sum(dim=0)
-    scale = dense.flatten(0, -2).square().sum(dim=0)
+def block_error(output: Stream, dense: Stream, team: Team = ALONE) -> float:
+    """LoSA's L_i: mean over channels of ‖dense - output‖² / ‖dense‖² over all tokens."""
+    difference, scale = output.hidden.new_zeros(2, output.hidden.shape[-1])
+    for part in output.batches():
+        ours, wanted = output.hidden[part].flatten(0, -2), dense.hidden[part].flatten(0, -2)
+        difference += (wanted - ours).square().sum(dim=0)
+        scale += wanted.square().sum(dim=0)
     team.add((difference, scale))
     return float((difference / scale.clamp_min(1e-30)).mean())
 

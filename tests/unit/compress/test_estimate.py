@@ -86,8 +86,23 @@ def test_little_memory_is_used_up_block_by_block() -> None:
     little = estimate(LLAMA_7B, recipe, 10 * GIB, RATES, bf16=True)
     for stage in ("check", "text", "phase 1"):
         assert little.stages[stage] < 0.5 * plenty.stages[stage], stage
-    assert little.stages["blocks"] == plenty.stages["blocks"]
-    assert little.disk_bytes == plenty.disk_bytes
+    # What the streams lack in memory lies on the disk.
+    assert little.stages["blocks"] == 10 * GIB < plenty.stages["blocks"]
+    in_files = plenty.stages["blocks"] - little.stages["blocks"]
+    assert little.disk_bytes == plenty.disk_bytes + in_files
+
+
+def test_processes_share_samples_batches_and_weights() -> None:
+    recipe = load_recipe(preset="standard", overrides=[("phases.0.batch_size", 8)])
+    found = {n: estimate(LLAMA_7B, recipe, 60 * GIB, RATES, bf16=True, processes=n) for n in (1, 2, 8)}
+    for few, many in ((1, 2), (2, 8)):
+        assert found[many].seconds < found[few].seconds
+        for stage in ("blocks", "text", "phase 1"):
+            assert found[many].stages[stage] < found[few].stages[stage], (stage, many)
+    assert found[8].seconds > found[1].seconds / 8  # not all of it is shared
+    weights = 17 * LLAMA_7B.blocks * LLAMA_7B.weights
+    assert found[1].stages["phase 1"] > weights > 60 * GIB
+    assert weights / 8 < found[8].stages["phase 1"] < weights / 4
 
 
 def test_more_steps_on_the_same_tokens_take_longer() -> None:

@@ -1,0 +1,48 @@
+"""Where the hidden states of the calibration lie: in memory up to a limit, past it in files."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Streams:
+    """Makes room for streams. Those past `limit` bytes are memory-mapped files, whose names are gone at once.
+
+    A file goes with the last tensor that lies in it, also if the process is killed.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        """`folder` is made when the first file is; it must lie on a disk with room for a few streams."""
+        self._folder, self._limit = folder, limit
+        self.held = 0
+        """Bytes of streams in memory."""
+
+    def empty(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """An f32 tensor with any numbers; on a device, and for an empty shape, always in its memory."""
+        size = 4 * math.prod(shape)
+        if device.type != "cpu" or not size:
+            return torch.empty(*shape, device=device)
+        if self.held + size > self._limit:
+            return self._mapped(shape)
+        result = torch.empty(*shape)
+        self.held += size
+        weakref.finalize(result.untyped_storage(), self._release, size)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.held -= size
+
+    def _mapped(self, shape: Sequence[int]) -> Tensor:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        count = math.prod(shape)
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".losa-stream-") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * count)  # a full disk is found now, not in the middle
+            return torch.from_file(file.name, shared=True, size=count).view(*shape)
