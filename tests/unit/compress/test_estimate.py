@@ -94,8 +94,8 @@ def test_little_memory_is_used_up_block_by_block() -> None:
 
 def test_processes_share_samples_batches_and_weights() -> None:
     recipe = load_recipe(preset="standard", overrides=[("phases.0.batch_size", 8)])
-    found = {n: estimate(LLAMA_7B, recipe, 60 * GIB, RATES, bf16=True, processes=n) for n in (1, 2, 8)}
-    for few, many in ((1, 2), (2, 8)):
+    found = {n: estimate(LLAMA_7B, recipe, 60 * GIB, RATES, bf16=True, processes=n) for n in (1, 4, 8)}
+    for few, many in ((1, 4), (4, 8)):
         assert found[many].seconds < found[few].seconds
         for stage in ("blocks", "text", "phase 1"):
             assert found[many].stages[stage] < found[few].stages[stage], (stage, many)
