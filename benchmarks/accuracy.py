@@ -15,8 +15,8 @@ import numpy as np
 
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Session
-from losa_deploy.parity import ROWS, Floats, Logits, log_softmax
-from losa_deploy.text import Tokenizer
+from losa_deploy.text.tokenizer import Tokenizer
+from losa_deploy.verify.distance import ROWS, Floats, Logits, log_softmax
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .grid import Grid, number_of
-from .render import markdown_table
+from .report.render import markdown_table
 from .svg import Point, scatter
 
 Rows = Sequence[Mapping[str, object]]

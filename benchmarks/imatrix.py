@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Progress, no_progress
+from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import CalibrationRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def gguf_names(model: Path, linears: Mapping[str, object], blocks: int) -> dict[
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    from losa_deploy.gguf_source import read_header
+    from losa_deploy.sources.gguf import read_header
 
     architecture = read_header(model).architecture
     known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Progress, Session, no_progress
-from losa_deploy.parity import ROWS, Floats, Logits, log_softmax
-from losa_deploy.text import Tokenizer
+from losa_deploy.interfaces import Session
+from losa_deploy.progress import Progress, no_progress
+from losa_deploy.text.tokenizer import Tokenizer
+from losa_deploy.verify.distance import ROWS, Floats, Logits, log_softmax
 
 from .accuracy import Mean, Perplexity, mean_of_windows, negative_log_likelihoods, summarize
 

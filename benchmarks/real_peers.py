@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from losa_deploy.artifact import remove
-from losa_deploy.checkpoint import Checkpoint, copy_side_files
-from losa_deploy.gguf_view import find_gguf
-from losa_deploy.interfaces import Progress, no_progress
+from losa_deploy.gguf.view import find_gguf
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+from losa_deploy.output import remove
 from losa_deploy.plugins import load_exporter, load_runtime
+from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import CalibrationRecipe, ExportRecipe, Recipe
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
-from . import ggufs
 from .imatrix import REQUIRED, importance_file
-from .peers import LLAMACPP, Contender
 from .rival import write_dense
+from .synthetic import ggufs
+from .synthetic.peers import LLAMACPP, Contender
 
 OURS_DENSE = "ours-dense-i4"
 WITH_IMPORTANCE = ("iq3_xxs", "iq2_m")

@@ -8,18 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from losa_deploy.artifact import require_disk
-from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.bindings.llama_cpp import load_package, version
 from losa_deploy.errors import LosaError, MissingError
-from losa_deploy.interfaces import Progress, no_progress
-from losa_deploy.llamacpp import load_package, version
 from losa_deploy.manifest import Manifest
+from losa_deploy.output import require_disk
 from losa_deploy.plugins import load_exporter
+from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.seal import damage, seal
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .gguf_sizes import block_sizes
-from .ggufs import quantize
+from .synthetic.ggufs import quantize
 
 RUNTIME = "llamacpp-stock"
 STAMP = "rival.json"

@@ -17,9 +17,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Progress, Session
-from losa_deploy.parity import Logits, log_softmax
-from losa_deploy.text import Tokenizer
+from losa_deploy.interfaces import Session
+from losa_deploy.progress import Progress
+from losa_deploy.text.tokenizer import Tokenizer
+from losa_deploy.verify.distance import Logits, log_softmax
 
 DESCRIPTIONS: Mapping[str, str] = {
     "piqa": "piqa/piqa.yaml",

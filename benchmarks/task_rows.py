@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from losa_deploy.corpus import read_lines
 from losa_deploy.errors import InputError, UsageError
+from losa_deploy.text.corpus import read_lines
 
 Row = Mapping[str, object]
 

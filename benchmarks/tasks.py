@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from losa_deploy.errors import MissingError
-from losa_deploy.interfaces import Progress, Session
-from losa_deploy.text import Tokenizer
+from losa_deploy.interfaces import Session
+from losa_deploy.progress import Progress
+from losa_deploy.text.tokenizer import Tokenizer
 
 LM_EVAL = "lm-eval==0.4.13"
 """One version: the descriptions of the tasks are read from inside the package."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.pretrained import empty_model, first_line, load_config
+from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from losa_deploy.errors import LosaError
 
 if TYPE_CHECKING:
-    from losa_deploy.interfaces import Progress
+    from losa_deploy.progress import Progress
 
 _RED, _YELLOW, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[0m"
 _STEPS = 10

@@ -6,7 +6,7 @@ never imports one and a third party can add one by shipping a class with these m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,17 +14,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe
-
-Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, label)`; `total` is constant within a stage."""
-
-
-def no_progress(done: int, total: int, label: str) -> None:
-    """The progress callback of a caller that shows none."""
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

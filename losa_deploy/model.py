@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.families import Family
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.manifest import MANIFEST_FILE, Manifest
+from losa_deploy.sources.checkpoint import Checkpoint
 
 MASK_FILE = "masks.safetensors"
 GRID_FILE = "grid.safetensors"

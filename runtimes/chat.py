@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from losa_deploy.errors import InputError
 from losa_deploy.interfaces import Session
-from losa_deploy.text import Tokenizer
+from losa_deploy.text.tokenizer import Tokenizer
 
 from .generate import GenerateOptions, stream_text
 

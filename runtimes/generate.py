@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import Session
-from losa_deploy.text import StreamDecoder, Tokenizer
+from losa_deploy.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)

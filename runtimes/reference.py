@@ -103,7 +103,7 @@ class ReferenceSession:
     def _run(self, tokens: Sequence[int], cache: Cache | None) -> NDArray[np.float32]:
         import torch
 
-        from losa_deploy.oracle import torch_threads
+        from losa_deploy.verify.oracle import torch_threads
 
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
         with torch.inference_mode(), torch_threads(self._threads):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.attention import attention_windows
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.families import Family
+from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

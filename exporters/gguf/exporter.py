@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.gguf_view import dense_gguf_bytes, dense_type, find_gguf
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
+from losa_deploy.gguf.view import dense_gguf_bytes, dense_type, find_gguf
+from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
 from losa_deploy.layouts import PATTERNED
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from . import reader
 from .architecture import architecture

@@ -11,15 +11,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint
-from losa_deploy.gguf_file import F32, TYPE_NAMES, dense_bytes
-from losa_deploy.gguf_view import declared, dense_type
+from losa_deploy.gguf.file import F32, TYPE_NAMES, dense_bytes
+from losa_deploy.gguf.view import declared, dense_type
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import blob_bytes
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
 from .naming import file_name

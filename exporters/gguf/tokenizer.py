@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from losa_deploy.checkpoint import GGUF_TOKENIZER_FILE
 from losa_deploy.errors import InputError
+from losa_deploy.sources.checkpoint import GGUF_TOKENIZER_FILE
 
 from .vocabulary import (
     CONTROL,
@@ -131,7 +131,7 @@ def _ends(folder: Path, config: Document) -> list[int]:
 
 def _around(folder: Path, ids: Mapping[str, int], settings: Document, model: str) -> dict[str, bool]:
     """Whether bos and eos are added: what transformers does with a letter, else what the files say."""
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     try:
         encoded = load_tokenizer(folder).encode("a")

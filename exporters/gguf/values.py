@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gguf_file import F16, F32, Q4_0, Q8_0
+from losa_deploy.gguf.file import F16, F32, Q4_0, Q8_0
 from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.values import quantize

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.errors import InputError
-from losa_deploy.pretokenizers import recognise
+from losa_deploy.text.pretokenizers import recognise
 
 from .architecture import ONNX_HINT
 from .sentencepiece import read_sentencepiece

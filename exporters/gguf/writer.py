@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from losa_deploy import __version__
 from losa_deploy.errors import InputError
-from losa_deploy.gguf_file import I8, TYPE_NAMES
-from losa_deploy.gguf_view import ARCHITECTURE, FORMAT, PACKED
-from losa_deploy.interfaces import Progress
+from losa_deploy.gguf.file import I8, TYPE_NAMES
+from losa_deploy.gguf.view import ARCHITECTURE, FORMAT, PACKED
 from losa_deploy.layouts import LAYOUTS, Choice
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import ALIGNMENT, to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
+from losa_deploy.progress import Progress
 
 from .architecture import Rope, head_dim, write_shape
 from .naming import model_name

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from losa_deploy.attention import attention_windows, model_config
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
+from losa_deploy.sources.checkpoint import Checkpoint
 
 PAST_KEY = re.compile(r"past_key_values\.(\d+)\.key")
 PAST_INPUT, COS_INPUT, SIN_INPUT = 3, 7, 8

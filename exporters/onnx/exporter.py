@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from losa_deploy import __version__
-from losa_deploy.checkpoint import Checkpoint, copy_side_files
+from losa_deploy.bindings.libraries import library_name, library_path
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
+from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
 from losa_deploy.layouts import PATTERNED
 from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
-from losa_deploy.operators import library_name, library_path
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from . import reader
 from .attention import rope_kind

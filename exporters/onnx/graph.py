@@ -22,8 +22,8 @@ import onnx
 from numpy.typing import NDArray
 
 from losa_deploy.attention import model_config
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, MissingError, ResourceError
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .attention import TABLED, rope_kind, set_attention, write_plain_model
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Progress
 from losa_deploy.layouts import LAYOUTS, PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.manifest import TensorRecord
+from losa_deploy.progress import Progress
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .functions import exact, function
 from .graph import DenseGraph

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .writer import DATA_FILE, INLINE_BYTES, padded
 

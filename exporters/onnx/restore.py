@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.layouts.operator_names import DOMAIN
+from losa_deploy.sources.checkpoint import Checkpoint
 
 from .graph import MODEL_FILE, DenseGraph
 

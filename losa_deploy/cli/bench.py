@@ -244,7 +244,7 @@ def _document(
 
 def _size(folder: Path) -> int:
     """Bytes of the model's files, by its manifest if it has one; of a file its own."""
-    from losa_deploy.benchmarks.baseline import folder_bytes
+    from losa_deploy.benchmarks.report.baseline import folder_bytes
     from losa_deploy.manifest import Manifest
 
     if folder.is_file():

@@ -17,9 +17,9 @@ from losa_deploy.console import Console, table
 from losa_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from losa_deploy.benchmarks.decoder import Geometry
-    from losa_deploy.benchmarks.peers import Contender, Load
-    from losa_deploy.benchmarks.tensors import Storage
+    from losa_deploy.benchmarks.synthetic.decoder import Geometry
+    from losa_deploy.benchmarks.synthetic.peers import Contender, Load
+    from losa_deploy.benchmarks.synthetic.tensors import Storage
     from losa_deploy.layouts.base import ValueType
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     """Build (or reuse), measure, and write the table or document."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
-    from losa_deploy.benchmarks.geometry import GEOMETRIES
-    from losa_deploy.benchmarks.peers import build_contenders, known_peers, measure_contenders
+    from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
+    from losa_deploy.benchmarks.synthetic.peers import build_contenders, known_peers, measure_contenders
 
     geometry: Geometry = pick(args.geometry, GEOMETRIES, "geometry", "--geometry")
     runtime, threads = plugins.load_runtime(args.runtime or "ort"), thread_count(args)
@@ -76,7 +76,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
 
 def chosen_storage(args: argparse.Namespace) -> Storage:
     """How our linears are stored; `UsageError` for values that contradict each other."""
-    from losa_deploy.benchmarks.tensors import Storage, layout_of_pattern
+    from losa_deploy.benchmarks.synthetic.tensors import Storage, layout_of_pattern
     from losa_deploy.layouts import PATTERNED
 
     pattern = parse_pattern(args.pattern) if args.pattern else None
@@ -126,8 +126,8 @@ def chosen_peers(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
 
 def chosen_load(args: argparse.Namespace, runtime: str) -> Load:
     """Tokens and repetitions; `UsageError` if they exceed the context of the models."""
-    from losa_deploy.benchmarks.decoder import CONTEXT
-    from losa_deploy.benchmarks.peers import Load, default_load
+    from losa_deploy.benchmarks.synthetic.decoder import CONTEXT
+    from losa_deploy.benchmarks.synthetic.peers import Load, default_load
 
     names = [field.name for field in dataclasses.fields(Load)]
     given = {name: getattr(args, name) for name in names if getattr(args, name)}

@@ -14,7 +14,7 @@ from losa_deploy.console import Console, table
 from losa_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from losa_deploy.benchmarks.kernels import KernelPlan, KernelTable
+    from losa_deploy.benchmarks.kernels.table import KernelPlan, KernelTable
 
 LAYOUTS = ("dense", "bitmask", "2:4", "4:8", "2:8", "1:4", "8:16", "6:16", "4:16")
 VALUE_TYPES = ("f32", "f16", "i8", "i4")
@@ -24,11 +24,11 @@ ROWS, COLUMNS = 4096, 11_008
 
 def run_kernels(args: argparse.Namespace, console: Console) -> None:
     """Measure and write the table or document, and the plot and the comparison that are asked for."""
-    from losa_deploy.benchmarks.kernels import kernel_document, measure_kernels
+    from losa_deploy.benchmarks.kernels.table import kernel_document, measure_kernels
 
     plan = chosen_plan(args)
     if args.plot is not None:
-        from losa_deploy.benchmarks.roofline import check_plot
+        from losa_deploy.benchmarks.kernels.roofline import check_plot
 
         check_plot(args.plot)
     with console.stage("kernels") as progress:
@@ -38,7 +38,7 @@ def run_kernels(args: argparse.Namespace, console: Console) -> None:
         console.info("Measuring DeepSparse on the same machine …")
         document["deepsparse"] = _deepsparse(args.deepsparse, plan)
     if args.plot is not None:
-        from losa_deploy.benchmarks.roofline import plot
+        from losa_deploy.benchmarks.kernels.roofline import plot
 
         plot(found, args.plot)
         console.info(f"Wrote {args.plot}")
@@ -57,7 +57,7 @@ def run_kernels(args: argparse.Namespace, console: Console) -> None:
 def chosen_plan(args: argparse.Namespace) -> KernelPlan:
     """What the flags ask for; `UsageError` for unknown names."""
     from losa_deploy import _native
-    from losa_deploy.benchmarks.kernels import KernelPlan, default_storages
+    from losa_deploy.benchmarks.kernels.table import KernelPlan, default_storages
 
     layouts = split(args.layouts) if args.layouts else list(LAYOUTS)
     for name in layouts:
@@ -88,7 +88,7 @@ def chosen_plan(args: argparse.Namespace) -> KernelPlan:
 
 def _deepsparse(python: Path, plan: KernelPlan) -> list[dict[str, object]]:
     """DeepSparse on matrices of the same shape, at the bitmask sparsities."""
-    from losa_deploy.benchmarks.deepsparse_peer import measure_deepsparse
+    from losa_deploy.benchmarks.kernels.deepsparse_peer import measure_deepsparse
 
     sparsities = sorted({s.sparsity for s in plan.storages if s.layout == "bitmask"}) or [SPARSITIES[-1]]
     return measure_deepsparse(python, (plan.rows, plan.columns), sparsities, plan.tokens, plan.threads)

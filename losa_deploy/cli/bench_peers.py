@@ -18,9 +18,9 @@ from losa_deploy.console import Console, table
 from losa_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from losa_deploy.benchmarks.peers import Contender, Load
-    from losa_deploy.checkpoint import Checkpoint
-    from losa_deploy.interfaces import Progress
+    from losa_deploy.benchmarks.synthetic.peers import Contender, Load
+    from losa_deploy.progress import Progress
+    from losa_deploy.sources.checkpoint import Checkpoint
 
 RUNTIME = "llamacpp"
 BASELINE = "dense-gguf"
@@ -30,8 +30,8 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
     """Quantize the peers, measure everything interleaved, and write the table or document."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
-    from losa_deploy.benchmarks.peers import measure_contenders
     from losa_deploy.benchmarks.real_peers import real_contenders, real_peers
+    from losa_deploy.benchmarks.synthetic.peers import measure_contenders
 
     runtime, threads = plugins.load_runtime(RUNTIME), thread_count(args)
     paths = [Path(path) for path in args.paths]
@@ -61,8 +61,8 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
 
 def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:
     """The dense file as a Hugging Face folder, of which importances and our own dense i4 are made."""
-    from losa_deploy.interfaces import no_progress
-    from losa_deploy.source import load_source
+    from losa_deploy.progress import no_progress
+    from losa_deploy.sources.locate import load_source
 
     checkpoint, _ = load_source(
         str(dense),
@@ -94,9 +94,9 @@ def _measure_quality(
     contenders: Sequence[Contender], artifact: Path, threads: int, progress: Progress
 ) -> None:
     from losa_deploy.benchmarks.accuracy import perplexity, text_windows
-    from losa_deploy.gate import evaluation_text
     from losa_deploy.recipe import VerifyRecipe
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
+    from losa_deploy.verify.questions import evaluation_text
 
     verify = VerifyRecipe()
     tokenizer = load_tokenizer(artifact)

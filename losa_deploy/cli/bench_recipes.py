@@ -25,8 +25,8 @@ from losa_deploy.errors import GateError, InputError, LosaError
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.grid import Grid, Row
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import SourceRecord
+    from losa_deploy.sources.checkpoint import Checkpoint
 
 SCHEMA, ROW_SCHEMA = "losa.grid/1", "losa.grid-row/1"
 RESULTS = ".results"
@@ -102,8 +102,8 @@ def _key(row: Row, grid: Grid, record: SourceRecord, text_hash: str, tasks_hash:
 
 
 def _text_hash(grid: Grid) -> str:
-    from losa_deploy.gate import evaluation_text
     from losa_deploy.manifest import sha256_file
+    from losa_deploy.verify.questions import evaluation_text
 
     if grid.text == "builtin":
         return hashlib.sha256(evaluation_text(grid.text).encode()).hexdigest()
@@ -150,7 +150,7 @@ def _finished(path: Path) -> dict[str, object] | None:
 
 def _row(row: Row, key: str, place: Place, console: Console) -> dict[str, object]:
     """The record of a row: as it was stored, or made, measured and stored now."""
-    from losa_deploy.artifact import remove
+    from losa_deploy.output import remove
 
     done = _finished(place.result(key))
     if done is not None:

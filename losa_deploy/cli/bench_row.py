@@ -22,10 +22,10 @@ from losa_deploy.errors import LosaError
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.grid import PeerRow, RecipeRow
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
+    from losa_deploy.sources.checkpoint import Checkpoint
 
 PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -83,7 +83,7 @@ def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpo
     """The dense model of a grid; a GGUF is converted once into `work`."""
     import os
 
-    from losa_deploy.source import load_source
+    from losa_deploy.sources.locate import load_source
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     with console.stage("source") as progress:
@@ -101,7 +101,7 @@ def open_model(model: str | None, work: Path, console: Console) -> tuple[Checkpo
 def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJob, console: Console) -> Made:
     """Compressed, merged and exported; an interrupted compression goes on where it was."""
     from losa_deploy import plugins
-    from losa_deploy.benchmarks.baseline import folder_bytes
+    from losa_deploy.benchmarks.report.baseline import folder_bytes
     from losa_deploy.card import mean_bits
     from losa_deploy.cli import pipeline
     from losa_deploy.manifest import Manifest
@@ -148,8 +148,8 @@ def grid_bits(model: SparseModel) -> float | None:
 
 def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, console: Console) -> Path:
     from losa_deploy import plugins
-    from losa_deploy.artifact import staged_output
     from losa_deploy.cli import stages
+    from losa_deploy.output import staged_output
 
     exporter = plugins.load_exporter(name)
     exporter.check(model, recipe.export)

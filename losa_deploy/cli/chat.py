@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
     from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
     from losa_deploy.runtimes.chat import ChatSession
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     runtime = pick_runtime(args.model, args.runtime)
     tokenizer = load_tokenizer(args.model)

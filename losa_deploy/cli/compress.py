@@ -74,8 +74,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 def _complete(args: argparse.Namespace, output: Path, record: SourceRecord, recipe: Recipe) -> bool:
     """Whether `output` holds all of this run; `UsageError` if it is of another one."""
-    from losa_deploy.artifact import remove
     from losa_deploy.compress.adapted import STATE_FILE, fingerprint, read_state
+    from losa_deploy.output import remove
 
     if args.overwrite and launcher.rank() == 0 and (output / STATE_FILE).is_file():
         remove(output)

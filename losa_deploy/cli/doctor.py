@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from losa_deploy import __version__
-from losa_deploy.artifact import free_bytes
 from losa_deploy.cli.command import Command
 from losa_deploy.console import Console, table
+from losa_deploy.output import free_bytes
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
@@ -74,8 +74,8 @@ def _kernels() -> dict[str, object]:
             "kernel_targets": [],
             "onnxruntime_operators": "",
         }
+    from losa_deploy.bindings.libraries import library_path
     from losa_deploy.errors import MissingError
-    from losa_deploy.operators import library_path
     from losa_deploy.runtimes.ort.library import refusal
 
     try:
@@ -92,8 +92,8 @@ def _kernels() -> dict[str, object]:
 
 def _ggml() -> dict[str, object]:
     """Version of llama-cpp-python, and how our backend runs in it or why it cannot."""
+    from losa_deploy.bindings.llama_cpp import version
     from losa_deploy.errors import MissingError
-    from losa_deploy.llamacpp import version
     from losa_deploy.runtimes.llamacpp.backend import attach
 
     try:
@@ -106,7 +106,7 @@ def _ggml() -> dict[str, object]:
 
 def _default_model() -> str:
     from losa_deploy.errors import MissingError
-    from losa_deploy.source import default_model
+    from losa_deploy.sources.locate import default_model
 
     try:
         return default_model().name

@@ -17,7 +17,7 @@ from losa_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from losa_deploy.interfaces import Runtime, Session
-    from losa_deploy.text import Tokenizer
+    from losa_deploy.text.tokenizer import Tokenizer
 
 BUILTIN = "builtin"
 WINDOW, TEXT_TOKENS = 2048, 8192
@@ -53,7 +53,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     path = _model_path(args)
     _check_flags(args)
@@ -111,8 +111,8 @@ def _flag(name: str) -> str:
 
 
 def _read_text(name: str) -> str:
-    from losa_deploy.corpus import read_rows
-    from losa_deploy.gate import evaluation_text
+    from losa_deploy.text.corpus import read_rows
+    from losa_deploy.verify.questions import evaluation_text
 
     if name.endswith(ROW_FILES):
         return JOINT.join(read_rows(Path(name)))
@@ -176,8 +176,8 @@ def _open_dense(
         yield None, ""
         return
     from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
-    from losa_deploy.gate import evaluation_text
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
+    from losa_deploy.verify.questions import evaluation_text
 
     runtime: Runtime = pick_runtime(args.dense, None)
     sample = evaluation_text(BUILTIN)[:2000]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy import launcher
-from losa_deploy.artifact import free_bytes, require_disk
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
+from losa_deploy.output import free_bytes, require_disk
 
 if TYPE_CHECKING:
     from losa_deploy.compress.device import Room

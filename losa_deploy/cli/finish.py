@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.artifact import staged_output
 from losa_deploy.cli import stages
 from losa_deploy.console import Console, table
 from losa_deploy.errors import GateError
+from losa_deploy.output import staged_output
 
 if TYPE_CHECKING:
-    from losa_deploy.benchmarks.assemble import Job as Measurement
-    from losa_deploy.benchmarks.report import Report
-    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.benchmarks.report.assemble import Job as Measurement
+    from losa_deploy.benchmarks.report.document import Report
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
-    from losa_deploy.verify import Parity
+    from losa_deploy.sources.checkpoint import Checkpoint
+    from losa_deploy.verify.check import Parity
 
 LOG = "export.log"
 
@@ -49,7 +49,7 @@ def export_and_measure(job: Job, console: Console) -> Report:
     Raises `GateError` (the artifact is kept as `<output>.failed`) if the artifact does not compute
     the merged model.
     """
-    from losa_deploy.benchmarks.measure import measure
+    from losa_deploy.benchmarks.report.measure import measure
     from losa_deploy.card import write_card
     from losa_deploy.manifest import Manifest
 
@@ -96,7 +96,7 @@ def _verified(job: Job, folder: Path, runtime: Runtime, console: Console) -> Par
 
 
 def _measurement(job: Job, folder: Path, runtime: Runtime, console: Console) -> Measurement:
-    from losa_deploy.benchmarks import assemble
+    from losa_deploy.benchmarks.report import assemble
 
     return assemble.Job(
         source=job.source,

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
     from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
     from losa_deploy.runtimes.generate import stream_text
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     text = args.prompt if args.prompt is not None else _standard_input()
     runtime = pick_runtime(args.model, args.runtime)

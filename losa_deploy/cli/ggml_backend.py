@@ -13,7 +13,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    from losa_deploy.ggml import ROUTES, TESTED, plugin_path
+    from losa_deploy.bindings.ggml import ROUTES, TESTED, plugin_path
 
     path = plugin_path()
     if args.json:
@@ -30,7 +30,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         rows = [
             ("plug-in", str(path)),
             ("tested with ggml", ", ".join(TESTED)),
-            ("Python", "losa_deploy.ggml.load_plugin().start(), before the first model"),
+            ("Python", "losa_deploy.bindings.ggml.load_plugin().start(), before the first model"),
             ("programs", f"GGML_BACKEND_PATH={path} llama-server -m MODEL.gguf"),
             ("LOSA_GGML", "a (in the CPU backend), b (a device of its own) or off; unset: a, else b"),
             ("LOSA_GGML_VERBOSE", "1: programs say on stderr which route they take and what they packed"),

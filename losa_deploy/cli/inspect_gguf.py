@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from losa_deploy.errors import InputError
-from losa_deploy.gguf_file import MAGIC, TYPE_NAMES, GgufFile, Tensor, open_gguf
-from losa_deploy.gguf_view import PREFIX, blob_header
+from losa_deploy.gguf.file import MAGIC, TYPE_NAMES, GgufFile, Tensor, open_gguf
+from losa_deploy.gguf.view import PREFIX, blob_header
 
 TEXTS = ("losa.source", "losa.revision", "losa.value_type", "losa.tool_version", "general.license")
 

@@ -102,7 +102,7 @@ def _resumable(arguments: list[str]) -> bool:
 
 
 def _unexpected(error: Exception, console: Console) -> int:
-    from losa_deploy.artifact import shortage_error
+    from losa_deploy.output import shortage_error
 
     shortage = shortage_error(error)
     if shortage is not None:

@@ -21,9 +21,9 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    from losa_deploy.artifact import check_output, sibling
     from losa_deploy.cli import stages
     from losa_deploy.compress.adapted import AdaptedModel
+    from losa_deploy.output import check_output, sibling
 
     adapted = AdaptedModel.open(args.path)
     recipe = revise_recipe(adapted.state.recipe, args)

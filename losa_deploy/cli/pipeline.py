@@ -6,18 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.artifact import check_output, remove
 from losa_deploy.cli import expect, finish, plan, stages
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console
+from losa_deploy.output import check_output, remove
 
 if TYPE_CHECKING:
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
+    from losa_deploy.sources.checkpoint import Checkpoint
 
 
 def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Console) -> None:
@@ -126,9 +126,9 @@ def _dry_run(
     Writes nothing, downloads nothing.
     """
     from losa_deploy.assemble import check_tensors
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import Manifest
     from losa_deploy.model import SparseModel
+    from losa_deploy.sources.checkpoint import Checkpoint
 
     merged = stages.work_folder(output) / "merged"
     if merged.is_dir() and stages.merged_before(merged, Manifest.read(merged).source, recipe):
@@ -150,8 +150,8 @@ def _dry_run(
 
 def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
     """Shapes (out, in) of the block linears, and of embedding and head, from headers only."""
-    from losa_deploy.checkpoint import Checkpoint
-    from losa_deploy.gguf_source import read_header
+    from losa_deploy.sources.checkpoint import Checkpoint
+    from losa_deploy.sources.gguf import read_header
 
     path = _located(args)
     if path.is_file():
@@ -163,8 +163,8 @@ def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
 
 def _located(args: argparse.Namespace) -> Path:
     """The source on this machine."""
-    from losa_deploy.interfaces import no_progress
-    from losa_deploy.source import locate
+    from losa_deploy.progress import no_progress
+    from losa_deploy.sources.locate import locate
 
     return locate(
         args.model, revision=args.revision, offline=True, cache_dir=args.cache_dir, progress=no_progress

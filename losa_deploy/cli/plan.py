@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.artifact import free_bytes, require_disk
 from losa_deploy.cli import expect
 from losa_deploy.console import Console, table
 from losa_deploy.errors import ResourceError
+from losa_deploy.output import free_bytes, require_disk
 
 if TYPE_CHECKING:
     from losa_deploy.compress.estimate import Estimate
@@ -58,7 +58,7 @@ def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe, memory:
 def _loading_bytes(name: str) -> int:
     """Per parameter, of the runtime without our kernels that judges an export where it fits."""
     from losa_deploy.runtimes.ort.library import LOADING_BYTES
-    from losa_deploy.verify import EXACT_BYTES
+    from losa_deploy.verify.check import EXACT_BYTES
 
     return LOADING_BYTES if name == "onnx" else EXACT_BYTES
 

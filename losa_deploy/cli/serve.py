@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             hint='Run `pip install "losa-deploy[serve]"`.',
         ) from None
     from losa_deploy.cli.stages import pick_runtime
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE, "")
     if args.host not in LOOPBACK and not key:

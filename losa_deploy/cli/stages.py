@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from losa_deploy.artifact import remove, require_disk, sibling, staged_output
 from losa_deploy.cli.flags import is_offline
 from losa_deploy.console import Console
 from losa_deploy.errors import InputError, UsageError
+from losa_deploy.output import remove, require_disk, sibling, staged_output
 
 if TYPE_CHECKING:
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
     from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
-    from losa_deploy.verify import Parity
+    from losa_deploy.sources.checkpoint import Checkpoint
+    from losa_deploy.verify.check import Parity
 
 WORK = ".work"
 PREFERRED_RUNTIMES = ("ort", "genai", "llamacpp", "reference")
@@ -43,14 +43,14 @@ def enclosing_work_folder(path: Path) -> Path:
 
 def default_output(model: str | None, recipe: Recipe, suffix: str) -> Path:
     """`./<name>-losa-<sparsity>-<suffix>`."""
-    from losa_deploy.source import model_name
+    from losa_deploy.sources.locate import model_name
 
     return Path(f"{model_name(model)}-losa-{recipe.sparsity.target:g}-{suffix}")
 
 
 def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple[Checkpoint, SourceRecord]:
     """The `source` stage: what `--model` names, opened."""
-    from losa_deploy.source import load_source
+    from losa_deploy.sources.locate import load_source
 
     with console.stage("source") as progress:
         checkpoint, record = load_source(
@@ -198,7 +198,7 @@ def is_intact(folder: Path, again: str, console: Console) -> bool:
 def require_intact(model: SparseModel) -> None:
     """Raise `GateError` if a file of a merged model is not the one that its `losa.json` has the hash of."""
     from losa_deploy.errors import GateError
-    from losa_deploy.integrity import check_files
+    from losa_deploy.verify.stored import check_files
 
     findings = check_files(model.folder, model.manifest)
     if findings:
@@ -256,8 +256,8 @@ def require_runtime(exporter: str, packed: bool) -> None:
     """Raise `MissingError` if this machine cannot open what is to be exported; called before any work."""
     if exporter != "gguf":
         return
+    from losa_deploy.bindings.llama_cpp import load
     from losa_deploy.errors import MissingError
-    from losa_deploy.llamacpp import load
     from losa_deploy.runtimes.llamacpp.backend import attach
 
     load()
@@ -280,7 +280,7 @@ def run_verify(
     memory: int | None = None,
 ) -> Parity:
     """The parity of an exported folder with the merged model, judged in torch."""
-    from losa_deploy.verify import verify_export
+    from losa_deploy.verify.check import verify_export
 
     console.info(f"Verifying in {runtime.name} against the merged model in torch …")
     return verify_export(folder, model, exporter, runtime, recipe.verify, threads=threads, memory=memory)

@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 def _merged(args: argparse.Namespace) -> tuple[dict[str, object], tuple[str, ...]]:
     from losa_deploy.model import SparseModel
-    from losa_deploy.verify import verify_merged
+    from losa_deploy.verify.check import verify_merged
 
     check = verify_merged(SparseModel.open(args.path))
     return dataclasses.asdict(check), check.reasons

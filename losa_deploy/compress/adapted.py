@@ -21,11 +21,11 @@ from torch import Tensor
 from losa_deploy.compress.grid import GridKind
 from losa_deploy.compress.masked import AdaptedLinear
 from losa_deploy.compress.student import StoredBlock, Student
-from losa_deploy.corpus import text_digest
 from losa_deploy.errors import InputError
 from losa_deploy.manifest import GridRecord, Record, SourceRecord, TrainingRecord, sha256_file
 from losa_deploy.model import pack_mask, unpack_mask
 from losa_deploy.recipe import Recipe
+from losa_deploy.text.corpus import text_digest
 
 STATE_FILE = "state.json"
 REST_FILE = "norms.safetensors"

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import HERE, Room
 from losa_deploy.compress.sample import sampled_tokens
 from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import Progress
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import CalibrationRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from losa_deploy.text import Tokenizer
+    from losa_deploy.text.tokenizer import Tokenizer
 
 
 def text_tokens(folder: Path, source: Path, samples: int, length: int, seed: int) -> Tensor:
     """Windows [samples, length] int64 of the user's text, tokenized with the model in `folder`."""
-    from losa_deploy.corpus import read_documents, token_windows
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.corpus import read_documents, token_windows
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     windows = token_windows(load_tokenizer(folder), read_documents(source), length, samples, seed)
     return torch.from_numpy(windows)
@@ -88,7 +88,7 @@ def text_starts(folder: Path, kind: str) -> list[list[int]]:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if kind == "random" or not any((folder / name).is_file() for name in names):
         return []
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     plain = [i for i in (tokenizer.bos_id, tokenizer.separator_id) if i is not None][:1]

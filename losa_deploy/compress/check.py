@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from losa_deploy.checkpoint import Checkpoint, write_weights
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.memory import LIBRARY_BYTES, all_parameters
 from losa_deploy.errors import InputError
-from losa_deploy.parity import logit_tolerance
 from losa_deploy.pretrained import load_model
+from losa_deploy.sources.checkpoint import Checkpoint, write_weights
+from losa_deploy.verify.distance import logit_tolerance
 
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
 """Length of the sequence that compares two models, and how far apart its token ids are."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from losa_deploy.compress.seeds import generator
-from losa_deploy.corpus import read_documents, token_stream
 from losa_deploy.errors import InputError
 from losa_deploy.phases import PhaseRecipe
-from losa_deploy.text import load_tokenizer
+from losa_deploy.text.corpus import read_documents, token_stream
+from losa_deploy.text.tokenizer import load_tokenizer
 
 
 def phase_tokens(phase: PhaseRecipe, calibration: Tensor, folder: Path, seed: int) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from losa_deploy.assemble import fill, set_parameter, skeleton
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import CPU
 from losa_deploy.compress.precision import products
 from losa_deploy.compress.streams import Streams
 from losa_deploy.families import Family
+from losa_deploy.sources.checkpoint import Checkpoint
 
 ATTENTION = "sdpa"
 LARGEST_BATCH = 8

@@ -28,7 +28,7 @@ from losa_deploy.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-    from losa_deploy.checkpoint import Checkpoint
+    from losa_deploy.sources.checkpoint import Checkpoint
 
 Shape = tuple[int, int]
 STREAMS = 5

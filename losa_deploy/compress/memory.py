@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from losa_deploy.checkpoint import Checkpoint
+from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch

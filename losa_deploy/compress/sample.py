@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import Room, wide, wide_type
 from losa_deploy.compress.memory import LIBRARY_BYTES, block_parameters, cache_bytes, outer_parameters
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
-from losa_deploy.interfaces import Progress
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import CalibrationRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 BATCH = 128
 """Sequences that go on together: a weight is read once for all of them."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import adapted, allocate
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
 from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
@@ -43,10 +42,11 @@ from losa_deploy.compress.team import Team
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.compress.walk import Walk, finished_block, grid_of, settle_grid, walk_blocks
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import SourceRecord, TrainingRecord
 from losa_deploy.phases import PhaseRecipe
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import Recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 @dataclass

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from losa_deploy.assemble import fill, set_parameter
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import CPU
 from losa_deploy.compress.masked import AdaptedLinear, MaskedLinear
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.student import StoredBlock, Student
 from losa_deploy.compress.team import ALONE, Team
-from losa_deploy.interfaces import Progress
 from losa_deploy.manifest import GridRecord, Record
 from losa_deploy.phases import PhaseRecipe
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import PruneRecipe, Recipe
 
 REST = "rest:"

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+from losa_deploy.bindings.ggml import Plugin, load_plugin
+from losa_deploy.bindings.llama_cpp import load, load_package
 from losa_deploy.errors import MissingError
-from losa_deploy.ggml import Plugin, load_plugin
-from losa_deploy.llamacpp import load, load_package
 
 _loading = threading.RLock()
 """Which weights the plug-in takes is said once for the whole process, so models are loaded one by one."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from losa_deploy.errors import InputError
-from losa_deploy.gguf_file import F32, open_gguf
-from losa_deploy.gguf_view import PREFIX, blob_header, is_packed
+from losa_deploy.gguf.file import F32, open_gguf
+from losa_deploy.gguf.view import PREFIX, blob_header, is_packed
 
 SUFFIX = ".gguf"
 PROJECTIONS = (".ffn_down.weight", ".ffn_up.weight", ".attn_q.weight")

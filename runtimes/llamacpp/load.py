@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from losa_deploy.bindings.llama_cpp import load, logged_errors, refusal
 from losa_deploy.errors import InputError, MissingError
-from losa_deploy.gguf_check import check_gguf
-from losa_deploy.gguf_view import standard_view
-from losa_deploy.llamacpp import load, logged_errors, refusal
+from losa_deploy.gguf.check import check_gguf
+from losa_deploy.gguf.view import standard_view
 
 from .backend import Backend
 from .session import Model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from losa_deploy.gguf_view import is_packed, write_expanded
+from losa_deploy.gguf.view import is_packed, write_expanded
 
 from ..facts import thread_count
 from .backend import attach

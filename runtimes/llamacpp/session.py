@@ -10,8 +10,8 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.bindings.llama_cpp import logged_errors
 from losa_deploy.errors import LosaError, ResourceError
-from losa_deploy.llamacpp import logged_errors
 
 from ..facts import check_step, check_tokens
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.bindings.libraries import library_name
 from losa_deploy.errors import InputError, MissingError
-from losa_deploy.operators import library_name
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .library import LOADING_BYTES, check_target, folder_with_library, refusal

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losa_deploy.bindings.libraries import library_name, library_path
 from losa_deploy.errors import MissingError
-from losa_deploy.operators import library_name, library_path
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from losa_deploy.text import Tokenizer
+from losa_deploy.text.tokenizer import Tokenizer
 
 SHRINK = 4
 """How much shorter a normalizer may make a text: NFKC turns 4 bytes into 1 at most (mathematical letters)."""

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from losa_deploy.errors import InputError
-from losa_deploy.text import Tokenizer
+from losa_deploy.text.tokenizer import Tokenizer
 
 from ..generate import GenerateOptions
 from .bounds import text_bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from losa_deploy.text import UNFINISHED, StreamDecoder, Tokenizer
+from losa_deploy.text.tokenizer import UNFINISHED, StreamDecoder, Tokenizer
 
 from ..generate import StopScanner
 from .engine import EngineToken, FinishReason, Ticket

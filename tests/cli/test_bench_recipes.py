@@ -212,8 +212,8 @@ def test_flags_and_words_that_say_nothing_here_are_refused(tmp_path: Path) -> No
 
 def test_the_peer_of_our_own_is_dense_and_packed(tiny_llama: Path, tmp_path: Path) -> None:
     from losa_deploy.benchmarks.real_peers import dense_gguf, make_peer
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.manifest import SourceRecord
+    from losa_deploy.sources.checkpoint import Checkpoint
 
     source = Checkpoint.open(tiny_llama)
     dense = dense_gguf(source, SourceRecord(id="tiny", files={"a": "b"}), tmp_path)

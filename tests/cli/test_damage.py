@@ -157,8 +157,8 @@ def test_a_seal_covers_what_is_changed_added_and_missing(tmp_path: Path) -> None
 
 
 def test_a_damaged_conversion_of_a_gguf_file_is_made_again(tmp_path: Path, tiny_llama: Path) -> None:
-    from losa_deploy.gguf_source import convert_gguf
-    from losa_deploy.interfaces import no_progress
+    from losa_deploy.progress import no_progress
+    from losa_deploy.sources.gguf import convert_gguf
 
     code, err = losa(
         "compress-and-export", "-m", tiny_llama, "-f", "gguf", "-o", tmp_path / "g", "--verify", "off", *FLAGS

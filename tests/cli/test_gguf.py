@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from losa_deploy.gguf_file import open_gguf
+from losa_deploy.gguf.file import open_gguf
 from losa_deploy.manifest import Manifest, hash_files
 
 from .test_pipeline import QUICK, Result, losa, work

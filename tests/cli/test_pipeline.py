@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from losa_deploy import gate
 from losa_deploy.cli.main import main
+from losa_deploy.verify import judge
 
 FILES = {
     "model.onnx",
@@ -146,7 +146,7 @@ def test_a_second_run_reuses_the_work_and_gives_the_same_bytes(copy: Path, tiny_
 def test_another_recipe_starts_again_and_a_failed_gate_keeps_the_artifact(
     copy: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "MEAN_KL_LIMITS", dict.fromkeys(gate.MEAN_KL_LIMITS, -1.0))
+    monkeypatch.setattr(judge, "MEAN_KL_LIMITS", dict.fromkeys(judge.MEAN_KL_LIMITS, -1.0))
     before = (copy / "losa.json").read_bytes()
     result = whole_path(tiny_llama, copy, "--overwrite", "--sparsity", "0.6", "--json")
     assert (result.code, result.out) == (6, "")

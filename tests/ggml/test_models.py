@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.benchmarks import ggufs
-from losa_deploy.benchmarks.geometry import GEOMETRIES
+from losa_deploy.benchmarks.synthetic import ggufs
+from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
 from losa_deploy.ggml import load_plugin, plugin_path
 
 pytest.importorskip("llama_cpp")

@@ -15,14 +15,30 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.kernels import open_tensor
 from losa_deploy.layouts import PackedTensor
-from losa_deploy.layouts.blob import to_blob
+from losa_deploy.layouts.base import COMPONENTS
+from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id, to_blob
 
 ROOT = Path(__file__).resolve().parents[2]
 Matrix = NDArray[np.float32]
 Multiply = Callable[[PackedTensor, Matrix, int], Matrix]
 """(weight, x [tokens, in], rows at a time) → x @ W.T."""
+
+
+def open_tensor(packed: PackedTensor) -> _native.Tensor:
+    """The tensor as the kernels see it; raises `RuntimeError` if its bytes break the format."""
+    parts = [packed.arrays.get(name, np.zeros(0, np.uint8)) for name in COMPONENTS]
+    return _native.Tensor(
+        LAYOUT_IDS[packed.layout],
+        VALUE_TYPE_IDS[packed.value_type],
+        *packed.shape,
+        scale_type_id(packed),
+        packed.params.get("n", 0),
+        packed.params.get("m", 0),
+        packed.params.get("position_bits", 0),
+        packed.params.get("group_size", 0),
+        *(np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts),
+    )
 
 
 def build(target: str, folder: Path, *options: str) -> Path:

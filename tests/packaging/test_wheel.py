@@ -76,7 +76,7 @@ def test_the_installed_wheel_works(installed: Path) -> None:
         "import losa_deploy, numpy\n"
         "from losa_deploy import plugins\n"
         "from losa_deploy._native import mask_count\n"
-        "from losa_deploy.gate import evaluation_text, verification_prompts\n"
+        "from losa_deploy.verify.questions import evaluation_text, verification_prompts\n"
         "from losa_deploy.recipe import load_recipe, preset_names\n"
         "assert all(load_recipe(preset=name).preset == name for name in preset_names())\n"
         "assert evaluation_text('builtin') and verification_prompts()\n"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.recipe import Recipe
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files, write_weights
 
 SHAPE = {
     "vocab_size": 300,

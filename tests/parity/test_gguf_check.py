@@ -14,13 +14,13 @@ from gguf import GGUFValueType, GGUFWriter
 
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.gguf_check import check_gguf
-from losa_deploy.gguf_file import SCALARS, open_header
-from losa_deploy.gguf_view import is_packed, standard_view, write_expanded
-from losa_deploy.interfaces import no_progress
+from losa_deploy.gguf.check import check_gguf
+from losa_deploy.gguf.file import SCALARS, open_header
+from losa_deploy.gguf.view import is_packed, standard_view, write_expanded
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
-from losa_deploy.source import default_model
+from losa_deploy.sources.locate import default_model
 
 NAN, INFINITE = float("nan"), float("inf")
 

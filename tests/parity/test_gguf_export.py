@@ -14,21 +14,21 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from losa_deploy import gguf_view
-from losa_deploy.benchmarks.assemble import dense_same_type_bytes
-from losa_deploy.benchmarks.baseline import folder_bytes
+from losa_deploy.benchmarks.report.assemble import dense_same_type_bytes
+from losa_deploy.benchmarks.report.baseline import folder_bytes
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.gguf_view import find_gguf
-from losa_deploy.integrity import value_error_bound
-from losa_deploy.interfaces import no_progress
+from losa_deploy.gguf import view as gguf_view
+from losa_deploy.gguf.view import find_gguf
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
-from losa_deploy.verify import Parity, _check_weights, verify_export
+from losa_deploy.verify.check import Parity, _check_weights, verify_export
+from losa_deploy.verify.stored import value_error_bound
 
 from .conftest import GATED, Make
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 def test_opt_is_refused_before_any_work(merged_opt: SparseModel) -> None:

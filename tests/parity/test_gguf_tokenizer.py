@@ -12,8 +12,8 @@ import pytest
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.tokenizer import read_vocabulary
 from losa_deploy.exporters.gguf.vocabulary import Vocabulary
-from losa_deploy.gguf_tokenizer import GgufVocabulary
-from losa_deploy.text import load_tokenizer
+from losa_deploy.text.gguf import GgufVocabulary
+from losa_deploy.text.tokenizer import load_tokenizer
 
 TEXTS = (
     "Hello, world!",
@@ -99,7 +99,7 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_rules(source: Path, folder: Path, name: str) -> Path:
-    from losa_deploy.pretokenizers import rules
+    from losa_deploy.text.pretokenizers import rules
 
     shutil.copytree(source, folder)
     path = folder / "tokenizer.json"
@@ -303,10 +303,10 @@ def test_damaged_or_foreign_tokenizers_are_refused(llama_folder: Path, tmp_path:
 @pytest.mark.slow
 def test_tokens_of_the_embedded_model(tmp_path: Path) -> None:
     """From its own GGUF through transformers and back: the rules that split text survive."""
-    from losa_deploy.checkpoint import Checkpoint
-    from losa_deploy.gguf_source import convert_gguf
-    from losa_deploy.interfaces import no_progress
-    from losa_deploy.source import DEFAULT_ID, default_model
+    from losa_deploy.progress import no_progress
+    from losa_deploy.sources.checkpoint import Checkpoint
+    from losa_deploy.sources.gguf import convert_gguf
+    from losa_deploy.sources.locate import DEFAULT_ID, default_model
 
     source: Checkpoint = convert_gguf(
         default_model(), DEFAULT_ID, tmp_path / "source", no_progress, pytest.fail

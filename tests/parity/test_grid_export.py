@@ -11,19 +11,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from losa_deploy.checkpoint import write_weights
 from losa_deploy.cli.bench_row import grid_bits
 from losa_deploy.compress.grid import GridKind, rounded, search_scales
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
-from losa_deploy.integrity import check_decoded, check_grid
-from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.values import dequantize, quantize, value_params
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.model import GRID_FILE, GRID_KEY, SparseModel
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.sources.checkpoint import write_weights
+from losa_deploy.verify.stored import check_decoded, check_grid
 
 
 def on_grid(model: SparseModel, folder: Path, kind: GridKind, dtype: torch.dtype) -> SparseModel:

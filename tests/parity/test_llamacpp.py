@@ -15,11 +15,10 @@ import pytest
 
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.interfaces import Session, no_progress
+from losa_deploy.interfaces import Session
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.model import SparseModel
-from losa_deploy.oracle import Oracle, Question
-from losa_deploy.parity import greedy, kl_divergence
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.llamacpp.backend import attach
 from losa_deploy.runtimes.llamacpp.runtime import (
@@ -28,8 +27,10 @@ from losa_deploy.runtimes.llamacpp.runtime import (
     StockLlamaCppRuntime,
 )
 from losa_deploy.runtimes.reference import ReferenceRuntime, ReferenceSession
-from losa_deploy.text import StreamDecoder, load_tokenizer
-from losa_deploy.verify import _overrides
+from losa_deploy.text.tokenizer import StreamDecoder, load_tokenizer
+from losa_deploy.verify.check import _overrides
+from losa_deploy.verify.distance import greedy, kl_divergence
+from losa_deploy.verify.oracle import Oracle, Question
 
 from .conftest import prune
 
@@ -151,7 +152,7 @@ def test_stock_and_ours_side_by_side(exported: dict[ValueType, Path], tokens: li
 GREEDY = """
 import json, sys
 from pathlib import Path
-from losa_deploy.parity import greedy
+from losa_deploy.verify.distance import greedy
 from losa_deploy.runtimes.llamacpp.backend import attach
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 runtime = LlamaCppRuntime()

@@ -18,11 +18,11 @@ from onnx import helper, numpy_helper
 
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.exporters.onnx.functions import OPSET, VERSION
-from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort import register
 

@@ -10,19 +10,20 @@ import onnx
 import pytest
 
 from losa_deploy.attention import attention_windows, original_context
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
-from losa_deploy.gate import BEYOND, Questions
-from losa_deploy.interfaces import Runtime, no_progress
+from losa_deploy.interfaces import Runtime
 from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.ort.genai import GenaiRuntime
 from losa_deploy.runtimes.ort.session import OrtRuntime, StockOrtRuntime
 from losa_deploy.runtimes.reference import ReferenceRuntime
-from losa_deploy.text import load_tokenizer
-from losa_deploy.verify import Parity, verify_export
+from losa_deploy.sources.checkpoint import Checkpoint
+from losa_deploy.text.tokenizer import load_tokenizer
+from losa_deploy.verify.check import Parity, verify_export
+from losa_deploy.verify.questions import BEYOND, Questions
 
 from .conftest import GATED, Make
 

@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from transformers import AutoModelForCausalLM
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files
+from losa_deploy.bindings.libraries import library_name
 from losa_deploy.errors import UsageError
 from losa_deploy.exporters.onnx.exporter import OnnxExporter, write_graph
 from losa_deploy.exporters.onnx.graph import DenseGraph, dense_graph
 from losa_deploy.exporters.onnx.plan import Job
 from losa_deploy.exporters.onnx.reader import decode
-from losa_deploy.interfaces import no_progress
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import Manifest, sha256_file
 from losa_deploy.model import SparseModel
-from losa_deploy.operators import library_name
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort.session import StockOrtRuntime
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from .conftest import GATED, Make
 

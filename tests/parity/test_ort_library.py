@@ -12,8 +12,8 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
+from losa_deploy.bindings.libraries import library_name, library_path
 from losa_deploy.errors import MissingError
-from losa_deploy.operators import library_name, library_path
 from losa_deploy.plugins import load_runtime
 from losa_deploy.runtimes.ort import register
 from losa_deploy.runtimes.ort.genai import GenaiRuntime
@@ -93,7 +93,7 @@ def test_runtimes_with_and_without_the_library(tiny_dense_onnx: Path) -> None:
 def test_without_the_library_the_stock_operators_run(
     kind: type[OrtRuntime] | type[GenaiRuntime], tiny_dense_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("losa_deploy.packaged.PACKAGE", "no_such_package")
+    monkeypatch.setattr("losa_deploy.bindings.libraries.PACKAGE", "no_such_package")
     with pytest.raises(MissingError, match=r"liblosa_ort|losa_ort\.dll"):
         register(ort.SessionOptions())
     assert "pip install" in refusal()

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.interfaces import Session, no_progress
+from losa_deploy.interfaces import Session
 from losa_deploy.manifest import Manifest, SourceRecord
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import load_recipe
 from losa_deploy.runtimes.generate import GenerateOptions, generate
 from losa_deploy.runtimes.llamacpp.runtime import StockLlamaCppRuntime
@@ -22,7 +22,8 @@ from losa_deploy.runtimes.llamacpp.session import LlamaCppSession
 from losa_deploy.runtimes.ort.genai import GenaiRuntime, GenaiSession
 from losa_deploy.runtimes.ort.session import OrtRuntime, OrtSession
 from losa_deploy.runtimes.reference import ReferenceRuntime, ReferenceSession
-from losa_deploy.text import load_tokenizer
+from losa_deploy.sources.checkpoint import Checkpoint
+from losa_deploy.text.tokenizer import load_tokenizer
 
 TOLERANCE = 2e-4
 """f32 sums in another order, on logits of size 10."""

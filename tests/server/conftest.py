@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.interfaces import no_progress
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.runtimes.server.app import create_app
@@ -24,7 +24,7 @@ from losa_deploy.runtimes.server.engine import Engine
 from losa_deploy.runtimes.server.prepare import Model
 from losa_deploy.runtimes.server.run import bind, configuration, url
 from losa_deploy.runtimes.server.sequential import QueueEngine
-from losa_deploy.text import Tokenizer, load_tokenizer
+from losa_deploy.text.tokenizer import Tokenizer, load_tokenizer
 
 from ..parity.conftest import prune  # noqa: TID252
 

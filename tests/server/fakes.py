@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.text import Tokenizer
+from losa_deploy.text.tokenizer import Tokenizer
 
 LONG = 10_000
 """Characters from which on `HeldTokenizer` waits."""

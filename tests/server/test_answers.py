@@ -11,7 +11,7 @@ import pytest
 
 from losa_deploy.runtimes.generate import GenerateOptions, generate, stream_text
 from losa_deploy.runtimes.reference import ReferenceRuntime
-from losa_deploy.text import load_tokenizer
+from losa_deploy.text.tokenizer import load_tokenizer
 
 from .conftest import Running
 

@@ -13,7 +13,7 @@ import pytest
 from losa_deploy.runtimes.server.bounds import SHRINK, UNBOUNDED, longest_token, text_bound
 from losa_deploy.runtimes.server.sequential import QueueEngine
 from losa_deploy.runtimes.server.workers import LARGE
-from losa_deploy.text import Tokenizer, load_tokenizer
+from losa_deploy.text.tokenizer import Tokenizer, load_tokenizer
 
 from .conftest import Answer, Running, running, until
 from .fakes import LONG, CountingSession, HeldTokenizer

@@ -221,7 +221,7 @@ def test_llamacpp_answers_together_as_alone(
 ) -> None:
     from losa_deploy.runtimes.generate import generate
     from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     folder = gguf_models[packed]
     tokenizer = load_tokenizer(folder)

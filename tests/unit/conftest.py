@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.checkpoint import Checkpoint, copy_side_files, write_weights
-from losa_deploy.interfaces import ExportedModel, ExportPlan, Progress, SecondForm
+from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
 from losa_deploy.manifest import Manifest, MergeProof, SourceRecord, TensorRecord, hash_files
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe, Recipe, load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files, write_weights
 
 
 def dense_record(name: str, mask: NDArray[np.bool_]) -> TensorRecord:
@@ -131,7 +132,7 @@ def exported_half(
     merged_half: Path, folder_exporter: FolderExporter, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """`merged_half` exported in the smallest format."""
-    from losa_deploy.interfaces import no_progress
+    from losa_deploy.progress import no_progress
 
     folder = tmp_path_factory.mktemp("exported_half")
     folder_exporter.export(SparseModel.open(merged_half), ExportRecipe(), folder, no_progress)

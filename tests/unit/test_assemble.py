@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from losa_deploy.assemble import assemble, check_tensors
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import check
 from losa_deploy.compress.check import check_unpruned
 from losa_deploy.errors import InputError
 from losa_deploy.pretrained import load_model
+from losa_deploy.sources.checkpoint import Checkpoint
 
 SHAPE = {
     "vocab_size": 300,

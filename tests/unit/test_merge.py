@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.adapted import AdaptedModel, step_folder
 from losa_deploy.compress.schedule import compress
 from losa_deploy.errors import GateError
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import Manifest, SourceRecord, sha256_file
 from losa_deploy.merge import merge
 from losa_deploy.model import SparseModel, pack_mask, unpack_mask
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 def compressed(source: Path, out: Path, **changes: object) -> AdaptedModel:

@@ -10,7 +10,6 @@ import torch
 
 from losa_deploy.compress.patterns import select_sliding
 from losa_deploy.errors import UsageError
-from losa_deploy.integrity import check_group
 from losa_deploy.layouts import PackOptions, choose
 from losa_deploy.recipe import SparsityRecipe, load_recipe
 from losa_deploy.structure import (
@@ -21,6 +20,7 @@ from losa_deploy.structure import (
     sparsity_for_bits,
     window_starts,
 )
+from losa_deploy.verify.stored import check_group
 
 TWO = Fraction(2)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.student import Student
 from losa_deploy.compress.walk import Walk, prune_block
 from losa_deploy.compress.walk import _input_statistics as input_statistics
-from losa_deploy.interfaces import no_progress
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 NewWalk = Callable[[Recipe], Walk]
 PruneFirst = Callable[[Walk, torch.Tensor, int, float], None]

@@ -124,12 +124,12 @@ def _tensor(data: object, *, device: torch.device | None = None, **others: objec
 
 
 def main(source: Path, recipe: Path, folder: Path) -> None:
-    from losa_deploy.checkpoint import Checkpoint
     from losa_deploy.compress import schedule
     from losa_deploy.compress.device import Room
-    from losa_deploy.interfaces import no_progress
     from losa_deploy.manifest import SourceRecord
+    from losa_deploy.progress import no_progress
     from losa_deploy.recipe import Recipe
+    from losa_deploy.sources.checkpoint import Checkpoint
 
     torch.set_num_threads(1)
     room = Room(install(), 10**11)

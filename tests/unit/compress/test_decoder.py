@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
+from losa_deploy.sources.checkpoint import Checkpoint
 
 SHAPE = {
     "vocab_size": 100,

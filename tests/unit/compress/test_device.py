@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch.utils import backend_registration
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import find_device
 from losa_deploy.compress.schedule import compress
 from losa_deploy.errors import UsageError
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 FAR = Path(__file__).with_name("far.py")
 BASE = {"calibration.samples": 12, "calibration.sequence_length": 24, "precision": "f32"}

@@ -22,7 +22,7 @@ from losa_deploy.compress.prune import (
     select,
     select_group,
 )
-from losa_deploy.integrity import check_pairs, check_sliding
+from losa_deploy.verify.stored import check_pairs, check_sliding
 
 TWO = Fraction(2)
 STRIDES = (Fraction(5, 4), Fraction(3, 2), TWO, Fraction(5, 2), Fraction(3))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import Room
 from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
-from losa_deploy.interfaces import no_progress
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import CalibrationRecipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("offset", [0, 250, 700])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import allocate
 from losa_deploy.compress import schedule as schedule_module
 from losa_deploy.compress import tune as tune_module
@@ -20,9 +19,10 @@ from losa_deploy.compress.schedule import compress, rmi_importance
 from losa_deploy.compress.student import Student
 from losa_deploy.compress.walk import walk_blocks
 from losa_deploy.errors import InputError
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord, sha256_file
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 BASE = {
     "calibration.samples": 12,

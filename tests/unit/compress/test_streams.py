@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import CPU, Room
 from losa_deploy.compress.schedule import compress
 from losa_deploy.compress.streams import Streams
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 SHAPE = (4, 5, 6)
 BYTES = 4 * 4 * 5 * 6

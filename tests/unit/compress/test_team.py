@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress.device import CPU
 from losa_deploy.compress.schedule import compress
 from losa_deploy.compress.team import ALONE, Team, joined
 from losa_deploy.errors import UsageError
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 TOGETHER = Path(__file__).with_name("together.py")
 BASE = {"calibration.samples": 14, "calibration.sequence_length": 24, "precision": "f32"}

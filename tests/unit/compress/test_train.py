@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import partial as partial_module
 from losa_deploy.compress import walk as walk_module
 from losa_deploy.compress.adapted import AdaptedModel
@@ -24,10 +23,11 @@ from losa_deploy.compress.student import Student
 from losa_deploy.compress.train import NORM_RATE, Trained
 from losa_deploy.compress.tune import ModelTask, tune
 from losa_deploy.errors import GateError, InputError
-from losa_deploy.interfaces import no_progress
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.phases import DataRecipe, LossRecipe, PhaseRecipe
+from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 def pruned(source: Checkpoint, *, scale: float = 1.0) -> Student:
@@ -155,8 +155,8 @@ def test_scales_and_norms_learn_for_levels_that_stay(
 def test_phases_through_the_model_lower_their_loss(
     phase: PhaseRecipe, tiny_llama: Path, tmp_path: Path, tiny_text: str
 ) -> None:
-    from losa_deploy.corpus import token_windows
-    from losa_deploy.text import load_tokenizer
+    from losa_deploy.text.corpus import token_windows
+    from losa_deploy.text.tokenizer import load_tokenizer
 
     text = torch.from_numpy(token_windows(load_tokenizer(tiny_llama), [tiny_text], 32, 40, 0))
     source = Checkpoint.open(tiny_llama)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from losa_deploy.checkpoint import Checkpoint
 from losa_deploy.compress import partial, schedule, tune
 from losa_deploy.compress.device import CPU, Room
 from losa_deploy.compress.team import joined
-from losa_deploy.interfaces import Progress, no_progress
 from losa_deploy.manifest import SourceRecord
+from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import Recipe
+from losa_deploy.sources.checkpoint import Checkpoint
 
 
 def main(source: Path, recipe: Path, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""The kernels alone, on one large matrix."""

@@ -1,0 +1,1 @@
+"""Models of random weights with the sizes of real ones, for speed."""

@@ -1,0 +1,263 @@
+"""Models of one geometry side by side in one runtime: ours, and what people run otherwise.
+
+All models take turns in a shuffled order, so that a change of the machine's clock or load meets all
+of them alike. Where they do not fit into the memory together, each is opened for its turn and closed
+again; the result says so.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from losa_deploy.interfaces import Runtime, Session
+from losa_deploy.layouts.base import ValueType
+from losa_deploy.output import require_disk
+from losa_deploy.progress import Progress, no_progress
+
+from ..accuracy import Perplexity
+from ..document import result_record
+from ..latency import SETTLE_SECONDS, sample, schedule
+from ..memory import Footprint, measure_footprint
+from ..workloads import prompt_tokens
+from . import ggufs
+from .decoder import CONTEXT, Geometry, Pruning
+from .geometry import build
+from .linears import PEERS, Linear, Ours
+from .tensors import Storage
+
+OURS = Ours.name
+LLAMACPP = "llamacpp"
+WARM_TOKENS = 8
+MEMORY_SHARE = 0.85
+"""Of the free memory that open models may fill together."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """`decode_tokens` after a prompt of `prompt_tokens`; and, apart from it, a prompt of `prefill_tokens`."""
+
+    prompt_tokens: int = 32
+    decode_tokens: int = 128
+    prefill_tokens: int = 512
+    repetitions: int = 5
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; may not exceed `CONTEXT`."""
+        return max(self.prompt_tokens + self.decode_tokens, self.prefill_tokens)
+
+
+def default_load(runtime: str) -> Load:
+    """What people measure in this runtime: llama-bench's tg128 starts from one token, its pp512 from none."""
+    return Load(prompt_tokens=1) if runtime == LLAMACPP else Load()
+
+
+@dataclass
+class Contender:
+    """One model and what was measured on it."""
+
+    name: str
+    folder: Path
+    bytes: int
+    runtime: Runtime
+    footprint: Footprint | None = None
+    quality: Perplexity | None = None
+    """Where the weights are real."""
+    decode_rates: list[float] = field(default_factory=list)
+    prefill_rates: list[float] = field(default_factory=list)
+    """Tokens per second, one per repetition."""
+
+    def record(self) -> dict[str, object]:
+        """One entry of `results` in the `losa.bench/1` document."""
+        record = result_record(
+            self.name,
+            self.decode_rates,
+            self.prefill_rates,
+            self.bytes,
+            self.footprint.peak_rss_bytes if self.footprint else None,
+        )
+        if self.quality is not None:
+            record |= {
+                "perplexity": self.quality.perplexity,
+                "perplexity_stderr": self.quality.stderr,
+                "perplexity_tokens": self.quality.tokens,
+                "perplexity_window": self.quality.window,
+            }
+        return record
+
+
+def build_contenders(
+    geometry: Geometry,
+    storage: Storage,
+    peers: Sequence[str],
+    folder: Path,
+    runtime: Runtime,
+    *,
+    head: ValueType = "i8",
+    threads: int = 0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> list[Contender]:
+    """Ours, pruned and stored as `storage` says, and the dense peers of the runtime (`known_peers`).
+
+    Our head is stored as `head`; in llama.cpp it is Q8_0. Written into `folder` or reused from it. Raises
+    `ResourceError` if the disk cannot hold them.
+    """
+    if runtime.name == LLAMACPP:
+        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
+    ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
+    pruning = Pruning(storage.sparsity, storage.pattern, seed)
+    made: list[tuple[Linear, Pruning, str]] = [
+        (ours, pruning, label if head == "i8" else f"{label}-head-{head}")
+    ]
+    made += [(PEERS[name](), Pruning(0.0, seed=seed), name) for name in peers]
+    places = [folder / f"{geometry.name}-{label}" for _, _, label in made]
+    missing = [kind for (kind, _, _), place in zip(made, places, strict=True) if not place.exists()]
+    require_disk(folder, sum(geometry.estimate(kind) for kind in missing), "The models")
+    contenders = []
+    for (kind, pruning, _), place in zip(made, places, strict=True):
+        size = build(geometry, kind, place, pruning, progress=progress)
+        contenders.append(Contender(kind.name, place, size, runtime))
+    return contenders
+
+
+def known_peers(runtime: str) -> tuple[str, ...]:
+    """Names of the peers that models are compared with in this runtime."""
+    return tuple(ggufs.PEERS if runtime == LLAMACPP else PEERS)
+
+
+def _ggufs(
+    geometry: Geometry,
+    storage: Storage,
+    peers: Sequence[str],
+    folder: Path,
+    runtime: Runtime,
+    threads: int,
+    seed: int,
+    progress: Progress,
+) -> list[Contender]:
+    """Ours in our backend, and the peers in llama.cpp as it is."""
+    place = folder / f"{geometry.name}-gguf-{_slug(storage)}"
+    size = ggufs.build_ours(geometry, storage, place, seed, progress)
+    contenders = [Contender(OURS, place, size, runtime)]
+    stock = runtime.baseline()
+    for name in peers:
+        place = folder / f"{geometry.name}-{name}"
+        size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
+        contenders.append(Contender(name, place, size, stock))
+    return contenders
+
+
+def _slug(storage: Storage) -> str:
+    """E.g. bitmask-60-i4 or nm-2-4-i8, for a folder name."""
+    return "-".join(re.findall(r"[a-z0-9.]+", storage.label))
+
+
+def measure_contenders(
+    contenders: Sequence[Contender],
+    load: Load,
+    threads: int,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+    clock: Callable[[], float] = time.perf_counter,
+) -> bool:
+    """Fill in footprints and samples; returns whether all models were open at the same time.
+
+    Raises `ValueError` if a sequence would be longer than the models' context.
+    """
+    if load.longest > CONTEXT:
+        raise ValueError(f"sequences of {load.longest} tokens do not fit the context of {CONTEXT}")
+    steps = len(contenders) * (load.repetitions + 2)
+    for done, contender in enumerate(contenders):
+        progress(done, steps, f"memory of {contender.name}")
+        contender.footprint = measure_footprint(contender.runtime.name, contender.folder, threads=threads)
+    together = _fit(contenders)
+    by_name = {contender.name: contender for contender in contenders}
+    done = len(contenders)
+    with _sessions(by_name, threads, together) as opened:
+        for turn, name in enumerate(schedule(list(by_name), load.repetitions + 1, seed)):
+            progress(done + turn, steps, f"timing {name}")
+            warm = turn < len(contenders)
+            with opened(name) as session:
+                _repetition(by_name[name], session, load, seed, clock, warm=warm, fresh=not together)
+    progress(steps, steps, "done")
+    return together
+
+
+def _repetition(
+    contender: Contender,
+    session: Session,
+    load: Load,
+    seed: int,
+    clock: Callable[[], float],
+    *,
+    warm: bool,
+    fresh: bool,
+) -> None:
+    """One decode and one prefill; in the first round, and after opening, a short one before it."""
+    prompt = prompt_tokens(load.prompt_tokens, session.vocab_size, seed)
+    long_prompt = prompt_tokens(load.prefill_tokens, session.vocab_size, seed)
+    if warm or fresh:
+        sample(session, long_prompt, 0, clock)
+        sample(session, prompt, min(WARM_TOKENS, load.decode_tokens), clock)
+    if warm:
+        return
+    time.sleep(SETTLE_SECONDS)
+    decode = sample(session, prompt, load.decode_tokens, clock).decode_seconds
+    prefill = sample(session, long_prompt, 0, clock).prefill_seconds
+    contender.decode_rates.append(load.decode_tokens / decode)
+    contender.prefill_rates.append(load.prefill_tokens / prefill)
+
+
+@contextmanager
+def _sessions(
+    contenders: Mapping[str, Contender], threads: int, together: bool
+) -> Iterator[Callable[[str], _Turn]]:
+    """Gives a context with the session of a contender: one of many open ones, or opened for its turn."""
+    with ExitStack() as stack:
+        opened: dict[str, Session] = {}
+        if together:
+            for name, contender in contenders.items():
+                opened[name] = contender.runtime.open(contender.folder, threads=threads)
+                stack.callback(opened[name].close)
+
+        def session(name: str) -> Session:
+            contender = contenders[name]
+            return opened[name] if together else contender.runtime.open(contender.folder, threads=threads)
+
+        yield lambda name: _Turn(lambda: session(name), close=not together)
+
+
+class _Turn:
+    """A session for one turn."""
+
+    def __init__(self, session: Callable[[], Session], *, close: bool) -> None:
+        self._make, self._close = session, close
+        self._session: Session | None = None
+
+    def __enter__(self) -> Session:
+        self._session = self._make()
+        return self._session
+
+    def __exit__(self, *error: object) -> None:
+        if self._close and self._session is not None:
+            self._session.close()
+        self._session = None
+
+
+def _fit(contenders: Sequence[Contender]) -> bool:
+    """Whether the peaks of fresh processes, added up, fit into what is free now."""
+    needed = sum(
+        contender.footprint.peak_rss_bytes - contender.footprint.before_load_rss_bytes
+        for contender in contenders
+        if contender.footprint
+    )
+    return needed <= MEMORY_SHARE * psutil.virtual_memory().available

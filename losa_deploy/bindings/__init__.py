@@ -1,0 +1,1 @@
+"""Native libraries and llama.cpp, as Python sees them."""

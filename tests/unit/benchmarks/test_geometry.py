@@ -1,0 +1,239 @@
+"""Synthetic models: the graph in ONNX Runtime, agreement with the peers, the document, the errors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from losa_deploy.benchmarks.synthetic.decoder import Pruning
+from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES, build, model_bytes
+from losa_deploy.benchmarks.synthetic.linears import OrtFp32, OrtInt4, OrtInt8, Ours
+from losa_deploy.benchmarks.synthetic.peers import Load, build_contenders, measure_contenders
+from losa_deploy.benchmarks.synthetic.tensors import RandomWeight, Storage, repeat_rows
+from losa_deploy.cli.main import main
+from losa_deploy.errors import InputError, LosaError
+from losa_deploy.exporters.onnx import functions
+from losa_deploy.layouts import LAYOUTS
+from losa_deploy.runtimes.ort.session import OrtRuntime
+
+TINY = GEOMETRIES["tiny"]
+TOKENS = tuple(range(3, 40))
+HALF = Pruning(0.5)
+QUICK = ("--prompt-tokens", "8", "--decode-tokens", "4", "--prefill-tokens", "16", "--repetitions", "2")
+
+
+def portable(folder: Path, kind: Ours) -> Path:
+    """Add the operators' definitions, so that ONNX Runtime opens the model without our library."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model.functions.extend(functions.function(*used) for used in kind.operators.values())
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+def logits(folder: Path) -> NDArray[np.float32]:
+    session = OrtRuntime(native=False).open(folder, threads=1)
+    everything = session.logits(TOKENS)
+    session.prefill(TOKENS[:-1])
+    assert np.abs(session.step(TOKENS[-1]) - everything[-1]).max() < 0.5
+    session.close()
+    return everything
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("geometry") / "fp32"
+    build(TINY, OrtFp32(), folder, HALF)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        Storage("bitmask", "i4", 0.5, group_size=32),
+        Storage("bitmask", "i8", 0.5),
+        Storage("nm", "i8", 0.5, (2, 4)),
+        Storage("tiled", "i4", 0.5, (2, 4)),
+    ],
+    ids=lambda storage: storage.label,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_ours_computes_what_the_dense_peer_computes(
+    storage: Storage, tied: bool, dense: Path, tmp_path: Path
+) -> None:
+    pruning = Pruning(storage.sparsity, storage.pattern)
+    geometry, head = replace(TINY, tied=tied), "i4" if storage.value_type == "i4" else "i8"
+    kind, folder = Ours(storage, Storage("dense", head)), tmp_path / "ours"  # type: ignore[arg-type]
+    assert build(geometry, kind, folder, pruning) == model_bytes(folder) <= TINY.estimate(kind)
+    if storage.pattern:
+        dense = tmp_path / "dense"
+        build(TINY, OrtFp32(), dense, pruning)
+    found, expected = logits(portable(folder, kind)), logits(dense)
+    assert found.shape == (len(TOKENS), TINY.vocab)
+    agreement = np.corrcoef(found.ravel(), expected.ravel())[0, 1]
+    assert agreement > (0.95 if storage.value_type == "i4" else 0.999)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    tied = replace(TINY, tied=True)
+    sizes, found = [], []
+    for geometry in (TINY, tied):
+        kind, folder = (
+            Ours(Storage("bitmask", "i8", 0.5), Storage("dense", "i8")),
+            tmp_path / str(geometry.tied),
+        )
+        sizes.append(build(geometry, kind, folder, HALF))
+        found.append(logits(portable(folder, kind)))
+    assert sizes[0] - sizes[1] > TINY.vocab * TINY.hidden * 0.9
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(("kind", "agreement"), [(OrtInt4, 0.95), (OrtInt8, 0.99)])
+def test_peers_agree_with_the_dense_model(
+    kind: type[OrtInt4] | type[OrtInt8], agreement: float, dense: Path, tmp_path: Path
+) -> None:
+    peer = kind()
+    size = build(TINY, peer, tmp_path / peer.name, HALF)
+    assert size < model_bytes(dense) / 2
+    found, expected = logits(tmp_path / peer.name), logits(dense)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > agreement
+
+
+def test_the_int8_peer_is_what_quantize_dynamic_makes(dense: Path, tmp_path: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    options = {"DefaultTensorType": onnx.TensorProto.FLOAT}
+    made = tmp_path / "quantized.onnx"
+    quantize_dynamic(dense / "model.onnx", made, op_types_to_quantize=["MatMul"], extra_options=options)
+    build(TINY, OrtInt8(), tmp_path / "peer", HALF)
+    counts = [
+        Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+        for path in (made, tmp_path / "peer" / "model.onnx")
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_every_linear_has_bytes_of_its_own(dense: Path) -> None:
+    """Different ones, too: ONNX Runtime keeps one of weights with equal bytes, which then fits the caches."""
+    model = onnx.load(dense / "model.onnx", load_external_data=False)
+    stored = (dense / "model.onnx.data").read_bytes()
+    pieces = []
+    for tensor in model.graph.initializer:
+        entry = {item.key: item.value for item in tensor.external_data}
+        if entry:
+            pieces.append(stored[int(entry["offset"]) :][: int(entry["length"])])
+    assert len(set(pieces)) == len(pieces)
+    weights = 4 * TINY.block_weights + 5 * TINY.vocab * TINY.hidden
+    assert weights < sum(map(len, pieces)) <= len(stored) < 1.2 * weights
+
+
+def test_a_kept_model_is_reused_only_if_it_is_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build(TINY, OrtInt8(), folder, HALF)
+    before = (folder / "model.onnx.data").stat().st_mtime_ns
+    build(TINY, OrtInt8(), folder, HALF)
+    assert (folder / "model.onnx.data").stat().st_mtime_ns == before
+    build(TINY, OrtInt8(), folder, Pruning(0.75))
+    assert (folder / "model.onnx.data").stat().st_mtime_ns != before
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="no model of a benchmark"):
+        build(TINY, OrtInt8(), tmp_path / "other", HALF)
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("pattern", [None, (2, 4), (2, 8), (1, 4)])
+def test_repeated_rows_are_what_packing_them_gives(value_type: str, pattern: tuple[int, int] | None) -> None:
+    layout = "nm" if pattern else "bitmask"
+    storage = Storage(layout, value_type, 0.6, pattern)  # type: ignore[arg-type]
+    weight, mask = RandomWeight((6, 130), 0.6, pattern).rows
+    once = LAYOUTS[layout].pack(weight, mask, storage.options)
+    whole = LAYOUTS[layout].pack(np.tile(weight, (4, 1)), np.tile(mask, (4, 1)), storage.options)
+    found = repeat_rows(once, mask, 4)
+    assert (found.sha256, found.shape, found.nnz) == (whole.sha256, whole.shape, whole.nnz)
+
+
+@pytest.mark.parametrize("room", [1 << 40, 0], ids=["together", "in turns"])
+def test_contenders_are_sampled_alike(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available = room
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    storage = Storage("bitmask", "i8", 0.6)
+    contenders = build_contenders(TINY, storage, ["ort-int4"], tmp_path, OrtRuntime())[1:]
+    load = Load(prompt_tokens=4, decode_tokens=3, prefill_tokens=9, repetitions=2)
+    assert measure_contenders(contenders, load, 1) == (room > 0)
+    record = contenders[0].record()
+    assert list(record) == [
+        "name",
+        "decode_tokens_per_second",
+        "prefill_tokens_per_second",
+        "bytes",
+        "peak_rss_bytes",
+        "samples",
+    ]
+    assert len(contenders[0].decode_rates) == len(contenders[0].prefill_rates) == 2
+
+
+def test_the_command_prints_the_document_of_the_issue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["bench", "--geometry", "tiny", "--runtime", "ort", "--value-type", "i4", "--sparsity", "0.6"]
+    argv += ["--peers", "ort-int4,ort-int8,ort-fp32", "--threads", "1", "--keep", str(tmp_path), *QUICK]
+    code = main([*argv, "--json"])
+    streams = capsys.readouterr()
+    assert code == 0, streams.err
+    document = json.loads(streams.out)
+    assert document["schema"] == "losa.bench/1"
+    assert document["machine"]["cores"] >= 1
+    assert [result["name"] for result in document["results"]] == ["ours", "ort-int4", "ort-int8", "ort-fp32"]
+    for result in document["results"]:
+        rates = [sample["decode_tokens_per_second"] for sample in result["samples"]]
+        assert len(rates) == 2
+        assert result["decode_tokens_per_second"] == pytest.approx(np.median(rates))
+        assert result["bytes"] > 0 and result["peak_rss_bytes"] > 0
+    assert document["results"][0]["bytes"] < document["results"][3]["bytes"]
+    assert main([*argv, "--quiet"]) == 0
+    assert "ours ÷" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--geometry", "llama-1"], "Did you mean `--geometry llama-1b`"),
+        (["--geometry", "tiny", "--peers", "ort-int5"], "There is no peer 'ort-int5'"),
+        (["--geometry", "tiny", "--peers", "ort-int4,ort-int4"], "twice"),
+        (["some/model", "--geometry", "tiny"], "makes its own models"),
+        (["--geometry", "tiny", "--pattern", "2:4", "--sparsity", "0.5"], "Leave out --sparsity"),
+        (["--geometry", "tiny", "--pattern", "4:2"], "no pattern N:M"),
+        (["--geometry", "tiny", "--layout", "nm"], "needs a pattern"),
+        (["--geometry", "tiny", "--sparsity", "0.5", "0.6"], "one --sparsity"),
+        (["--geometry", "tiny", "--sparsity", "60"], "no fraction"),
+        (["--geometry", "tiny", "--runtime", "llamacpp", "--head", "i4"], "computes its own"),
+        (["some/model", "--head", "i4"], "--head says nothing about model folders"),
+        (["--geometry", "tiny", "--prefill-tokens", "9999"], "do not fit the models' context"),
+        (["--geometry", "tiny", "--plot", "x.svg"], "--plot says nothing about --geometry"),
+        (["some/model", "--value-type", "i4"], "--value-type says nothing about model folders"),
+        (["kernels", "some/model"], "takes no model folders"),
+        ([], "nothing to measure"),
+    ],
+)
+def test_errors_say_what_to_type_next(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("losa_deploy.output.free_bytes", lambda path: 1000)
+    with pytest.raises(LosaError, match=r"needs .* MB on the disk"):
+        build_contenders(TINY, Storage("bitmask", "i8", 0.6), ["ort-fp32"], tmp_path, OrtRuntime())
+    assert list(tmp_path.iterdir()) == []
