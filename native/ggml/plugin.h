@@ -1,4 +1,5 @@
-// What the library exports: two functions that ggml calls, and ours for Python (losa_deploy/bindings/ggml.py).
+// What the library exports: two functions that ggml calls, and ours for Python
+// (losa_deploy/bindings/ggml.py).
 #ifndef LOSA_GGML_PLUGIN_H
 #define LOSA_GGML_PLUGIN_H
 

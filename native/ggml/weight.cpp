@@ -12,8 +12,8 @@
 #include <thread>
 
 #include "abi.h"
+#include "format/pack_tiles.h"
 #include "rows.h"
-#include "tiles.h"
 
 namespace losa::ggml {
 namespace {

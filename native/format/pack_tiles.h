@@ -1,6 +1,6 @@
 // Rows of codes as tiles of N of every 4 or 16 positions (docs/formats.md), and back.
-#ifndef LOSA_GGML_TILES_H
-#define LOSA_GGML_TILES_H
+#ifndef LOSA_PACK_TILES_H
+#define LOSA_PACK_TILES_H
 
 #include <cstddef>
 #include <cstdint>

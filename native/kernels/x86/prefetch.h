@@ -1,7 +1,7 @@
 // Weights are asked for before their turn. What a CPU fetches ahead by itself ends with each page and keeps
 // few lines on the way, which on servers with slow and distant memory is half of what they can deliver.
-#ifndef LOSA_AHEAD_H
-#define LOSA_AHEAD_H
+#ifndef LOSA_PREFETCH_H
+#define LOSA_PREFETCH_H
 
 #include <immintrin.h>
 

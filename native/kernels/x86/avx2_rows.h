@@ -2,8 +2,8 @@
 #ifndef LOSA_AVX2_ROWS_H
 #define LOSA_AVX2_ROWS_H
 
-#include "ahead.h"
-#include "shuffle.h"
+#include "kernels/x86/avx2_shuffle.h"
+#include "kernels/x86/prefetch.h"
 
 namespace losa {
 namespace {

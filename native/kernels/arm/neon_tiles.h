@@ -1,10 +1,10 @@
 // Tiles of 16 rows in NEON: a byte shuffle fetches the activations of 16 slots, half a step.
-#ifndef LOSA_TILED_NEON_H
-#define LOSA_TILED_NEON_H
+#ifndef LOSA_NEON_TILES_H
+#define LOSA_NEON_TILES_H
 
 #include <arm_neon.h>
 
-#include "layout.h"
+#include "format/layout.h"
 
 namespace losa {
 namespace {

@@ -4,8 +4,8 @@
 #ifndef LOSA_AVX2_PANEL_H
 #define LOSA_AVX2_PANEL_H
 
-#include "avx2_rows.h"
-#include "target.h"
+#include "kernels/target.h"
+#include "kernels/x86/avx2_rows.h"
 
 namespace losa {
 namespace {

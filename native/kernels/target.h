@@ -2,7 +2,7 @@
 #ifndef LOSA_TARGET_H
 #define LOSA_TARGET_H
 
-#include "layout.h"
+#include "format/layout.h"
 
 namespace losa {
 

@@ -1,4 +1,4 @@
-#include "tiles.h"
+#include "format/pack_tiles.h"
 
 #include <algorithm>
 #include <cstring>

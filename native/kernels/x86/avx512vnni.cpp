@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "avx512_tiles.h"
+#include "kernels/x86/avx512_tiles.h"
 
 namespace losa {
 namespace {

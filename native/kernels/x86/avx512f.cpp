@@ -1,8 +1,8 @@
 // AVX-512 (F, BW, DQ, VL) for CPUs without VBMI2 and VNNI. Without the instructions that expand bytes and
 // multiply them, registers of 64 bytes were slower for levels than those of 32: AVX2 multiplies them here
 // too.
-#include "avx512_values.h"
-#include "tiled_x86.h"
+#include "kernels/x86/avx2_tiles.h"
+#include "kernels/x86/avx512_values.h"
 
 namespace losa {
 namespace {

@@ -4,10 +4,10 @@
 
 #include <type_traits>
 
-#include "avx2_panel.h"
-#include "avx2_rows.h"
-#include "target.h"
-#include "tiled_x86.h"
+#include "kernels/target.h"
+#include "kernels/x86/avx2_panel.h"
+#include "kernels/x86/avx2_rows.h"
+#include "kernels/x86/avx2_tiles.h"
 
 namespace losa {
 namespace {

@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "avx512_rows.h"
-#include "tiled_x86.h"
+#include "kernels/x86/avx2_tiles.h"
+#include "kernels/x86/avx512_rows.h"
 
 namespace losa {
 namespace {

@@ -2,7 +2,7 @@
 #ifndef LOSA_AVX512_ROWS_H
 #define LOSA_AVX512_ROWS_H
 
-#include "avx512_values.h"
+#include "kernels/x86/avx512_values.h"
 
 namespace losa {
 namespace {

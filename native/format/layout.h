@@ -275,7 +275,7 @@ struct Tiles {
         per_scale(activation_group(p) / kTile) {}
 
   static constexpr size_t kStep = 2 * kTile, kPerLine = 4;
-  static constexpr size_t kExpanded = 3 * kStep;  // a step in scratch memory: tiled_x86.h
+  static constexpr size_t kExpanded = 3 * kStep;  // a step in scratch memory: avx2_tiles.h
 
   size_t all_steps() const { return groups * steps; }  // of a tile
   size_t lines() const { return (all_steps() + kPerLine - 1) / kPerLine; }

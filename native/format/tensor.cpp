@@ -1,5 +1,5 @@
 // Checks a packed tensor once, so that the kernels can trust every pointer and count afterwards.
-#include "layout.h"
+#include "format/layout.h"
 
 namespace losa {
 namespace {

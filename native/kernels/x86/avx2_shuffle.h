@@ -1,11 +1,11 @@
 // Placing kept bytes without an expand instruction: a mask byte selects one of 256 byte shuffles.
-#ifndef LOSA_SHUFFLE_H
-#define LOSA_SHUFFLE_H
+#ifndef LOSA_AVX2_SHUFFLE_H
+#define LOSA_AVX2_SHUFFLE_H
 
 #include <immintrin.h>
 
-#include "layout.h"
-#include "shuffle_table.h"
+#include "format/layout.h"
+#include "kernels/shuffle_table.h"
 
 namespace losa {
 namespace {

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "target.h"
+#include "kernels/target.h"
 
 #if defined(LOSA_X86)
 #include <cpuid.h>

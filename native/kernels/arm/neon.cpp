@@ -2,9 +2,9 @@
 // expand instruction: a mask byte selects one of 256 byte shuffles, as on AVX2.
 #include <arm_neon.h>
 
-#include "shuffle_table.h"
-#include "target.h"
-#include "tiled_neon.h"
+#include "kernels/arm/neon_tiles.h"
+#include "kernels/shuffle_table.h"
+#include "kernels/target.h"
 
 namespace losa {
 namespace {

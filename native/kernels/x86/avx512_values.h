@@ -2,10 +2,10 @@
 #ifndef LOSA_AVX512_VALUES_H
 #define LOSA_AVX512_VALUES_H
 
-#include "ahead.h"
-#include "target.h"
+#include "kernels/target.h"
+#include "kernels/x86/prefetch.h"
 #if defined(LOSA_EMULATED_AVX512)
-#include "emulated_avx512.h"
+#include "tests/emulated_avx512.h"
 #endif
 
 namespace losa {

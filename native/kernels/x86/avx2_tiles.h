@@ -1,12 +1,12 @@
 // Tiles of 16 rows in AVX2: a byte shuffle fetches the activations of 32 slots, one or several tokens alike.
 // Included by the AVX2 file and by the AVX-512 one: memory, not the width of registers, is what limits it.
-#ifndef LOSA_TILED_X86_H
-#define LOSA_TILED_X86_H
+#ifndef LOSA_AVX2_TILES_H
+#define LOSA_AVX2_TILES_H
 
 #include <immintrin.h>
 
-#include "ahead.h"
-#include "layout.h"
+#include "format/layout.h"
+#include "kernels/x86/prefetch.h"
 
 namespace losa {
 namespace {

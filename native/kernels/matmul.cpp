@@ -1,5 +1,5 @@
 // Drives a target: one token row by row, several tokens panel by panel.
-#include "target.h"
+#include "kernels/target.h"
 
 using namespace losa;
 

@@ -1,7 +1,7 @@
 // Plain C++: the definition of what every other target computes, and the fallback on any CPU.
 #include <cmath>
 
-#include "target.h"
+#include "kernels/target.h"
 
 namespace losa {
 namespace {
