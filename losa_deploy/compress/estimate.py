@@ -20,7 +20,7 @@ from losa_deploy.compress.memory import (
     ROUNDED_BYTES,
     activation_bytes,
 )
-from losa_deploy.compress.sample import BATCH, FEWEST
+from losa_deploy.compress.sample import FEWEST, most_together
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
@@ -170,7 +170,7 @@ def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
     """Weights, keys and values; as `sample` chooses how many sequences go on together."""
     length = recipe.calibration.sequence_length
     each = 2 * CACHE_COPIES * shape.blocks * shape.key_width * length * element
-    together = min(BATCH, recipe.calibration.samples)
+    together = min(most_together(element), recipe.calibration.samples)
     outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
     if LIBRARY_BYTES + outer + blocks + FEWEST * each > memory:
         blocks = element * shape.weights

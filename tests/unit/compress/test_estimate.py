@@ -40,9 +40,10 @@ LLAMA_70B = llama(80, 8192, 28672, 1024, 128256)
     ids=["135M", "1.1B", "7B", "70B"],
 )
 def test_quick_stays_within_the_memory_it_is_given(shape: Geometry, memory: int, most: float) -> None:
-    found = estimate(shape, load_recipe(), memory * GIB, RATES, bf16=True)
-    assert found.peak_ram_bytes <= most * GIB
-    assert found.peak_ram_bytes == max(found.stages.values())
+    for bf16 in (True, False):
+        found = estimate(shape, load_recipe(), memory * GIB, RATES, bf16=bf16)
+        assert found.peak_ram_bytes <= most * GIB, bf16
+        assert found.peak_ram_bytes == max(found.stages.values())
 
 
 def test_the_shapes_are_those_of_the_files() -> None:
