@@ -12,6 +12,7 @@ from losa_deploy.errors import GateError, InputError
 from losa_deploy.manifest import Manifest, MergeProof, TensorRecord, hash_files
 from losa_deploy.model import GRID_FILE, GRID_KEY, MASK_FILE, SparseModel, pack_mask
 from losa_deploy.sources.checkpoint import GGUF_TOKENIZER_FILE, Checkpoint, copy_side_files, write_weights
+from losa_deploy.stage_module import call_as_stage
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from losa_deploy.compress.grid import GridKind
     from losa_deploy.compress.masked import AdaptedLinear
     from losa_deploy.progress import Progress
+
+call_as_stage(__name__)
 
 PROOF_WINDOWS = 2
 VALUE_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -174,7 +174,7 @@ def _check_flags(args: argparse.Namespace, mode: str) -> None:
 
 def models_to_measure(paths: list[Path], baseline: Path | None) -> dict[str, Path]:
     """Label → folder, the dense baseline first; `UsageError` for a folder given twice."""
-    from losa_deploy.cli.stages import work_folder
+    from losa_deploy.pipeline import work_folder
 
     kind = "onnx" if (paths[0] / "model.onnx").is_file() else "gguf"
     dense = baseline or work_folder(paths[0] if paths[0].is_dir() else paths[0].parent) / f"dense-{kind}"
@@ -191,7 +191,7 @@ def _run_folders(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.benchmarks.latency import measure_latency
     from losa_deploy.benchmarks.memory import measure_footprint
     from losa_deploy.benchmarks.workloads import Workload
-    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.pipeline import pick_runtime
 
     threads = thread_count(args)
     paths = [Path(path) for path in args.paths]

@@ -78,7 +78,7 @@ def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:
 
 def dense_file(path: Path, baseline: Path | None) -> Path:
     """The dense GGUF that peers are made of: in `baseline`, or in the work folder of the artifact."""
-    from losa_deploy.cli.stages import work_folder
+    from losa_deploy.pipeline import work_folder
 
     folder = baseline or work_folder(path if path.is_dir() else path.parent) / BASELINE
     found = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))

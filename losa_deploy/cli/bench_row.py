@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from losa_deploy.console import Console
 from losa_deploy.errors import LosaError
+from losa_deploy.pipeline import stamp_recipe
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.grid import PeerRow, RecipeRow
@@ -148,7 +149,6 @@ def grid_bits(model: SparseModel) -> float | None:
 
 def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, console: Console) -> Path:
     from losa_deploy import plugins
-    from losa_deploy.cli import stages
     from losa_deploy.output import staged_output
 
     exporter = plugins.load_exporter(name)
@@ -156,7 +156,7 @@ def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, conso
     output = folder / name
     with staged_output(output, overwrite=True) as place, console.stage("export") as progress:
         exporter.export(model, recipe.export, place, progress)
-        stages.stamp_recipe(place, recipe)
+        stamp_recipe(place, recipe)
     return output
 
 

@@ -26,7 +26,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
-    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
+    from losa_deploy.cli.stages import warn_of_fallback
+    from losa_deploy.pipeline import pick_runtime
     from losa_deploy.runtimes.chat import ChatSession
     from losa_deploy.text.tokenizer import load_tokenizer
 

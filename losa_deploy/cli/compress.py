@@ -13,6 +13,7 @@ from losa_deploy.cli.flags import add_device, add_memory, add_model, add_output,
 from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
+from losa_deploy.pipeline import check_state_folder, work_folder
 
 if TYPE_CHECKING:
     from losa_deploy.manifest import SourceRecord
@@ -37,9 +38,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.compress.team import joined
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
-    stages.check_state_folder(output)
+    check_state_folder(output)
     room = expect.room(args)
-    work = stages.work_folder(output)
+    work = work_folder(output)
     if args.dry_run:
         found = expect.expected(args, *pipeline.source_shapes(args), recipe)
         expect.show(found, output, expect.budget(args), console, as_json=args.json)

@@ -52,7 +52,8 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
+    from losa_deploy.cli.stages import warn_of_fallback
+    from losa_deploy.pipeline import pick_runtime
     from losa_deploy.text.tokenizer import load_tokenizer
 
     path = _model_path(args)
@@ -175,7 +176,8 @@ def _open_dense(
     if args.dense is None:
         yield None, ""
         return
-    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
+    from losa_deploy.cli.stages import warn_of_fallback
+    from losa_deploy.pipeline import pick_runtime
     from losa_deploy.text.tokenizer import load_tokenizer
     from losa_deploy.verify.questions import evaluation_text
 

@@ -23,9 +23,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy import plugins
     from losa_deploy.cli import finish, plan
-    from losa_deploy.cli.stages import require_intact, require_runtime, work_folder
+    from losa_deploy.cli.stages import require_runtime
     from losa_deploy.model import SparseModel
     from losa_deploy.output import check_output, sibling
+    from losa_deploy.pipeline import require_intact, work_folder
 
     exporter = plugins.load_exporter(args.format)
     model = SparseModel.open(args.path)

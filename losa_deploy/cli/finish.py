@@ -11,6 +11,7 @@ from losa_deploy.cli import stages
 from losa_deploy.console import Console, table
 from losa_deploy.errors import GateError
 from losa_deploy.output import staged_output
+from losa_deploy.pipeline import pick_runtime, stamp_recipe
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.report.assemble import Job as Measurement
@@ -58,9 +59,9 @@ def export_and_measure(job: Job, console: Console) -> Report:
             exported = job.exporter.export(job.model, job.recipe.export, folder, progress)
         for note in exported.notes:
             console.info(note)
-        stages.stamp_recipe(folder, job.recipe)
+        stamp_recipe(folder, job.recipe)
         (folder / "recipe.yaml").write_text(job.recipe.to_yaml(), "utf-8")
-        runtime = stages.pick_runtime(folder, None)
+        runtime = pick_runtime(folder, None)
         with stages.timed(job.timings, "verify"):
             parity = _verified(job, folder, runtime, console)
         stages.warn_of_fallback(runtime, console)

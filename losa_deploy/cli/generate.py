@@ -70,7 +70,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.system and not args.chat:
         raise UsageError("--system needs a conversation.", hint="Add --chat.")
     sampling(args)
-    from losa_deploy.cli.stages import pick_runtime, warn_of_fallback
+    from losa_deploy.cli.stages import warn_of_fallback
+    from losa_deploy.pipeline import pick_runtime
     from losa_deploy.runtimes.generate import stream_text
     from losa_deploy.text.tokenizer import load_tokenizer
 

@@ -10,6 +10,7 @@ from losa_deploy.cli import expect, finish, plan, stages
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console
 from losa_deploy.output import check_output, remove
+from losa_deploy.pipeline import stamp_recipe, work_folder
 
 if TYPE_CHECKING:
     from losa_deploy.compress.device import Room
@@ -27,7 +28,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
     exporter = plugins.load_exporter(args.format)
     output: Path = args.output or stages.default_output(args.model, recipe, args.format)
     check_output(output, overwrite=args.overwrite)
-    work = stages.work_folder(output)
+    work = work_folder(output)
     if args.dry_run:
         _dry_run(args, exporter, recipe, output, console)
         return
@@ -104,7 +105,7 @@ def merged_model(
     folder = work / "merged"
     if stages.merged_before(folder, record, recipe) and stages.is_intact(folder, "merging", console):
         console.info(f"Compressed and merged before, reusing {folder}")
-        stages.stamp_recipe(folder, recipe)
+        stamp_recipe(folder, recipe)
         seal(folder)
         return SparseModel.open(folder)
     remove(folder)  # whatever it is: the folder is ours, and not what is needed
@@ -130,7 +131,7 @@ def _dry_run(
     from losa_deploy.model import SparseModel
     from losa_deploy.sources.checkpoint import Checkpoint
 
-    merged = stages.work_folder(output) / "merged"
+    merged = work_folder(output) / "merged"
     if merged.is_dir() and stages.merged_before(merged, Manifest.read(merged).source, recipe):
         model = SparseModel.open(merged)
         exporter.check(model, recipe.export)

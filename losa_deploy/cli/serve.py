@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             f"`losa-deploy serve` needs {error.name}, which is not installed.",
             hint='Run `pip install "losa-deploy[serve]"`.',
         ) from None
-    from losa_deploy.cli.stages import pick_runtime
+    from losa_deploy.pipeline import pick_runtime
     from losa_deploy.text.tokenizer import load_tokenizer
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE, "")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from losa_deploy import pipeline
 from losa_deploy.cli.flags import is_offline
 from losa_deploy.console import Console
-from losa_deploy.errors import InputError, UsageError
-from losa_deploy.output import remove, require_disk, sibling, staged_output
+from losa_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
+    from losa_deploy.compress.adapted import AdaptedModel
     from losa_deploy.compress.device import Room
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
@@ -25,20 +24,11 @@ if TYPE_CHECKING:
     from losa_deploy.sources.checkpoint import Checkpoint
     from losa_deploy.verify.check import Parity
 
-WORK = ".work"
-PREFERRED_RUNTIMES = ("ort", "genai", "llamacpp", "reference")
-"""Which runtime opens a folder when several can and `--runtime` says nothing."""
-
-
-def work_folder(output: Path) -> Path:
-    """`<output>.work`: the converted source, the resume state, the merged model."""
-    return sibling(output.absolute(), WORK)
-
 
 def enclosing_work_folder(path: Path) -> Path:
     """The work folder that `path` lies in, or its own."""
     parent = path.absolute().parent
-    return parent if parent.name.endswith(WORK) else work_folder(path)
+    return parent if parent.name.endswith(pipeline.WORK) else pipeline.work_folder(path)
 
 
 def default_output(model: str | None, recipe: Recipe, suffix: str) -> Path:
@@ -50,10 +40,8 @@ def default_output(model: str | None, recipe: Recipe, suffix: str) -> Path:
 
 def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple[Checkpoint, SourceRecord]:
     """The `source` stage: what `--model` names, opened."""
-    from losa_deploy.sources.locate import load_source
-
     with console.stage("source") as progress:
-        checkpoint, record = load_source(
+        found = pipeline.load_source(
             args.model,
             revision=args.revision,
             work=work,
@@ -62,6 +50,7 @@ def open_source(args: argparse.Namespace, work: Path, console: Console) -> tuple
             progress=progress,
             warn=console.warn,
         )
+    checkpoint, record = found.checkpoint, found.record
     revision = f" @ {record.revision}" if record.revision else ""
     console.info(
         f"Source: {record.id}{revision}, family {checkpoint.family.name}, {checkpoint.block_count} blocks"
@@ -84,19 +73,6 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def check_state_folder(folder: Path) -> None:
-    """Raise `UsageError` if `folder` is in use for something else than compression."""
-    from losa_deploy.compress.adapted import STATE_FILE
-
-    if folder.is_file() or (
-        folder.is_dir() and any(folder.iterdir()) and not (folder / STATE_FILE).is_file()
-    ):
-        raise UsageError(
-            f"{folder} exists and is not the state of a compression, so losa-deploy will not delete it.",
-            hint="Choose another --output.",
-        )
-
-
 def run_compress(
     source: Checkpoint,
     record: SourceRecord,
@@ -108,37 +84,11 @@ def run_compress(
     room: Room | None = None,
 ) -> AdaptedModel:
     """The `compress` stage: continues or reuses `folder` if it belongs to the same run; see `compress`."""
-    from losa_deploy.compress.adapted import fingerprint
-    from losa_deploy.compress.device import HERE
-    from losa_deploy.compress.schedule import compress
-
-    check_state_folder(folder)
-    room = room or HERE
-    state = room.team.after_the_first(lambda: _undamaged_state(folder, console))
-    if state is not None and state.fingerprint != fingerprint(record.files, recipe):
-        console.info(f"{folder} was made from another source, recipe, text or seed: compressing again.")
-    elif state is not None and state.complete:
-        console.info(f"Compressed before, reusing {folder}")
-    elif state is not None:
-        console.info(f"Resuming after step {state.step} of {state.recipe.schedule.steps} in {folder}")
-    weights = sum(path.stat().st_size for path in set(source.files.values()))
-    require_disk(folder, 2 * weights, "The compression state")
     with console.stage("compress") as progress:
-        adapted = compress(source, record, recipe, folder, progress=progress, texts=texts, room=room)
-    # The state may stem from a run with other merge and export choices.
-    return dataclasses.replace(adapted, state=adapted.state.model_copy(update={"recipe": recipe}))
-
-
-def _undamaged_state(folder: Path, console: Console) -> AdaptedState | None:
-    """The state of `folder`, which is deleted if it is damaged."""
-    from losa_deploy.compress.adapted import read_state
-
-    try:
-        return read_state(folder) if folder.is_dir() else None
-    except InputError as error:
-        console.warn(f"{error.message.rstrip('.')}: compressing again.")
-        remove(folder)
-        return None
+        return pipeline.compress(
+            pipeline.Source(source, record), folder, recipe,
+            room=room, texts=texts, progress=progress, tell=console.info, warn=console.warn,
+        )  # fmt: skip
 
 
 def run_merge(
@@ -151,21 +101,9 @@ def run_merge(
     overwrite: bool,
 ) -> SparseModel:
     """The `merge` stage, staged; a failed proof is a `GateError` and keeps `<output>.failed`."""
-    from losa_deploy.merge import merge
-    from losa_deploy.model import SparseModel
-
-    made_from = adapted.state.source.files
-    differing = sorted(set(made_from.items()) ^ set(record.files.items()))
-    if differing:
-        raise InputError(
-            f"{adapted.folder} was not made from {record.id}: {differing[0][0]} differs.",
-            hint=f"Give --model the model it was made from: {adapted.state.source.id}.",
-        )
-    weights = sum(path.stat().st_size for path in set(source.files.values()))
-    require_disk(output, weights + weights // 16, "The merged model")
-    with staged_output(output, overwrite=overwrite) as folder, console.stage("merge") as progress:
-        merge(source, adapted, folder, progress=progress)
-    return SparseModel.open(output)
+    with console.stage("merge") as progress:
+        found = pipeline.Source(source, record)
+        return pipeline.merge(found, adapted, output, overwrite=overwrite, progress=progress)
 
 
 def merged_before(folder: Path, record: SourceRecord, recipe: Recipe) -> bool:
@@ -193,56 +131,6 @@ def is_intact(folder: Path, again: str, console: Console) -> bool:
     if found:
         console.warn(f"{found}: {again} again.")
     return not found
-
-
-def require_intact(model: SparseModel) -> None:
-    """Raise `GateError` if a file of a merged model is not the one that its `losa.json` has the hash of."""
-    from losa_deploy.errors import GateError
-    from losa_deploy.verify.stored import check_files
-
-    findings = check_files(model.folder, model.manifest)
-    if findings:
-        raise GateError(
-            f"{model.folder} is damaged: {findings[0]}.",
-            hint="Merge the model again, or copy the folder again if it was moved.",
-            details={"failed_checks": len(findings)},
-        )
-
-
-def stamp_recipe(folder: Path, recipe: Recipe) -> None:
-    """Let `losa.json` of a staged folder carry the recipe that was in effect."""
-    from losa_deploy.manifest import Manifest
-
-    manifest = Manifest.read(folder)
-    if manifest.recipe != recipe:
-        manifest.model_copy(update={"recipe": recipe}).write(folder)
-
-
-def pick_runtime(folder: Path, name: str | None) -> Runtime:
-    """The runtime called `name`, or the first preferred one that can open `folder` (or a GGUF file)."""
-    from losa_deploy import plugins
-
-    if name is not None:
-        runtime = plugins.load_runtime(name)
-        if not runtime.supports(folder):
-            raise InputError(f"The runtime {name} cannot open {folder}.", hint="Leave --runtime out.")
-        return runtime
-    if not folder.exists():
-        raise InputError(
-            f"There is no folder {folder}.",
-            hint="Give the output folder of an export or merge, or a GGUF file.",
-        )
-    installed = plugins.runtimes()
-    ordered = [n for n in PREFERRED_RUNTIMES if n in installed]
-    ordered += [n for n in installed if n not in PREFERRED_RUNTIMES]
-    for candidate in ordered:
-        runtime = plugins.load_runtime(candidate)
-        if runtime.supports(folder):
-            return runtime
-    raise InputError(
-        f"No installed runtime ({', '.join(ordered)}) can open {folder}.",
-        hint="Give a folder with model.onnx, a GGUF file or safetensors weights.",
-    )
 
 
 def warn_of_fallback(runtime: Runtime, console: Console) -> None:

@@ -12,6 +12,7 @@ from losa_deploy.cli.flags import add_threads, thread_count
 from losa_deploy.cli.options import add_recipe_options, printed_recipe, revise_recipe
 from losa_deploy.console import Console, table
 from losa_deploy.errors import GateError, InputError, UsageError
+from losa_deploy.pipeline import pick_runtime, work_folder
 
 if TYPE_CHECKING:
     from losa_deploy.manifest import Manifest
@@ -68,7 +69,7 @@ def _exported(
     from losa_deploy.cli import stages
     from losa_deploy.model import SparseModel
 
-    merged = args.against or stages.work_folder(args.path) / "merged"
+    merged = args.against or work_folder(args.path) / "merged"
     if not merged.is_dir():
         raise InputError(
             f"There is no merged model at {merged} to compare with.",
@@ -76,7 +77,7 @@ def _exported(
         )
     model = SparseModel.open(merged)
     exporter = plugins.load_exporter(manifest.format)
-    runtime = stages.pick_runtime(args.path, args.runtime)
+    runtime = pick_runtime(args.path, args.runtime)
     parity = stages.run_verify(args.path, model, exporter, runtime, recipe, thread_count(args), console)
     return dataclasses.asdict(parity), parity.reasons
 

@@ -90,7 +90,9 @@ def _plan(source: Checkpoint, element: int, length: int, memory: int) -> tuple[b
     whole = element * source.block_count * block_parameters(source)
     if free >= whole + FEWEST * each:
         return True, min(most_together(element), (free - whole) // each)
-    return False, min(most_together(element), max(FEWEST, (free - element * block_parameters(source)) // each))
+    return False, min(
+        most_together(element), max(FEWEST, (free - element * block_parameters(source)) // each)
+    )
 
 
 def _register_attention() -> None:
