@@ -80,6 +80,14 @@ class Exporter(Protocol):
     """Writes one artifact format from a merged sparse model."""
 
     name: str
+    building_bytes: float
+    """Per parameter, what `export` has in memory at once; 0 if one tensor at a time."""
+    judge: str
+    """The runtime that judges an artifact without kernels of ours (see `Runtime.exact`)."""
+
+    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+        """The large files that `export` would write, and whether their weights are all dense."""
+        ...
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         """Raise what `check` would raise about every model made from `source`, before it is compressed."""

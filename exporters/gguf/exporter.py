@@ -38,6 +38,12 @@ class GgufExporter:
     """`--format gguf`."""
 
     name = "gguf"
+    building_bytes = 0.0
+    judge = "llamacpp-f32"
+
+    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+        """One file or two."""
+        return {f"{kind} .gguf": kind == "portable" for kind in _kinds(recipe)}
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         """Raise before any work if llama.cpp cannot run this model, or GGUF cannot hold what is asked for."""
@@ -159,10 +165,15 @@ def _shifted(progress: Progress, start: int, total: int, done: int, _: int, labe
 
 def _jobs(model: SparseModel, recipe: ExportRecipe) -> tuple[Job, ...]:
     """The files to write, the primary one first."""
-    kinds: list[Kind] = ["packed"] if recipe.packed else []
-    kinds += ["portable"] if recipe.portable or not recipe.packed else []
     source = model.manifest.source.id
-    return tuple(Job(model.checkpoint, recipe, model.mask, kind, source, model.grid) for kind in kinds)
+    return tuple(
+        Job(model.checkpoint, recipe, model.mask, kind, source, model.grid) for kind in _kinds(recipe)
+    )
+
+
+def _kinds(recipe: ExportRecipe) -> tuple[Kind, ...]:
+    portable: tuple[Kind, ...] = ("portable",) if recipe.portable or not recipe.packed else ()
+    return ("packed", *portable) if recipe.packed else portable
 
 
 def _ones(source: Checkpoint, linear: str) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
 from .plan import Job, choice, plan
 from .restore import restored_graph
-from .writer import Writer
+from .writer import DATA_FILE, Writer
 
 GENAI_FILE = "genai_config.json"
 
@@ -39,6 +39,12 @@ class OnnxExporter:
     """`--format onnx`."""
 
     name = "onnx"
+    building_bytes = 12.0
+    judge = "ort-stock"
+
+    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+        """The data file; the graph is small."""
+        return {DATA_FILE: recipe.portable}
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         """Raise before any work if no graph can be right, or the recipe asks for what only GGUF has."""

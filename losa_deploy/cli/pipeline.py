@@ -71,7 +71,7 @@ def _require(
     first = expect.expected(args, *shapes, recipe)
     console.info(expect.line(first))
     expect.require(first, output, expect.budget(args))
-    expected = plan.estimate(exporter.name, *shapes, recipe, _host_memory(args))
+    expected = plan.estimate(exporter, *shapes, recipe, _host_memory(args))
     console.info(f"{plan.line(expected, output)} (estimated)")
     plan.require_resources(expected, output)
 
@@ -143,7 +143,7 @@ def _dry_run(
         check_tensors(checkpoint)
         exporter.check_source(checkpoint, recipe.export)
     linears, others = source_shapes(args)
-    planned = plan.estimate(exporter.name, linears, others, recipe, _host_memory(args))
+    planned = plan.estimate(exporter, linears, others, recipe, _host_memory(args))
     first = expect.expected(args, linears, others, recipe)
     plan.show(planned, output, console, as_json=args.json, estimated=True, first=first)
     expect.require(first, output, expect.budget(args))

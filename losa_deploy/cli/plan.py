@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from losa_deploy.cli import expect
 from losa_deploy.console import Console, table
-from losa_deploy.errors import ResourceError
+from losa_deploy.errors import MissingError, ResourceError
 from losa_deploy.output import free_bytes, require_disk
 
 if TYPE_CHECKING:
     from losa_deploy.compress.estimate import Estimate
-    from losa_deploy.interfaces import ExportPlan, PlannedTensor
+    from losa_deploy.interfaces import Exporter, ExportPlan, PlannedTensor
     from losa_deploy.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -21,11 +21,9 @@ LIBRARY_BYTES = 1_000_000_000
 """What torch, transformers and ONNX Runtime take before a model is loaded."""
 RIVAL_BYTES = 0.6
 """Per parameter of llama.cpp's file, which is open beside ours while both are timed."""
-BUILT_BYTES = {"onnx": 12.0}
-"""Per parameter, in formats whose graph is built from the whole dense model at once."""
 
 
-def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe, memory: int) -> ExportPlan:
+def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe, memory: int) -> ExportPlan:
     """A plan from shapes alone, for a model that is not compressed yet, with `memory` bytes at hand.
 
     `linears` are pruned at the recipe's mean rate, `others` (embedding, head) stay dense. Small
@@ -41,26 +39,27 @@ def estimate(name: str, linears: Shapes, others: Shapes, recipe: Recipe, memory:
         )
 
     export = recipe.export
-    files = {"model.onnx.data": planned(dense=export.portable)}
-    if name == "gguf":
-        files = {"packed .gguf": planned(dense=False)} if export.packed else {}
-        files |= {"portable .gguf": planned(dense=True)} if export.portable or not export.packed else {}
+    files = {name: planned(dense=dense) for name, dense in exporter.parts(export).items()}
     parameters = sum(rows * columns for rows, columns in (*linears.values(), *others.values()))
     sizes = {file: sum(tensor.bytes for tensor in tensors) for file, tensors in files.items()}
     compared = max(sizes.values()) + RIVAL_BYTES * parameters
     judged = 8 * sum(rows * columns for rows, columns in others.values())
-    loaded = _loading_bytes(name) * parameters
+    loaded = _loading_bytes(exporter) * parameters
     exact = loaded if recipe.verify.level != "off" and LIBRARY_BYTES + loaded <= memory else 0
-    peak = LIBRARY_BYTES + int(max(compared, judged, exact, BUILT_BYTES.get(name, 0.0) * parameters))
-    return ExportPlan(name, sizes, next(iter(files.values())), peak)
+    peak = LIBRARY_BYTES + int(max(compared, judged, exact, exporter.building_bytes * parameters))
+    return ExportPlan(exporter.name, sizes, next(iter(files.values())), peak)
 
 
-def _loading_bytes(name: str) -> int:
+def _loading_bytes(exporter: Exporter) -> int:
     """Per parameter, of the runtime without our kernels that judges an export where it fits."""
-    from losa_deploy.runtimes.ort.library import LOADING_BYTES
+    from losa_deploy import plugins
     from losa_deploy.verify.check import EXACT_BYTES
 
-    return LOADING_BYTES if name == "onnx" else EXACT_BYTES
+    try:
+        judge = plugins.load_runtime(exporter.judge)
+    except MissingError:  # an export will say so; a plan needs no runtime
+        return EXACT_BYTES
+    return int(getattr(judge, "loading_bytes", EXACT_BYTES))
 
 
 def _planned(

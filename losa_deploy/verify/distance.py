@@ -129,8 +129,12 @@ class GreedyComparison:
 
     @property
     def tie(self) -> bool:
-        """Different, but no further than the logits themselves differ: the reference was undecided."""
-        return not self.equal and self.margin <= self.max_abs_logit_difference
+        """Different, but no further than the logits themselves differ: the reference was undecided.
+
+        A margin is between two logits, whose errors are independent: it is off by √2 times as much as one.
+        (Twice the difference would excuse every token.)
+        """
+        return not self.equal and self.margin <= 2**0.5 * self.max_abs_logit_difference
 
 
 def compare_greedy(reference: GreedyTrace, other: GreedyTrace) -> GreedyComparison:

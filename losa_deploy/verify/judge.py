@@ -8,8 +8,9 @@ the weights are integers? Judged against the same oracle by mean divergence. *Cl
 rounding to the value type move the model? Judged against the oracle holding the merged weights.
 
 A greedy token that differs from the oracle's fails the gate unless the oracle itself was undecided:
-its own margin between the two best tokens at that step is no larger than the logit difference
-observed up to it. Such a tie is reported, and `greedy_tokens_equal` is false all the same.
+its own margin between the two best tokens at that step is no larger than √2 times the logit difference
+observed up to it (the errors of two logits are independent). Such a tie is reported, and
+`greedy_tokens_equal` is false all the same.
 """
 
 from __future__ import annotations

@@ -84,6 +84,11 @@ class FolderExporter:
     """The smallest format: the merged Hugging Face folder itself, opened by the reference runtime."""
 
     name = "folder"
+    building_bytes = 0.0
+    judge = "reference"
+
+    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+        return {"model.safetensors": True}
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         pass

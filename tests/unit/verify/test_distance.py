@@ -75,6 +75,15 @@ def test_greedy_difference_within_the_logit_difference_is_a_tie() -> None:
     assert found.max_abs_logit_difference == pytest.approx(0.15)
 
 
+def test_a_margin_is_off_by_more_than_one_logit() -> None:
+    found = compare_greedy(trace([1.0, 0.94]), trace([0.95, 0.985]))
+    assert found.margin == pytest.approx(0.06) and found.max_abs_logit_difference == pytest.approx(0.05)
+    assert found.tie
+    found = compare_greedy(trace([1.0, 0.91]), trace([0.945, 0.965]))
+    assert found.margin == pytest.approx(0.09) and found.max_abs_logit_difference == pytest.approx(0.055)
+    assert not found.tie
+
+
 def test_greedy_difference_beyond_the_logit_difference_is_no_tie() -> None:
     found = compare_greedy(trace([1.0, 0.0]), trace([0.4, 0.5]))
     assert found.margin == pytest.approx(1.0)
