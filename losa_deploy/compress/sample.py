@@ -17,7 +17,9 @@ from losa_deploy.recipe import CalibrationRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
 BATCH = 128
-"""Sequences that go on together in bf16, half as many in f32: a weight is read once for all of them."""
+"""Sequences that go on together in bf16: a weight is read once for all of them."""
+BATCH_F32 = 48
+"""The same in f32, where products take longer than reading the weights."""
 FEWEST = 8
 """As long as their keys and values fit into memory, down to so many."""
 GROUPED = "losa_grouped"
@@ -80,7 +82,7 @@ def _chances(samples: int, length: int, draw: torch.Generator) -> Tensor:
 
 def most_together(element: int) -> int:
     """Sequences that go on together if memory is plenty, with so many bytes for each number."""
-    return 2 * BATCH // element
+    return BATCH if element == 2 else BATCH_F32
 
 
 def _plan(source: Checkpoint, element: int, length: int, memory: int) -> tuple[bool, int]:
