@@ -42,7 +42,8 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         with stages.timed(timings, "source"):
             source, record = stages.open_source(args, work, console)
         exporter.check_source(source, recipe.export)
-        _require(args, exporter, source, recipe, output, console)
+        known = _compressed_before(work, record, recipe)
+        _require(args, exporter, source, recipe, output, console, known=known)
         model = merged_model(source, record, recipe, work, timings, console, room=room)
         exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
@@ -65,15 +66,35 @@ def _require(
     recipe: Recipe,
     output: Path,
     console: Console,
+    *,
+    known: bool,
 ) -> None:
-    """Say what the run will roughly write and need, and refuse what does not fit."""
+    """Say what the run will roughly write and need, and refuse what does not fit.
+
+    `known`: the model is compressed already, here or elsewhere, so that this takes nothing.
+    """
     shapes = checkpoint_shapes(source)
-    first = expect.expected(args, *shapes, recipe)
-    console.info(expect.line(first))
-    expect.require(first, output, expect.budget(args))
+    if not known:
+        first = expect.expected(args, *shapes, recipe)
+        console.info(expect.line(first))
+        expect.require(first, output, expect.budget(args))
     expected = plan.estimate(exporter, *shapes, recipe, _host_memory(args))
     console.info(f"{plan.line(expected, output)} (estimated)")
     plan.require_resources(expected, output)
+
+
+def _compressed_before(work: Path, record: SourceRecord, recipe: Recipe) -> bool:
+    """Whether `work` holds the whole compression of this source by this recipe."""
+    from losa_deploy.compress.adapted import fingerprint, read_state
+    from losa_deploy.errors import InputError
+
+    if stages.merged_before(work / "merged", record, recipe):
+        return True
+    try:
+        state = read_state(work / "adapted") if (work / "adapted").is_dir() else None
+    except InputError:
+        return False
+    return state is not None and state.complete and state.fingerprint == fingerprint(record.files, recipe)
 
 
 def _host_memory(args: argparse.Namespace) -> int:

@@ -143,6 +143,19 @@ def test_a_second_run_reuses_the_work_and_gives_the_same_bytes(copy: Path, tiny_
     assert before == {n: (copy / n).read_bytes() for n in before}
 
 
+def test_what_was_compressed_elsewhere_needs_no_memory_for_it_here(
+    copy: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    refused = whole_path(tiny_llama, tmp_path / "fresh", "--memory", "100M", "--json")
+    assert refused.code == 4, refused.err
+    assert "GB of memory (" in json.loads(refused.err.splitlines()[-1])["message"]
+    assert not (tmp_path / "fresh").exists()
+    shutil.rmtree(work(copy) / "merged")
+    again = whole_path(tiny_llama, copy, "--memory", "100M", "--overwrite")
+    assert again.code == 0, again.err
+    assert "Compressed before" in again.err and "Expected: peak memory" not in again.err
+
+
 def test_another_recipe_starts_again_and_a_failed_gate_keeps_the_artifact(
     copy: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
