@@ -253,7 +253,8 @@ class Decoder:
     @torch.no_grad()
     def finish(self, stream: Stream) -> Tensor:
         """What the head reads, [samples, tokens, hidden], of the stream after the last block."""
-        result = self._room(stream.hidden.shape)
+        width = self.last_norm(stream.hidden[:1, :1]).shape[-1]  # OPT projects to another one
+        result = self._room((*stream.hidden.shape[:2], width))
         for part in stream.batches():
             result[part] = self.last_norm(stream.hidden[part])
         return result
