@@ -49,7 +49,7 @@ def tokens() -> torch.Tensor:
 def block_task(student: Student, dense: Decoder, tokens: torch.Tensor, names: tuple[str, ...]) -> BlockTask:
     stream = student.stream(tokens, 4)
     target = dense.advance(0, dense.stream(tokens, 4)).hidden
-    return BlockTask(student, range(1), names, stream, target, "f32")
+    return BlockTask(student, range(1), names, stream, target, "f32", target.shape[0])
 
 
 def test_the_error_counts_every_token_alike() -> None:
@@ -335,7 +335,7 @@ def test_two_neighbours_train_together_towards_the_later_one(tiny_llama: Path, t
     student, dense = pruned(source), Decoder(source)
     names = (*student.block_linears(0), *student.block_linears(1))
     target = dense.advance(1, dense.advance(0, dense.stream(tokens, 4))).hidden
-    task = BlockTask(student, range(2), names, student.stream(tokens, 4), target, "f32")
+    task = BlockTask(student, range(2), names, student.stream(tokens, 4), target, "f32", target.shape[0])
     start = {name: student.masked(name).weight.clone() for name in names}
     phase = PhaseRecipe(learning_rate=0.02, batch_size=4)
     before, after = reconstruct_block(task, phase, 40, torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from losa_deploy.compress.allocate import sparsity_ramp
+from losa_deploy.compress.decoder import Stream
 from losa_deploy.compress.prune import InputStatistics, Pattern, prune_sparsegpt
 from losa_deploy.compress.walk import Walk, block_error
 from losa_deploy.recipe import Recipe, load_recipe
@@ -116,5 +117,6 @@ def test_block_error_is_relative_channel_by_channel() -> None:
     expected = [
         np.square(dense[..., c] - output[..., c]).sum() / np.square(dense[..., c]).sum() for c in range(5)
     ]
-    found = block_error(torch.from_numpy(output), torch.from_numpy(dense))
+    ours, wanted = (Stream(torch.from_numpy(values), (), 2) for values in (output, dense))
+    found = block_error(ours, wanted)
     assert found == pytest.approx(np.mean(expected), rel=1e-9)
