@@ -44,7 +44,7 @@ WEIGHTS = {
     "loss": {"kl": 1.0, "ce": 0.2},
 }
 ADAPTERS = {"train": ["adapters"], "where": "model", "tokens": 400}
-ON_GRID, ELSEWHERE = 0.08, 0.001
+ON_GRID, ELSEWHERE = 0.08, 0.0002
 """What may differ: on a grid the last bit of a sum can decide between two levels, or the sign of a scale."""
 RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     "quick": (2, ON_GRID, {"phases": [BLOCKS, NORMS]}),
