@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.partial import Partial
@@ -19,6 +20,31 @@ from losa_deploy.sources.checkpoint import Checkpoint
 
 NewWalk = Callable[[Recipe], Walk]
 PruneFirst = Callable[[Walk, torch.Tensor, int, float], None]
+Stored = Callable[[Path], dict[str, torch.Tensor]]
+Distance = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+@pytest.fixture(scope="session")
+def stored() -> Stored:
+    """All that a compression left in a folder, by file and name."""
+
+    def tensors(folder: Path) -> dict[str, torch.Tensor]:
+        files = sorted(folder.rglob("*.safetensors"))
+        return {f"{path.relative_to(folder)} {n}": t for path in files for n, t in load_file(path).items()}
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def distance() -> Distance:
+    """Relative; of whole numbers and bits the share that differs."""
+
+    def between(found: torch.Tensor, expected: torch.Tensor) -> float:
+        if not expected.is_floating_point():
+            return float((found != expected).float().mean())
+        return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+    return between
 
 
 @pytest.fixture(scope="session")

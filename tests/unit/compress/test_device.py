@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils import backend_registration
 
 from losa_deploy.compress.device import find_device
@@ -20,6 +19,8 @@ from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
+Stored = Callable[[Path], dict[str, torch.Tensor]]
+Distance = Callable[[torch.Tensor, torch.Tensor], float]
 FAR = Path(__file__).with_name("far.py")
 BASE = {"calibration.samples": 12, "calibration.sequence_length": 24, "precision": "f32"}
 BLOCKS = {"train": ["weights", "scales"], "grid": "export", "tokens": 300, "window": 2}
@@ -47,19 +48,6 @@ RECIPES: Mapping[str, Mapping[str, object]] = {
 }
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All that a compression left, by file and name."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return {f"{path.relative_to(folder)} {n}": t for path in files for n, t in load_file(path).items()}
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative: attention adds up in another order there, and then a few weights get another level."""
-    if not expected.is_floating_point():
-        return float((found != expected).float().mean())
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
 def on_far(source: Path, chosen: Recipe, folder: Path) -> None:
     path = folder.with_suffix(".json")
     path.write_text(chosen.model_dump_json(), "utf-8")
@@ -75,7 +63,9 @@ def on_far(source: Path, chosen: Recipe, folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", [name if name == "quick" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
-def test_another_device_gives_what_the_cpu_gives(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_another_device_gives_what_the_cpu_gives(
+    name: str, tiny_llama: Path, tmp_path: Path, stored: Stored, distance: Distance
+) -> None:
     chosen = load_recipe(overrides={**BASE, **RECIPES[name]}.items())
     on_far(tiny_llama, chosen, tmp_path / "far")
     threads = torch.get_num_threads()
@@ -85,7 +75,7 @@ def test_another_device_gives_what_the_cpu_gives(name: str, tiny_llama: Path, tm
         compress(source, SourceRecord(id="someone/tiny"), chosen, tmp_path / "cpu", progress=no_progress)
     finally:
         torch.set_num_threads(threads)
-    expected, found = tensors(tmp_path / "cpu"), tensors(tmp_path / "far")
+    expected, found = stored(tmp_path / "cpu"), stored(tmp_path / "far")
     assert found.keys() == expected.keys() and len(found) > 20
     for key, value in expected.items():
         assert found[key].shape == value.shape

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from losa_deploy.compress.device import CPU
 from losa_deploy.compress.schedule import compress
@@ -22,6 +21,8 @@ from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
+Stored = Callable[[Path], dict[str, torch.Tensor]]
+Distance = Callable[[torch.Tensor, torch.Tensor], float]
 TOGETHER = Path(__file__).with_name("together.py")
 BASE = {"calibration.samples": 14, "calibration.sequence_length": 24, "precision": "f32"}
 BLOCKS = {
@@ -118,17 +119,6 @@ def alone(source: Path, chosen: Recipe, folder: Path) -> None:
         torch.set_num_threads(threads)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.rglob("*.safetensors"))
-    return {f"{path.relative_to(folder)} {n}": t for path in files for n, t in load_file(path).items()}
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    if not expected.is_floating_point():
-        return float((found != expected).float().mean())
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-
-
 def unsigned(key: str, value: torch.Tensor) -> torch.Tensor:
     return value.abs() if key.endswith(".scales") else value
 
@@ -136,7 +126,9 @@ def unsigned(key: str, value: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "name", [name if name == "no grid" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
-def test_processes_give_what_one_gives(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_processes_give_what_one_gives(
+    name: str, tiny_llama: Path, tmp_path: Path, stored: Stored, distance: Distance
+) -> None:
     count, most, changes = RECIPES[name]
     chosen = load_recipe(overrides={**BASE, **changes}.items())
     shared = (
@@ -145,7 +137,7 @@ def test_processes_give_what_one_gives(name: str, tiny_llama: Path, tmp_path: Pa
     together(tiny_llama, chosen, tmp_path / "many", count, **({"MEMORY": "1"} if shared else {}))
     assert counted(tmp_path / "many")[:2] == [count, shared]
     alone(tiny_llama, chosen, tmp_path / "one")
-    expected, found = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    expected, found = stored(tmp_path / "one"), stored(tmp_path / "many")
     assert found.keys() == expected.keys() and len(found) > 20
     for key, value in expected.items():
         assert found[key].shape == value.shape
@@ -178,6 +170,7 @@ def test_processes_go_on_where_they_were_killed(
     environment: dict[str, str],
     tiny_llama: Path,
     tmp_path: Path,
+    stored: Stored,
 ) -> None:
     chosen = load_recipe(overrides={**BASE, "phases": phases}.items())
     together(tiny_llama, chosen, tmp_path / "whole", 2, **environment)
@@ -186,7 +179,7 @@ def test_processes_go_on_where_they_were_killed(
     assert list((tmp_path / "killed").rglob(left))
     together(tiny_llama, chosen, tmp_path / "killed", 2, **environment)
     assert not environment or counted(tmp_path / "killed")[2] < counted(tmp_path / "whole")[2]
-    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    expected, found = stored(tmp_path / "whole"), stored(tmp_path / "killed")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
