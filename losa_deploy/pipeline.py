@@ -7,6 +7,7 @@ Everything raises a `LosaError`; outputs appear whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ PREFERRED_RUNTIMES = ("ort", "genai", "llamacpp", "reference")
 
 def silent(line: str) -> None:
     """Tells nobody."""
+
+
+def physical_cores() -> int:
+    """How many physical cores this process may use: what `threads` is by default."""
+    import psutil
+
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(available, psutil.cpu_count(logical=False) or available))
 
 
 def work_folder(output: Path) -> Path:
@@ -359,7 +368,7 @@ def measure(
         runtime=pick_runtime(path),
         work=Path(work) if work else work_folder(path),
         recipe=recipe or manifest.recipe,
-        threads=threads,
+        threads=threads or physical_cores(),
         memory=memory,
         warn=warn,
     )

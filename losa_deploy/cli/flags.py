@@ -97,10 +97,9 @@ def thread_count(args: argparse.Namespace) -> int:
     """`--threads`, or the number of physical cores this process may use."""
     if args.threads:
         return int(args.threads)
-    import psutil
+    from losa_deploy.pipeline import physical_cores
 
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(available, psutil.cpu_count(logical=False) or available))
+    return physical_cores()
 
 
 def is_offline(args: argparse.Namespace) -> bool:
