@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.families import Family
+from losa_deploy.layouts import VALUE_TYPES
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.manifest import MANIFEST_FILE, Manifest
+from losa_deploy.phases import LEVELS
 from losa_deploy.sources.checkpoint import Checkpoint
 
 MASK_FILE = "masks.safetensors"
 GRID_FILE = "grid.safetensors"
 GRID_KEY = "losa.grid"
 """Key of the header of `grid.safetensors`: a JSON object, linear → [value type, group size]."""
-HIGHEST = {"i8": 127, "i4": 7, "i3": 3, "i2": 1}
-"""Value type of a grid → its highest level; the lowest is -127, -8 or -4."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,9 @@ class WeightGrid:
         """What a weight [out, in], stored in whatever type, means on the grid."""
         columns = weight.shape[1]
         scale = self.scales.astype(np.float32).repeat(self.group_size or columns, axis=1)[:, :columns]
-        highest = HIGHEST[self.value_type]
-        lowest = -highest if self.value_type == "i8" else -highest - 1
         level = np.divide(weight, scale, out=np.zeros_like(weight), where=scale != 0)
-        result: NDArray[np.float32] = np.clip(np.rint(level), lowest, highest) * scale + np.float32(0)
+        level = np.clip(np.rint(level), *LEVELS[self.value_type])
+        result: NDArray[np.float32] = level * scale + np.float32(0)
         return result
 
     def rows(self, order: NDArray[np.intp] | None) -> WeightGrid:
@@ -50,15 +49,18 @@ class WeightGrid:
 
     def fits(self, value_type: str, group_size: int) -> bool:
         """Whether values of this type, in groups of this size, can be exactly those of the grid."""
-        if self.value_type == "i8":
-            return value_type == "i8"
-        return value_type == "i4" and self.group_size % group_size == 0
+        kind, (lowest, highest) = VALUE_TYPES[value_type], LEVELS[self.value_type]
+        if kind.levels is None or not (kind.levels[0] <= lowest and highest <= kind.levels[1]):
+            return False
+        if not self.group_size:
+            return not kind.grouped
+        return kind.grouped and self.group_size % group_size == 0
 
     def fitted(self, options: PackOptions, columns: int) -> PackOptions:
         """`options` with the grid's own scales if it fits them."""
         if not self.fits(options.value_type, options.group_size):
             return options
-        if self.value_type == "i8":
+        if not self.group_size:
             return replace(options, scales=self.scales)
         scales = self.scales.repeat(self.group_size // options.group_size, axis=1)
         return replace(options, scales=scales[:, : -(-columns // options.group_size)])

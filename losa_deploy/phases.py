@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Grid = Literal["none", "export", "i8", "i4", "i3", "i2"]
+LEVELS: Mapping[str, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3), "i2": (-2, 1)}
+"""Grid → lowest and highest level. Not every grid has a value type: some only tell what it would be worth."""
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0.0)]
 TEACHING: Mapping[str, Mapping[str, object]] = {
@@ -195,4 +197,4 @@ def resolved(grid: Grid, value_type: str) -> Grid:
     """The grid a phase trains on: `export` is the value type if that has levels, else none."""
     if grid != "export":
         return grid
-    return {"i8": "i8", "i4": "i4", "i3": "i3"}.get(value_type, "none")  # type: ignore[return-value]
+    return value_type if value_type in LEVELS else "none"  # type: ignore[return-value]

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from losa_deploy import _native
 from losa_deploy.layouts import PackedTensor
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.progress import Progress, no_progress
 
 from ..document import SCHEMA, machine_record
@@ -155,7 +154,7 @@ def default_storages(
 
 
 def _storages_of(layout: str, value_type: str, sparsities: Sequence[float]) -> Iterator[Storage]:
-    kind = cast("ValueType", value_type)
+    kind = cast("str", value_type)
     if layout == "dense":
         yield Storage("dense", kind)
     elif layout == "bitmask":

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 from losa_deploy.card import mean_bits
 from losa_deploy.gguf.view import dense_gguf_bytes
@@ -15,7 +14,7 @@ from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.manifest import Manifest
 from losa_deploy.model import SparseModel
-from losa_deploy.recipe import Recipe, ValueType
+from losa_deploy.recipe import Recipe
 from losa_deploy.sources.checkpoint import Checkpoint
 from losa_deploy.verify.distance import Floats
 from losa_deploy.verify.judge import Parity
@@ -150,7 +149,7 @@ def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
     total = exported_bytes
     for record in manifest.linears:
         shape = (record.shape[0], record.shape[1])
-        value_type = cast("ValueType", record.value_type)
+        value_type = record.value_type
         dense = dense_size(shape, PackOptions(value_type=value_type, group_size=group_size))
         if manifest.format == "gguf":
             dense = dense_gguf_bytes(value_type, shape)

@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 
 from losa_deploy.interfaces import Runtime, Session
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
 
@@ -100,7 +99,7 @@ def build_contenders(
     folder: Path,
     runtime: Runtime,
     *,
-    head: ValueType = "i8",
+    head: str = "i8",
     threads: int = 0,
     seed: int = 0,
     progress: Progress = no_progress,

@@ -12,10 +12,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, tiled
-from losa_deploy.layouts.base import Component, ValueType
-from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id
-from losa_deploy.layouts.streams import stream_bytes
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, tiled
+from losa_deploy.layouts.base import Component
+from losa_deploy.layouts.blob import scale_type_id
+from losa_deploy.layouts.streams import stream_bytes, used_bytes
 
 SEED_ROWS = 256
 """At most so many different rows per tensor."""
@@ -27,7 +27,7 @@ class Storage:
 
     layout: str
     """dense, bitmask, nm or tiled."""
-    value_type: ValueType
+    value_type: str
     sparsity: float = 0.0
     """Fraction of zeros; with a pattern it is 1 - N/M."""
     pattern: tuple[int, int] | None = None
@@ -49,15 +49,16 @@ class Storage:
         return PackOptions(self.value_type, self.group_size, pattern=pattern)
 
 
-def layout_of_pattern(pattern: tuple[int, int] | None, value_type: ValueType) -> str:
+def layout_of_pattern(pattern: tuple[int, int] | None, value_type: str) -> str:
     """What `auto` stores a pattern of random weights as: in tiles if it has some, smaller than dense."""
     if pattern is None:
         return "bitmask"
     n, m = pattern
-    bits = {"i8": (12, 8), "i4": (8, 4)}.get(value_type)  # of a slot in 16, and of a dense weight
-    if bits is None or not tiled.known_pattern(n, m):
+    kind = VALUE_TYPES[value_type]
+    if not (tiled.stores(kind) and tiled.known_pattern(n, m)):
         return "nm"
-    small = m == tiled.SHORT or 2 * tiled.steps(n, m) * bits[0] < m * bits[1]
+    slot = 12 if kind.bits == 8 else 8  # bits of one in 16, position included
+    small = m == tiled.SHORT or 2 * tiled.steps(n, m) * slot < m * kind.bits
     return "tiled" if small else "nm"
 
 
@@ -148,8 +149,8 @@ def native_description(packed: PackedTensor) -> dict[str, int | NDArray[np.uint8
     return {
         "rows": packed.shape[0],
         "columns": packed.shape[1],
-        "layout": LAYOUT_IDS[packed.layout],
-        "value_type": VALUE_TYPE_IDS[packed.value_type],
+        "layout": LAYOUTS[packed.layout].number,
+        "value_type": VALUE_TYPES[packed.value_type].number,
         "scale_type": scale_type_id(packed),
         **numbers,
         **{name: byte_view(array) for name, array in packed.arrays.items()},
@@ -170,14 +171,11 @@ def _counts(packed: PackedTensor, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     return counts
 
 
-def _repeat_stream(
-    values: Component, counts: NDArray[np.int64], value_type: ValueType, times: int
-) -> Component:
+def _repeat_stream(values: Component, counts: NDArray[np.int64], value_type: str, times: int) -> Component:
     """The stream without its padding, `times` times, and padded again."""
-    used = int(counts.sum())
-    if value_type == "i4":
-        used = int(np.maximum(counts[0::2], counts[1::2]).sum())
-    length = stream_bytes(np.tile(counts, times), value_type) // values.itemsize
+    kind = VALUE_TYPES[value_type]
+    used = used_bytes(counts, kind) // values.itemsize
+    length = stream_bytes(np.tile(counts, times), kind) // values.itemsize
     repeated = np.zeros(length, values.dtype)
     repeated[: used * times] = np.tile(values[:used], times)
     return repeated

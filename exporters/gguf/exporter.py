@@ -13,7 +13,6 @@ from losa_deploy.errors import InputError, UsageError
 from losa_deploy.gguf.view import dense_gguf_bytes, dense_type, find_gguf
 from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
 from losa_deploy.layouts import PATTERNED
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
@@ -141,7 +140,7 @@ def _decode(path: Path, folder: Path) -> Mapping[str, NDArray[np.float32]]:
     return reader.decode(path, folder, (*manifest.linears, *manifest.other_tensors))
 
 
-def _portable(record: TensorRecord, value_type: ValueType) -> TensorRecord:
+def _portable(record: TensorRecord, value_type: str) -> TensorRecord:
     """How a portable file stores a linear, by the rules of the format and not by what a file says."""
     rows, columns = record.shape
     kind = dense_type(value_type, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy import layouts
 from losa_deploy.gguf.file import F32, TYPE_NAMES, dense_bytes
 from losa_deploy.gguf.view import declared, dense_type
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import blob_bytes
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
@@ -27,8 +27,6 @@ from .values import VALUE_TYPES, pack_options
 
 Kind = Literal["portable", "packed"]
 ROPE = "rope_freqs.weight"
-HEAD_FOLLOWS: Mapping[ValueType, ValueType] = {"f32": "f32", "f16": "f16", "i8": "i8", "i4": "i8"}
-"""Blocks → embedding and head."""
 LIBRARY_BYTES = 700_000_000
 """Resident size of numpy, torch and transformers beside the tensor at hand."""
 HEADER_BYTES = 50_000
@@ -78,9 +76,10 @@ class Job:
         return architecture(self.checkpoint)
 
     @property
-    def head_value_type(self) -> ValueType:
+    def head_value_type(self) -> str:
         """Of embedding and head."""
-        return HEAD_FOLLOWS[self.recipe.value_type] if self.recipe.head == "same" else self.recipe.head
+        follows = layouts.VALUE_TYPES[self.recipe.value_type].head
+        return follows if self.recipe.head == "same" else self.recipe.head
 
     @cached_property
     def parameters(self) -> int:
@@ -92,8 +91,8 @@ class Job:
     def file(self) -> str:
         """Name of the file."""
         value_type = self.recipe.value_type
-        label = {"i8": "Q8_0", "i4": "Q4_0"}.get(value_type, value_type.upper())
-        label = f"LOSA-{value_type.upper()}" if self.kind == "packed" else label
+        packed = self.kind == "packed"
+        label = f"LOSA-{value_type.upper()}" if packed else layouts.VALUE_TYPES[value_type].ggml
         return file_name(self.model, self.parameters, label)
 
     @cached_property

@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 
 from losa_deploy.gguf.file import F16, F32, Q4_0, Q8_0
 from losa_deploy.layouts import PackOptions
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.values import quantize
 from losa_deploy.model import WeightGrid
 
 BLOCK = 32
-DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
+DENSE_TYPES: dict[str, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
 """Value type → tensor type of a dense weight."""
-VALUE_TYPES: dict[int, ValueType] = {kind: name for name, kind in DENSE_TYPES.items()}
+VALUE_TYPES: dict[int, str] = {kind: name for name, kind in DENSE_TYPES.items()}
 
 
-def pack_options(value_type: ValueType, group_size: int) -> PackOptions:
+def pack_options(value_type: str, group_size: int) -> PackOptions:
     """Row scales are f16, as Q8_0 has them."""
     return PackOptions(value_type, group_size, scale_type="f16", search=True)
 

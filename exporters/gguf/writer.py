@@ -16,7 +16,6 @@ from losa_deploy.errors import InputError
 from losa_deploy.gguf.file import I8, TYPE_NAMES
 from losa_deploy.gguf.view import ARCHITECTURE, FORMAT, PACKED
 from losa_deploy.layouts import LAYOUTS, Choice
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import ALIGNMENT, to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
@@ -35,7 +34,7 @@ Provenance = Mapping[str, str | float]
 """Keys below `losa.`, and `license`."""
 CHUNK = 1 << 22
 """Weights that are rounded at once."""
-FILE_TYPES: Mapping[ValueType, int] = {"f32": 0, "f16": 1, "i4": 2, "i8": 7}
+FILE_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "i4": 2, "i8": 7}
 """`general.file_type`: all F32, mostly F16, mostly Q4_0, mostly Q8_0."""
 
 

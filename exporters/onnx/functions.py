@@ -14,17 +14,19 @@ logits would not be those of the stored weights. So the scales are applied in f3
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from losa_deploy.layouts import tiled
-from losa_deploy.layouts.base import PackedTensor, ValueType
+from losa_deploy.layouts.base import PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, form, op_type
-from losa_deploy.layouts.values import BLOCK as ROW_BLOCK
+from losa_deploy.layouts.rows import BLOCK as ROW_BLOCK
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
+
+from .body import Body
 
 VERSION = 1
 OPSET = 20
@@ -32,107 +34,19 @@ OPSET = 20
 BLOCK = 8
 """Levels per block in the bitmask decoding."""
 F32, I32, U8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.UINT8
-LEVEL_DTYPE: dict[ValueType, type[np.generic]] = {
-    "f32": np.float32,
-    "f16": np.float16,
-    "i8": np.int8,
-    "i4": np.int8,
-}
-"""What a stored value is before its scale is applied; i4 codes become int8 levels."""
-
-
-@dataclass
-class Body:
-    """A function body under construction; every method returns the name of a new value."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    suffix: str = ""
-    """Of the components that are decoded now; an operator with several weights numbers them."""
-
-    def part(self, name: str) -> str:
-        """A component of the weight that is decoded now."""
-        return name + self.suffix
-
-    def op(self, op_type: str, *inputs: str, **attributes: int | Sequence[int] | str) -> str:
-        """Append a standard operator with one output."""
-        name = f"v{len(self.nodes)}"
-        node = helper.make_node(op_type, inputs, [name])
-        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
-        self.nodes.append(node)
-        return name
-
-    def const(self, value: NDArray[np.generic]) -> str:
-        """A constant tensor."""
-        name = f"v{len(self.nodes)}"
-        tensor = numpy_helper.from_array(np.asarray(value, order="C"))
-        self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
-        return name
-
-    def ints(self, *values: int) -> str:
-        """A constant int64 vector."""
-        return self.const(np.array(values, np.int64))
-
-    def attribute(self, name: str) -> str:
-        """An integer attribute of the node, as an int64 vector of one element."""
-        node = helper.make_node("Constant", [], [f"v{len(self.nodes)}"])
-        node.attribute.append(
-            onnx.AttributeProto(name="value_int", ref_attr_name=name, type=onnx.AttributeProto.INT)
-        )
-        self.nodes.append(node)
-        return self.op("Reshape", node.output[0], self.ints(1))
-
-    def cast(self, value: str, to: int) -> str:
-        return self.op("Cast", value, to=to)
-
-    def size(self, value: str, axis: int) -> str:
-        """One dimension of a value, as an int64 vector of one element."""
-        return self.op("Shape", value, start=axis, end=axis + 1)
-
-    def reshape(self, value: str, *parts: str) -> str:
-        """Reshape to the concatenation of int64 vectors."""
-        shape = parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
-        return self.op("Reshape", value, shape)
-
-    def head(self, value: str, count: str, axis: int) -> str:
-        """The first `count` entries along an axis."""
-        return self.op("Slice", value, self.ints(0), count, self.ints(axis))
-
-    def scalar(self, vector: str) -> str:
-        """A vector of one element as a scalar."""
-        return self.op("Squeeze", vector)
-
-    def zeros(self, dtype: type[np.generic], *parts: str) -> str:
-        """Zeros of the shape given by int64 vectors."""
-        shape = parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
-        name = f"v{len(self.nodes)}"
-        zero = numpy_helper.from_array(np.zeros(1, dtype))
-        self.nodes.append(helper.make_node("ConstantOfShape", [shape], [name], value=zero))
-        return name
-
-
-def exact(packed: PackedTensor) -> bool:
-    """True if rows decode without padding, so that there is nothing to cut off."""
-    in_features, params = packed.shape[1], packed.params
-    if packed.layout == "dense":
-        return packed.value_type != "i4" or in_features % ROW_BLOCK == 0
-    if packed.layout == "tiled":
-        return True
-    if params.get("position_bits"):
-        return in_features % params["m"] == 0
-    return bool(packed.arrays["positions"].shape[1] * 8 == in_features)
 
 
 def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) -> onnx.FunctionProto:
     """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T.
 
     With several weights the components are numbered (`values0`, `values1`), and so are the outputs.
-    `unpadded` promises that every tensor of the model that uses it is `exact`.
+    `unpadded` promises that every tensor of the model that uses it is unpadded.
     """
-    body, name = Body(), op_type(packed, weights)
+    body, name, kind = Body(), op_type(packed, weights), VALUE_TYPES[packed.value_type]
     inputs, outputs = ["X"], []
     for index in range(weights):
         body.suffix = str(index) if weights > 1 else ""
-        matrix = _DECODERS[form(packed)](body, packed.value_type, unpadded)
+        matrix = DECODERS[form(packed)](body, kind, unpadded)
         _finish(body, matrix, packed, unpadded=unpadded)
         inputs += [body.part(part) for part in packed.arrays]
         outputs.append(body.part("Y"))
@@ -142,53 +56,98 @@ def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) 
     )
 
 
-def _levels(body: Body, value_type: ValueType) -> str:
-    """Stored values → levels of the same shape, or for i4 [..., 2] levels per byte."""
-    if value_type != "i4":
+def _levels(body: Body, kind: ValueType) -> str:
+    """Stored values → levels of the same shape, or below 8 bits [..., codes of a byte]."""
+    if kind.bits >= 8:
         return body.part("values")
-    byte = np.arange(256, dtype=np.int32)
-    pairs = body.op(
-        "Gather", body.part("table"), body.const(np.stack([byte & 15, byte >> 4], axis=1)), axis=0
-    )
-    return body.op("Gather", pairs, body.cast(body.part("values"), I32), axis=0)
+    levels = body.op("Gather", body.part("table"), body.const(_codes_of_bytes(kind.bits)), axis=0)
+    return body.op("Gather", levels, body.cast(body.part("values"), I32), axis=0)
 
 
-def _decode_dense(body: Body, value_type: ValueType, unpadded: bool) -> str:
-    """Levels [out, in], for i4 [out, in + 1] if `in` is odd."""
-    levels = _levels(body, value_type)
-    if value_type != "i4":
-        return levels
-    rows, half = body.size(body.part("values"), 0), body.ints(ROW_BLOCK // 2)
+def _codes_of_bytes(bits: int) -> NDArray[np.int32]:
+    """[256, 8 / bits]: the codes of each byte, that in the lowest bits first."""
+    byte = np.arange(256, dtype=np.int32)[:, None]
+    return byte >> np.arange(0, 8, bits, dtype=np.int32) & (1 << bits) - 1
+
+
+def _decode_dense(body: Body, kind: ValueType, unpadded: bool) -> str:
+    """Levels [out, in], below 8 bits [out, >= in] if `in` is no multiple of 128."""
+    if kind.bits >= 8:
+        return body.part("values")
+    if len(kind.planes) > 1:
+        return _decode_planes(body, kind, unpadded)
+    levels, count = _levels(body, kind), 8 // kind.bits
+    rows, width = body.size(body.part("values"), 0), body.ints(ROW_BLOCK // count)
     blocks = body.op("Div", body.attribute("in_features"), body.ints(ROW_BLOCK))
-    full = body.op("Mul", blocks, half)
+    full = body.op("Mul", blocks, width)
     if not unpadded:
         rest = body.op("Slice", levels, full, body.size(levels, 1), body.ints(1))
         levels = body.head(levels, full, 1)
-    split = body.op("Transpose", body.reshape(levels, rows, blocks, half, body.ints(2)), perm=[0, 1, 3, 2])
-    whole = body.reshape(split, rows, body.op("Mul", full, body.ints(2)))
+    split = body.reshape(levels, rows, blocks, width, body.ints(count))
+    split = body.op("Transpose", split, perm=[0, 1, 3, 2])
+    whole = body.reshape(split, rows, body.op("Mul", full, body.ints(count)))
     if unpadded:
         return whole
+    return body.op("Concat", whole, _flat_runs(body, rest, rows, count), axis=1)
+
+
+def _flat_runs(body: Body, rest: str, rows: str, count: int) -> str:
+    """The short block of each row, [out, bytes, codes of a byte] → [out, positions]."""
     tail = body.op("Transpose", rest, perm=[0, 2, 1])
-    width = body.op("Mul", body.size(tail, 2), body.ints(2))
+    width = body.op("Mul", body.size(tail, 2), body.ints(count))
     # Another tensor of the model may have no tail: then the width is zero, and means it.
-    flat = body.op("Reshape", tail, body.op("Concat", rows, width, axis=0), allowzero=1)
-    return body.op("Concat", whole, flat, axis=1)
+    return body.op("Reshape", tail, body.op("Concat", rows, width, axis=0), allowzero=1)
 
 
-def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
+def _decode_planes(body: Body, kind: ValueType, unpadded: bool) -> str:
+    """Codes whose bits lie in several planes → levels [out, in]."""
+    features, values = body.attribute("in_features"), body.part("values")
+    rows, block = body.size(values, 0), ROW_BLOCK * kind.bits // 8
+    blocks = body.op("Div", features, body.ints(ROW_BLOCK))
+    full = body.op("Mul", blocks, body.ints(block))
+    last = body.op("Mod", features, body.ints(ROW_BLOCK))
+    whole = body.reshape(body.head(values, full, 1), rows, blocks, body.ints(block))
+    planes, first, at, low = [], 0, full, 0
+    for bits in kind.planes:
+        table = body.const(_codes_of_bytes(bits) << low)
+        width = ROW_BLOCK * bits // 8
+        run = body.op("Slice", whole, body.ints(first), body.ints(first + width), body.ints(2))
+        split = body.op("Gather", table, body.cast(run, I32), axis=0)
+        split = body.op("Transpose", split, perm=[0, 1, 3, 2])
+        plane = body.reshape(split, rows, body.op("Mul", blocks, body.ints(ROW_BLOCK)))
+        if not unpadded:
+            rounded = body.op("Add", body.op("Mul", last, body.ints(bits)), body.ints(7))
+            end = body.op("Add", at, body.op("Div", rounded, body.ints(8)))
+            rest = body.cast(body.op("Slice", values, at, end, body.ints(1)), I32)
+            tail = _flat_runs(body, body.op("Gather", table, rest, axis=0), rows, 8 // bits)
+            plane, at = body.op("Concat", plane, body.head(tail, last, 1), axis=1), end
+        planes.append(plane)
+        first, low = first + width, low + bits
+    return body.op("Gather", body.part("table"), _sum(body, planes), axis=0)
+
+
+def _sum(body: Body, planes: Sequence[str]) -> str:
+    """Codes from their planes, each shifted to its place."""
+    total = planes[0]
+    for plane in planes[1:]:
+        total = body.op("Add", total, plane)
+    return total
+
+
+def _decode_bits(body: Body, kind: ValueType, unpadded: bool) -> str:
     """Mask bits and levels → levels [out, padded in].
 
     A mask byte's kept values are a run that starts at `first`; it lies within two neighbouring
     blocks of 8 levels. A table indexed by `first % 8` and the byte says which of the 16 levels
     each of the byte's 8 positions takes, or the zero behind them if it is pruned.
     """
-    levels = _levels(body, value_type)
+    levels = _levels(body, kind)
     byte = body.cast(body.part("positions"), I32)
     bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
     kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
-    if value_type == "i4":
-        levels = body.op("Transpose", levels, perm=[1, 0])  # first all low nibbles, then all high ones
-        first = _first_in_pairs(body, kept, body.size(levels, 1))
+    if kind.bits < 8:
+        levels = body.op("Transpose", levels, perm=[1, 0])  # of i4: first all low nibbles, then all high ones
+        first = _first_in_streams(body, kept, body.size(levels, 1), 8 // kind.bits)
     else:
         flat = body.reshape(kept, body.ints(-1))
         first = body.op("CumSum", flat, body.const(np.array(0, np.int64)), exclusive=1)
@@ -196,7 +155,7 @@ def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
     blocks = body.reshape(levels, body.ints(-1, BLOCK))
     here = body.op("Slice", blocks, body.ints(0), body.ints(-1), body.ints(0))
     after = body.op("Slice", blocks, body.ints(1), body.size(blocks, 0), body.ints(0))
-    nothing = body.zeros(LEVEL_DTYPE[value_type], body.size(here, 0), body.ints(1))
+    nothing = body.zeros(kind.level, body.size(here, 0), body.ints(1))
     pairs = body.op("Concat", here, after, nothing, axis=1)
     eight = body.const(np.array(BLOCK, np.int32))
     phase = body.op("Mul", body.op("Mod", first, eight), body.const(np.array(256, np.int32)))
@@ -206,24 +165,22 @@ def _decode_bits(body: Body, value_type: ValueType, unpadded: bool) -> str:
     return body.reshape(found, body.size(body.part("positions"), 0), body.ints(-1))
 
 
-def _first_in_pairs(body: Body, kept: str, length: str) -> str:
-    """Bits per mask byte [out, bytes] → index of each byte's first level among low and then high nibbles.
+def _first_in_streams(body: Body, kept: str, length: str, together: int) -> str:
+    """Bits per mask byte [out, bytes] → index of each byte's first level.
 
-    `length` is the number of bytes of the stream: where the high nibbles, of the odd rows, start.
+    `together` rows share a stream. Their levels lie apart: first those of all first rows, `length` of them,
+    then those of all second rows, and so on.
     """
     rows, one = body.size(body.part("positions"), 0), body.ints(1)
     inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
     totals = body.op("ReduceSum", kept, one, keepdims=1)
-    odd = body.op("Mod", rows, body.ints(2))
-    paired = body.reshape(
-        body.op("Pad", totals, body.op("Concat", body.ints(0, 0), odd, body.ints(0), axis=0)),
-        body.ints(-1, 2),
-    )
-    lengths = body.op("ReduceMax", paired, one, keepdims=1)
+    missing = body.op("Mod", body.op("Neg", rows), body.ints(together))
+    padded = body.op("Pad", totals, body.op("Concat", body.ints(0, 0), missing, body.ints(0), axis=0))
+    lengths = body.op("ReduceMax", body.reshape(padded, body.ints(-1, together)), one, keepdims=1)
     start = body.op("CumSum", lengths, body.const(np.array(0, np.int64)), exclusive=1)
-    shift = body.cast(body.op("Concat", body.ints(0), length, axis=0), I32)
-    offset = body.head(body.reshape(body.op("Add", start, shift), body.ints(-1, 1)), rows, 0)
-    return body.op("Add", inside, offset)
+    shifts = body.op("Mul", length, body.ints(*range(together)))
+    offset = body.op("Add", start, body.cast(shifts, I32))
+    return body.op("Add", inside, body.head(body.reshape(offset, body.ints(-1, 1)), rows, 0))
 
 
 def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -234,7 +191,7 @@ def _columns(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     return columns.reshape(-1, 8).astype(np.int32)
 
 
-def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
+def _decode_codes(body: Body, kind: ValueType, unpadded: bool) -> str:
     """Position codes and levels → levels [out, groups * M]."""
     rows = body.size(body.part("positions"), 0)
     n, m = body.attribute("n"), body.attribute("m")
@@ -253,54 +210,67 @@ def _decode_codes(body: Body, value_type: ValueType, unpadded: bool) -> str:
     first = body.op("Mul", body.op("Range", zero, body.scalar(groups), one), m)
     starts = body.reshape(body.cast(first, I32), body.ints(1, -1, 1))
     index = body.reshape(body.op("Add", body.reshape(codes, rows, groups, n), starts), rows, slots)
-    levels = _slot_levels(body, value_type, rows, slots)
-    empty = body.zeros(LEVEL_DTYPE[value_type], rows, body.op("Mul", groups, m))
+    levels = _slot_levels(body, kind, rows, slots)
+    empty = body.zeros(kind.level, rows, body.op("Mul", groups, m))
     return body.op("ScatterElements", empty, index, levels, axis=1)
 
 
-def _decode_tiled(body: Body, value_type: ValueType, unpadded: bool) -> str:
+def _decode_tiled(body: Body, kind: ValueType, unpadded: bool) -> str:
     """Slots of tiles of N:16 → levels [out, in]."""
     del unpadded  # rows of tiles have no padding
     values = body.part("values")
     low, four = (body.const(np.array(number, np.uint8)) for number in (15, 4))
-    both = values if value_type == "i4" else body.part("positions")
+    both = values if kind.bits <= 4 else body.part("positions")
     positions = body.op("BitwiseAnd", both, low)
     high = body.op("BitShift", both, four, direction="RIGHT")
-    if value_type == "i4":
+    if kind.bits < 8:
         levels = body.op("Gather", body.part("table"), body.cast(high, I32), axis=0)
     else:
         positions, levels = body.op("Concat", positions, high, axis=3), values
-    return _scatter_slots(body, positions, levels, LEVEL_DTYPE[value_type])
+    return _scatter_slots(body, positions, levels, kind.level)
 
 
-def _decode_quads(body: Body, value_type: ValueType, unpadded: bool) -> str:
+def _decode_quads(body: Body, kind: ValueType, unpadded: bool) -> str:
     """Slots of tiles of 1:4 or 2:4 → levels [out, in]."""
     del unpadded  # rows of tiles have no padding
     groups = body.op("Div", body.attribute("in_features"), body.ints(tiled.TILE))
     deep = body.op("Mul", body.attribute("n"), body.ints(2))
     count, tiles = body.op("Mul", groups, deep), body.size(body.part("values"), 0)
     shape = body.op("Concat", tiles, groups, deep, body.ints(tiled.STEP), axis=0)
-    positions = body.head(_split_lines(body, "positions", tiled.PER_LINE, 2), count, 1)
-    if value_type == "i4":
-        codes = body.cast(_split_lines(body, "values", 2, 4), I32)
-        levels = body.op("Gather", body.part("table"), codes, axis=0)
+    positions = body.head(_split_lines(body, body.part("positions"), 2), count, 1)
+    if kind.bits < 8:
+        levels = body.op("Gather", body.part("table"), _codes_of_lines(body, kind, count), axis=0)
     else:
         levels = body.part("values")
-    return _scatter_slots(
-        body, body.reshape(positions, shape), body.reshape(levels, shape), LEVEL_DTYPE[value_type]
-    )
+    return _scatter_slots(body, body.reshape(positions, shape), body.reshape(levels, shape), kind.level)
 
 
-def _split_lines(body: Body, name: str, count: int, bits: int) -> str:
-    """[tiles, lines, 32] → the steps that share a line, [tiles, lines * count, 32]."""
-    shifts = body.const(np.arange(0, bits * count, bits, dtype=np.uint8)[:, None])
-    lines = body.op("Unsqueeze", body.part(name), body.ints(2))
+def _codes_of_lines(body: Body, kind: ValueType, count: str) -> str:
+    """Lines of values [tiles, lines, 32] → codes [tiles, count, 32]."""
+    values = body.part("values")
+    if len(kind.planes) == 1 and 8 // kind.bits == 2:  # two steps are never parted
+        return body.cast(_split_lines(body, values, kind.bits), I32)
+    planes, at, low = [], body.ints(0), 0
+    for bits in kind.planes:
+        rounded = body.op("Add", body.op("Mul", count, body.ints(bits)), body.ints(7))
+        end = body.op("Add", at, body.op("Div", rounded, body.ints(8)))
+        lines = body.op("Slice", values, at, end, body.ints(1))
+        codes = body.cast(body.head(_split_lines(body, lines, bits), count, 1), I32)
+        planes.append(body.op("Mul", codes, body.const(np.array(1 << low, np.int32))) if low else codes)
+        at, low = end, low + bits
+    return _sum(body, planes)
+
+
+def _split_lines(body: Body, lines: str, bits: int) -> str:
+    """[tiles, lines, 32] → the steps that share a line, [tiles, lines * 8 / bits, 32]."""
+    shifts = body.const(np.arange(0, 8, bits, dtype=np.uint8)[:, None])
+    lines = body.op("Unsqueeze", lines, body.ints(2))
     shifted = body.op("BitShift", lines, shifts, direction="RIGHT")
     split = body.op("BitwiseAnd", shifted, body.const(np.array(2**bits - 1, np.uint8)))
     return body.reshape(split, body.size(split, 0), body.ints(-1, tiled.STEP))
 
 
-def _scatter_slots(body: Body, positions: str, levels: str, dtype: type[np.generic]) -> str:
+def _scatter_slots(body: Body, positions: str, levels: str, dtype: np.dtype[np.generic]) -> str:
     """Positions and levels of slots [tiles, in / 16, steps, 32] → levels [out, in]."""
     features, n, m = body.attribute("in_features"), body.attribute("n"), body.attribute("m")
     rows = body.op("Mul", body.size(positions, 0), body.ints(tiled.TILE))
@@ -325,34 +295,35 @@ def _slots_by_row(body: Body, slots: str, rows: str, used: str) -> str:
     return body.head(by_row, used, 2)
 
 
-def _slot_levels(body: Body, value_type: ValueType, rows: str, slots: str) -> str:
+def _slot_levels(body: Body, kind: ValueType, rows: str, slots: str) -> str:
     """Stream of a fixed count per row → levels [out, slots]."""
-    levels = _levels(body, value_type)
-    if value_type != "i4":
+    levels = _levels(body, kind)
+    if kind.bits >= 8:
         return body.reshape(body.head(levels, body.op("Mul", rows, slots), 0), rows, slots)
-    two = body.ints(2)
-    pairs = body.op("Div", body.op("Add", rows, body.ints(1)), two)
-    kept = body.reshape(body.head(levels, body.op("Mul", pairs, slots), 0), pairs, slots, two)
+    count = 8 // kind.bits
+    together = body.ints(count)
+    streams = body.op("Div", body.op("Add", rows, body.ints(count - 1)), together)
+    kept = body.reshape(body.head(levels, body.op("Mul", streams, slots), 0), streams, slots, together)
     by_row = body.op("Transpose", kept, perm=[0, 2, 1])
-    return body.head(body.reshape(by_row, body.op("Mul", pairs, two), slots), rows, 0)
+    return body.head(body.reshape(by_row, body.op("Mul", streams, together), slots), rows, 0)
 
 
 def _finish(body: Body, matrix: str, packed: PackedTensor, *, unpadded: bool) -> None:
     """Levels [out, >= in] → Y. Row scales are applied to the product, which costs no memory."""
-    features, value_type = body.attribute("in_features"), packed.value_type
+    features, kind = body.attribute("in_features"), VALUE_TYPES[packed.value_type]
     weight = body.op("Transpose", matrix, perm=[1, 0])
     weight = weight if unpadded else body.head(weight, features, 0)
-    if value_type in ("f16", "i8"):
+    if kind.level != np.float32:
         weight = body.cast(weight, F32)
-    elif value_type == "i4":
-        weight = body.op("Mul", body.cast(weight, F32), _spread_scale(body, features, packed.layout))
+    if kind.grouped:
+        weight = body.op("Mul", weight, _spread_scale(body, features, packed.arrays["scale"].ndim))
     product = body.op("MatMul", "X", weight)
-    if value_type == "i8":
+    if "scale" in packed.arrays and not kind.grouped:
         body.op("Mul", product, body.cast(body.part("scale"), F32))
     body.nodes[-1].output[0] = body.part("Y")
 
 
-def _spread_scale(body: Body, features: str, layout: str) -> str:
+def _spread_scale(body: Body, features: str, dimensions: int) -> str:
     """Group scales [out, groups], or of tiles [tiles, groups, 16] → one per position and output [in, out].
 
     Reshaping the weight to groups and back would copy it twice more.
@@ -361,7 +332,7 @@ def _spread_scale(body: Body, features: str, layout: str) -> str:
     positions = body.op("Range", zero, body.scalar(features), one)
     group = body.op("Div", positions, body.attribute("group_size"))
     scale = body.cast(body.part("scale"), F32)
-    if layout == "tiled":
+    if dimensions == 3:
         by_group = body.op("Transpose", scale, perm=[1, 0, 2])
         scale = body.reshape(by_group, body.size(by_group, 0), body.ints(-1))
     else:
@@ -369,7 +340,7 @@ def _spread_scale(body: Body, features: str, layout: str) -> str:
     return body.op("Gather", scale, group, axis=0)
 
 
-_DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
+DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "Dense": _decode_dense,
     "Bitmask": _decode_bits,
     "NmBits": _decode_bits,
@@ -377,3 +348,4 @@ _DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "Tiled": _decode_tiled,
     "TiledQuads": _decode_quads,
 }
+"""Form → how its levels [out, >= in] are decoded; a new layout adds its forms."""

@@ -7,7 +7,7 @@ import onnx
 from onnx import helper
 
 from losa_deploy.layouts import PackedTensor
-from losa_deploy.layouts.values import BLOCK
+from losa_deploy.layouts.rows import BLOCK
 
 from .writer import Writer
 

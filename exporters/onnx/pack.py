@@ -16,7 +16,7 @@ from losa_deploy.manifest import TensorRecord
 from losa_deploy.progress import Progress
 from losa_deploy.sources.checkpoint import Checkpoint
 
-from .functions import exact, function
+from .functions import function
 from .graph import DenseGraph
 from .lookup import lookup
 from .plan import Job, choice
@@ -166,7 +166,7 @@ def _matmul(packing: Packing, members: list[Stored]) -> onnx.NodeProto:
 def _packed_node(
     packing: Packing, name: str, packed: PackedTensor, inputs: list[str], outputs: list[str]
 ) -> onnx.NodeProto:
-    kind, unpadded = op_type(packed, len(outputs)), exact(packed)
+    kind, unpadded = op_type(packed, len(outputs)), LAYOUTS[packed.layout].unpadded(packed)
     before = packing.used.get(kind)
     packing.used[kind] = (packed, len(outputs), unpadded and (before is None or before[2]))
     node = helper.make_node(kind, inputs, outputs, name=name, domain=DOMAIN)

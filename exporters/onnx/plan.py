@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
-from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
-from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
@@ -40,14 +39,13 @@ class Job:
     @property
     def options(self) -> PackOptions:
         """How block values are stored; `portable` means f32."""
-        value_type: ValueType = "f32" if self.recipe.portable else self.recipe.value_type
+        value_type: str = "f32" if self.recipe.portable else self.recipe.value_type
         return PackOptions(value_type, self.recipe.group_size, search=True)
 
     @property
     def head_options(self) -> PackOptions:
         """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
-        follow: Mapping[ValueType, ValueType] = {"f32": "f32", "f16": "f16", "i8": "i8", "i4": "i8"}
-        chosen = follow[self.options.value_type] if self.recipe.head == "same" else self.recipe.head
+        chosen = VALUE_TYPES[self.options.value_type].head if self.recipe.head == "same" else self.recipe.head
         return PackOptions("f32" if self.recipe.portable else chosen, self.recipe.group_size)
 
     @property

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
-from losa_deploy.layouts import PackedTensor, tiled, unpack
-from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions, ValueType
-from losa_deploy.layouts.operator_names import DOMAIN, FORMS, parse_op_type
-from losa_deploy.layouts.values import value_params
+from losa_deploy.layouts import VALUE_TYPES, PackedTensor, unpack
+from losa_deploy.layouts.base import COMPONENTS, FORMAT_VERSION, Component, PackOptions
+from losa_deploy.layouts.operator_names import DOMAIN, layout_of_form, parse_op_type
 from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import TensorRecord
 
@@ -67,9 +65,9 @@ def decode_tables(folder: Path, records: Sequence[TensorRecord], group_size: int
         arrays = {part: graph.array(constants[n]) for part, n in names.items() if n in constants}
         if "values" not in arrays:
             continue
-        options = PackOptions(value_type=cast("ValueType", record.value_type), group_size=group_size)
+        options = PackOptions(value_type=record.value_type, group_size=group_size)
         shape = (record.shape[0], record.shape[1])
-        params = value_params(options)
+        params = VALUE_TYPES[options.value_type].params(options)
         packed = PackedTensor("dense", options.value_type, shape, params, arrays, record.nnz)
         weights[record.name] = partial(_unpacked, packed)
     return Lazy(weights)
@@ -80,7 +78,7 @@ def packed_tensors(
 ) -> Iterator[tuple[str, PackedTensor]]:
     """Linear and packed tensor of every weight that an `ai.losa` node consumes."""
     form, value_type, weights = parse_op_type(node.op_type)
-    layout = FORMS[form]
+    layout = layout_of_form(form)
     attributes: Mapping[str, int] = {a.name: a.i for a in node.attribute}
     if attributes.get("format") != FORMAT_VERSION:
         raise InputError(
@@ -97,9 +95,6 @@ def packed_tensors(
         linear = node.name if weights == 1 else own[0].rpartition(".")[0]
         components = {name.rpartition(".")[2]: array(name) for name in own}
         first = components.get("positions", components["values"])
-        rows = first.shape[0] * (tiled.TILE if layout == "tiled" else 1)
+        rows = first.shape[0] * layout.rows_together
         shape = (int(rows), attributes["in_features"])
-        nnz = shape[0] * shape[1]
-        if layout == "bitmask":
-            nnz = int(np.bitwise_count(components["positions"].astype(np.uint8)).sum())
-        yield linear, PackedTensor(layout, value_type, shape, params, components, nnz)
+        yield linear, PackedTensor(layout.name, value_type, shape, params, components, shape[0] * shape[1])

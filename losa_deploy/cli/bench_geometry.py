@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from losa_deploy.benchmarks.synthetic.decoder import Geometry
     from losa_deploy.benchmarks.synthetic.peers import Contender, Load
     from losa_deploy.benchmarks.synthetic.tensors import Storage
-    from losa_deploy.layouts.base import ValueType
 
 T = TypeVar("T")
 
@@ -102,7 +101,7 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
     return Storage(layout, args.value_type or "i4", sparsity, None if layout == "dense" else pattern)
 
 
-def chosen_head(args: argparse.Namespace, runtime: str) -> ValueType:
+def chosen_head(args: argparse.Namespace, runtime: str) -> str:
     """Value type of our head; `UsageError` where llama.cpp computes it."""
     if args.head and runtime != "ort":
         raise UsageError(

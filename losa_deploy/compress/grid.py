@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from losa_deploy import _native
-from losa_deploy.phases import Grid
+from losa_deploy.phases import LEVELS, Grid
 
-LEVELS: dict[Grid, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3), "i2": (-2, 1)}
-"""Grid → lowest and highest level."""
 FACTORS = tuple(1.0 - 0.025 * i for i in range(21))
 """Scales that are tried, relative to the one at which the largest weight of a group is exact."""
 

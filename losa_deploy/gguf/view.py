@@ -37,7 +37,6 @@ from losa_deploy.gguf.file import (
     open_gguf,
 )
 from losa_deploy.layouts import unpack
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import HEADER_BYTES, BlobHeader, from_blob, read_header
 
 ARCHITECTURE = "general.architecture"
@@ -46,7 +45,7 @@ PACKED = "losa-packed"
 PREFIX = "losa."
 """Of the tensors that are blobs."""
 FORMAT = 1
-DENSE_TYPES: dict[ValueType, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
+DENSE_TYPES: dict[str, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
 """Value type → type of a dense tensor."""
 Q1_0 = 41
 """Declared in views only: no file of ours has it."""
@@ -88,13 +87,13 @@ def declared(shape: tuple[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def dense_type(value_type: ValueType, columns: int) -> int:
+def dense_type(value_type: str, columns: int) -> int:
     """Type of a dense weight in a portable file: F16 where rows are no whole blocks of 32."""
     kind = DENSE_TYPES[value_type]
     return kind if columns % BLOCKS[kind][0] == 0 else F16
 
 
-def dense_gguf_bytes(value_type: ValueType, shape: tuple[int, int]) -> int:
+def dense_gguf_bytes(value_type: str, shape: tuple[int, int]) -> int:
     """Bytes of a weight [out, in] in a portable file."""
     size = dense_bytes(dense_type(value_type, shape[1]), (shape[1], shape[0]))
     assert size is not None  # `dense_type` looked at the columns

@@ -9,15 +9,18 @@ from __future__ import annotations
 from losa_deploy.layouts import bitmask, dense, nm, tiled
 from losa_deploy.layouts.base import LAYOUTS, Layout, PackedTensor, PackOptions, Unpacked
 from losa_deploy.layouts.choose import PATTERNED, Choice, choose, forced
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 __all__ = [
     "LAYOUTS",
     "PATTERNED",
+    "VALUE_TYPES",
     "Choice",
     "Layout",
     "PackOptions",
     "PackedTensor",
     "Unpacked",
+    "ValueType",
     "bitmask",
     "choose",
     "dense",

@@ -8,8 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import UsageError
-from losa_deploy.layouts import bitmask, dense, nm, tiled
+from losa_deploy.layouts import nm, tiled
 from losa_deploy.layouts.base import LAYOUTS, PackOptions
+from losa_deploy.layouts.bitmask import BITMASK
+from losa_deploy.layouts.dense import DENSE
+from losa_deploy.layouts.nm import NM
+from losa_deploy.layouts.tiled import TILED
+from losa_deploy.layouts.values import VALUE_TYPES, by_number
 
 PATTERNED = ("nm", "tiled")
 """Layouts that need a fixed N of every M."""
@@ -31,10 +36,10 @@ def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     A mask that keeps N of 16 and follows no shorter pattern was made for tiles, and gets them if that is
     smaller than dense: they compute several times as fast.
     """
-    dense_bytes = dense.size(mask, options)
+    dense_bytes = DENSE.size(mask, options)
     if mask.all():
         return Choice("dense", options, dense_bytes, "nothing is pruned")
-    bitmask_bytes = bitmask.size(mask, options)
+    bitmask_bytes = BITMASK.size(mask, options)
     reason = f"{mask.mean():.0%} kept: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
     best = Choice("bitmask", options, bitmask_bytes, reason)
     pattern = nm.find_pattern(mask)
@@ -49,9 +54,9 @@ def _patterned(
     mask: NDArray[np.bool_], options: PackOptions, pattern: tuple[int, int], best: Choice
 ) -> Choice:
     """The layout for the smallest pattern of a mask, or `best`, the bitmask."""
-    name, dense_bytes, bitmask_bytes = f"{pattern[0]}:{pattern[1]}", dense.size(mask, options), best.bytes
+    name, dense_bytes, bitmask_bytes = f"{pattern[0]}:{pattern[1]}", DENSE.size(mask, options), best.bytes
     with_pattern = replace(options, pattern=pattern)
-    nm_bytes = nm.size(mask, with_pattern)
+    nm_bytes = NM.size(mask, with_pattern)
     whole_bytes = 8 % pattern[1] == 0  # every mask byte keeps the same count: no kernel counts bits
     if nm_bytes < best.bytes or (nm_bytes == best.bytes and whole_bytes):
         compared = f"bitmask {_share(bitmask_bytes, dense_bytes)}"
@@ -59,7 +64,7 @@ def _patterned(
         best = Choice("nm", with_pattern, nm_bytes, reason)
     if tiled.tolerates(mask, options):
         with_pattern = replace(options, pattern=tiled.find_pattern(mask))
-        size = tiled.size(mask, with_pattern)
+        size = TILED.size(mask, with_pattern)
         if size <= best.bytes or (pattern[1] == tiled.WIDE and size < dense_bytes):
             compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
             reason = f"{name} mask in tiles: {_share(size, dense_bytes)}, {compared}"
@@ -70,7 +75,7 @@ def _patterned(
 def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     """The layout that `--layout` names; raises `UsageError` naming the linear whose mask it cannot store."""
     if layout in PATTERNED and mask.all():
-        return Choice("dense", options, dense.size(mask, options), "nothing is pruned")
+        return Choice("dense", options, DENSE.size(mask, options), "nothing is pruned")
     if layout == "nm":
         pattern = nm.find_pattern(mask)
         if pattern is None:
@@ -81,9 +86,10 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
             )
         options = replace(options, pattern=pattern)
     elif layout == "tiled":
-        if options.value_type not in ("i8", "i4"):
+        if not tiled.stores(VALUE_TYPES[options.value_type]):
+            stored = " or ".join(kind.name for kind in by_number() if tiled.stores(kind))
             raise UsageError(
-                f"--layout tiled stores i8 or i4 values, not {options.value_type}.",
+                f"--layout tiled stores {stored} values, not {options.value_type}.",
                 hint="Add --value-type i4, or use --layout auto.",
             )
         if not tiled.tolerates(mask, options):

@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Unpacked, register
-from losa_deploy.layouts.values import dequantize, load_rows, quantize, scale_bytes, store_rows, value_params
+from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
+from losa_deploy.layouts.rows import BLOCK, load_rows, row_bytes, store_rows
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
-    """Values [out, in] (i4: [out, ceil(in / 2)], each row starts a byte)."""
+    """Values [out, in], or [out, row bytes] below 8 bits."""
+    kind = VALUE_TYPES[options.value_type]
     codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
     return PackedTensor(
         "dense",
         options.value_type,
         (weight.shape[0], weight.shape[1]),
-        value_params(options),
-        {"values": store_rows(codes, options.value_type), **meaning},
+        kind.params(options),
+        {"values": store_rows(codes, kind), **meaning},
         int(mask.sum()),
     )
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
     """The stored matrix; the mask is all True because none is stored."""
-    codes = load_rows(packed.arrays["values"], packed.value_type, packed.shape[1])
+    codes = load_rows(packed.arrays["values"], VALUE_TYPES[packed.value_type], packed.shape[1])
     weight = dequantize(codes, packed.value_type, packed.params, packed.arrays)
     return Unpacked(weight, np.ones(packed.shape, np.bool_))
 
 
 def dense_size(shape: tuple[int, int], options: PackOptions) -> int:
     """Stored bytes of a matrix of `shape` (out, in)."""
-    bits = {"f32": 32, "f16": 16, "i8": 8, "i4": 4}[options.value_type]
-    return shape[0] * (-(-shape[1] * bits // 8)) + scale_bytes(shape, options)
+    kind = VALUE_TYPES[options.value_type]
+    return shape[0] * row_bytes(shape[1], kind) + sum(kind.meaning_bytes(shape, options).values())
 
 
-def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
-    """Stored bytes; independent of what the mask keeps."""
-    return dense_size((mask.shape[0], mask.shape[1]), options)
+def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
+    """Component → bytes; independent of what the mask keeps."""
+    shape, kind = (mask.shape[0], mask.shape[1]), VALUE_TYPES[options.value_type]
+    return {"values": shape[0] * row_bytes(shape[1], kind), **kind.meaning_bytes(shape, options)}
 
 
-DENSE = register(Layout("dense", pack, unpack, size))
+def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
+    """No positions, so nothing that describes them."""
+    del shape, kind
+    return not any(params[name] for name in ("n", "m", "position_bits"))
+
+
+def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
+    """Of values and scale."""
+    width = row_bytes(shape[1], kind) // kind.stored.itemsize
+    return {"values": (shape[0], width), "scale": kind.scale_shape(shape, params.get("group_size", 0))}
+
+
+def check(packed: PackedTensor) -> int:
+    """All positions hold a value; how many are kept is information only."""
+    return packed.nnz
+
+
+def unpadded(packed: PackedTensor) -> bool:
+    """Rows below 8 bits decode in whole blocks."""
+    return VALUE_TYPES[packed.value_type].bits >= 8 or packed.shape[1] % BLOCK == 0
+
+
+DENSE = register(
+    Layout("dense", 0, ("Dense",), pack, unpack, sizes, known, shapes, check, lambda _: "Dense", unpadded)
+)

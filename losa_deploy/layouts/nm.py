@@ -7,14 +7,23 @@ nothing and the mask stays exact.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Unpacked, register
-from losa_deploy.layouts.streams import load_stream, store_stream, stream_bytes
-from losa_deploy.layouts.values import code_dtype, dequantize, quantize, scale_bytes, value_params
+from losa_deploy.layouts.base import (
+    Component,
+    Layout,
+    PackedTensor,
+    PackOptions,
+    Shapes,
+    Unpacked,
+    register,
+)
+from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes, streams
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
 MAX_M = 32
 BLOCK_POSITIONS = 64
@@ -69,13 +78,13 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     pattern = options.pattern or find_pattern(mask)
     if pattern is None or not fits(mask, *pattern):
         raise ValueError(f"the mask does not keep {':'.join(map(str, pattern)) if pattern else 'N:M'}")
-    n, m = pattern
+    (n, m), kind = pattern, VALUE_TYPES[options.value_type]
     slots = _slots(mask, n, m)
     codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
-    padded = np.zeros(slots.shape, code_dtype(options.value_type))
+    padded = np.zeros(slots.shape, kind.code)
     padded[:, : mask.shape[1]] = codes
-    params = {"n": n, "m": m, "position_bits": position_bits(n, m), **value_params(options)}
-    values = store_stream(padded, slots, options.value_type)
+    params = {"n": n, "m": m, "position_bits": position_bits(n, m), **kind.params(options)}
+    values = store_stream(padded, slots, kind)
     return PackedTensor(
         "nm",
         options.value_type,
@@ -91,24 +100,66 @@ def unpack(packed: PackedTensor) -> Unpacked:
     n, m = packed.params["n"], packed.params["m"]
     in_features = packed.shape[1]
     slots = load_positions(packed.arrays["positions"], packed.shape, n, m)
-    codes = load_stream(packed.arrays["values"], slots, packed.value_type)
+    codes = load_stream(packed.arrays["values"], slots, VALUE_TYPES[packed.value_type])
     mask = slots[:, :in_features].copy()
     weight = dequantize(codes[:, :in_features], packed.value_type, packed.params, packed.arrays)
     return Unpacked(np.where(mask, weight, np.float32(0)), mask)
 
 
-def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
-    """Stored bytes; raises `ValueError` if no pattern fits."""
+def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
+    """Component → bytes; raises `ValueError` if no pattern fits."""
     pattern = options.pattern or find_pattern(mask)
     if pattern is None:
         raise ValueError("the mask satisfies no N:M pattern")
-    n, m = pattern
+    (n, m), kind = pattern, VALUE_TYPES[options.value_type]
     rows, in_features = mask.shape
     counts = np.full(rows, -(-in_features // m) * n)
-    positions = rows * positions_row_bytes(n, m, in_features)
-    kept = stream_bytes(counts, options.value_type)
-    total: int = positions + kept + scale_bytes((rows, in_features), options)
-    return total
+    return {
+        "positions": rows * positions_row_bytes(n, m, in_features),
+        "values": stream_bytes(counts, kind),
+        **kind.meaning_bytes((rows, in_features), options),
+    }
+
+
+def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
+    """N of at most 32, and the form of positions that these ask for."""
+    del shape, kind
+    n, m = params["n"], params["m"]
+    return 1 <= n < m <= MAX_M and params["position_bits"] == position_bits(n, m)
+
+
+def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
+    """Of positions, values and scale."""
+    width = positions_row_bytes(params["n"], params["m"], shape[1])
+    scale = kind.scale_shape(shape, params.get("group_size", 0))
+    return {"positions": (shape[0], width), "values": None, "scale": scale}
+
+
+def check(packed: PackedTensor) -> int:
+    """N positions inside of each group, in the one order, and as many values."""
+    (rows, columns), n, m = packed.shape, packed.params["n"], packed.params["m"]
+    positions = packed.arrays["positions"]
+    try:
+        slots = load_positions(positions, packed.shape, n, m)
+    except IndexError:
+        raise ValueError("a position lies outside of its group") from None
+    groups = slots.reshape(rows, -1, m)
+    sound = bool((np.count_nonzero(groups, axis=2) == n).all())
+    if not (sound and np.array_equal(store_positions(slots, n, m, columns), positions)):
+        raise ValueError("positions lie outside of their row, or are not as many as their group has")
+    check_stream(packed, np.full(rows, groups.shape[1] * n))
+    return int(np.count_nonzero(slots[:, :columns]))
+
+
+def form(packed: PackedTensor) -> str:
+    """Mask bits or position codes."""
+    return "NmCodes" if packed.params["position_bits"] else "NmBits"
+
+
+def unpadded(packed: PackedTensor) -> bool:
+    """Rows end with a whole group, or a whole word of mask bits."""
+    whole = packed.params["m"] if packed.params["position_bits"] else BLOCK_POSITIONS
+    return packed.shape[1] % whole == 0
 
 
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
@@ -168,4 +219,21 @@ def _powers(bits: int) -> NDArray[np.int64]:
     return 1 << np.arange(bits, dtype=np.int64)
 
 
-NM = register(Layout("nm", pack, unpack, size, tolerates))
+NM = register(
+    Layout(
+        "nm",
+        2,
+        ("NmBits", "NmCodes"),
+        pack,
+        unpack,
+        sizes,
+        known,
+        shapes,
+        check,
+        form,
+        unpadded,
+        tolerates,
+        streams,
+        ("n", "m", "position_bits"),
+    )
+)

@@ -9,13 +9,22 @@ than a mask where more than 4 of 16 are kept).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Unpacked, register
+from losa_deploy.layouts.base import (
+    Component,
+    Layout,
+    PackedTensor,
+    PackOptions,
+    Shapes,
+    Unpacked,
+    register,
+)
 from losa_deploy.layouts.nm import fits
-from losa_deploy.layouts.values import dequantize, group_count, quantize, scale_bytes, value_params
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
 TILE = 16
 """Rows of a tile; its columns are a multiple of it too."""
@@ -23,8 +32,6 @@ WIDE, SHORT = 16, 4
 """Positions of a group: as many as a byte shuffle reaches, or four."""
 STEP = 2 * TILE
 """Slots of a step: two of each row of a tile."""
-PER_LINE = 4
-"""Steps whose positions of 2 bits share 32 bytes."""
 Codes = NDArray[np.uint8]
 
 
@@ -50,19 +57,39 @@ def steps(n: int, m: int) -> int:
     return -(-n // 2) if m == WIDE else 2 * n
 
 
-def shapes(
-    shape: tuple[int, int], pattern: tuple[int, int], options: PackOptions
-) -> dict[str, tuple[int, ...]]:
-    """Component → shape, without table."""
-    tiles, groups, i4 = shape[0] // TILE, shape[1] // TILE, options.value_type == "i4"
-    scale = (tiles, group_count(shape[1], options.group_size), TILE) if i4 else (shape[0],)
-    deep = steps(*pattern)
-    if pattern[1] == SHORT:
-        lines = -(-groups * deep // PER_LINE)
-        codes = groups * deep // (2 if i4 else 1)
+def stores(kind: ValueType) -> bool:
+    """Integers only."""
+    return kind.bits <= 8
+
+
+def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
+    """Patterns of the format, integers, whole tiles."""
+    whole = shape[0] % TILE == 0 and shape[1] % TILE == 0
+    return whole and stores(kind) and known_pattern(params["n"], params["m"]) and not params["position_bits"]
+
+
+def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
+    """Of positions, values and scale; of tiles, group scales lie together."""
+    tiles, groups, deep = shape[0] // TILE, shape[1] // TILE, steps(params["n"], params["m"])
+    scale = kind.scale_shape(shape, params.get("group_size", 0))
+    if kind.grouped and scale is not None:
+        scale = (tiles, scale[1], TILE)
+    if params["m"] == SHORT:
+        lines = _lines(groups * deep, 2)
+        codes = sum(_lines(groups * deep, bits) for bits in kind.planes)
         return {"positions": (tiles, lines, STEP), "values": (tiles, codes, STEP), "scale": scale}
-    positions = {} if i4 else {"positions": (tiles, groups, deep, STEP // 2)}
+    positions = {} if _joined(kind) else {"positions": (tiles, groups, deep, STEP // 2)}
     return {**positions, "values": (tiles, groups, deep, STEP), "scale": scale}
+
+
+def _joined(kind: ValueType) -> bool:
+    """Whether a code and a position of 4 bits share a byte."""
+    return kind.bits <= 4
+
+
+def _lines(steps_of_tile: int, bits: int) -> int:
+    """Lines of 32 bytes that hold `bits` bits of each slot of so many steps."""
+    return -(-steps_of_tile * bits // 8)
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
@@ -72,8 +99,8 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     are no multiple of 16.
     """
     if not tolerates(mask, options):
-        raise ValueError("the tiled layout stores i8 or i4 weights that keep 1:4, 2:4 or N of every 16")
-    (n, m), i4 = _pattern(mask, options), options.value_type == "i4"
+        raise ValueError("the tiled layout stores integers that keep 1:4, 2:4 or N of every 16")
+    (n, m), kind = _pattern(mask, options), VALUE_TYPES[options.value_type]
     codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
     rows, groups = mask.shape[0], mask.shape[1] // TILE
     grouped = mask.reshape(rows, -1, m)
@@ -82,11 +109,11 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     positions = _tile(order.astype(np.uint8).reshape(rows, groups, -1))
     kept_codes = np.take_along_axis(codes.reshape(grouped.shape), order, axis=2)
     store = _store_short if m == SHORT else _store_wide
-    arrays = {**store(positions, _tile(kept_codes.reshape(rows, groups, -1)), i4), **meaning}
-    if i4:
+    arrays = {**store(positions, _tile(kept_codes.reshape(rows, groups, -1)), kind), **meaning}
+    if kind.grouped:
         by_tile = meaning["scale"].reshape(rows // TILE, TILE, -1).transpose(0, 2, 1)
         arrays["scale"] = np.ascontiguousarray(by_tile)
-    params = {"n": n, "m": m, **value_params(options)}
+    params = {"n": n, "m": m, **kind.params(options)}
     return PackedTensor("tiled", options.value_type, (rows, mask.shape[1]), params, arrays, int(mask.sum()))
 
 
@@ -100,7 +127,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     codes = np.zeros(mask.shape, values.dtype)
     np.put_along_axis(codes, order, _by_group(values, packed), axis=2)
     arrays = dict(packed.arrays)
-    if packed.value_type == "i4":
+    if VALUE_TYPES[packed.value_type].grouped:
         arrays["scale"] = arrays["scale"].transpose(0, 2, 1).reshape(shape[0], -1)
     weight = dequantize(codes.reshape(shape), packed.value_type, packed.params, arrays)
     mask = mask.reshape(shape)
@@ -112,7 +139,7 @@ def slots(packed: PackedTensor) -> tuple[Codes, NDArray[np.generic]]:
     n, m = packed.params["n"], packed.params["m"]
     load = _load_short if m == SHORT else _load_wide
     shape = (packed.shape[0] // TILE, packed.shape[1] // TILE, steps(n, m), STEP)
-    return load(packed.arrays, shape, packed.value_type == "i4")
+    return load(packed.arrays, shape, VALUE_TYPES[packed.value_type])
 
 
 def kept(packed: PackedTensor) -> int:
@@ -129,23 +156,30 @@ def sound(packed: PackedTensor) -> bool:
         return False
     if m == WIDE:
         return not (n % 2 and (_free(positions).any() or _free(values).any()))
-    used = packed.shape[1] // TILE * steps(n, m) % PER_LINE
-    last = packed.arrays["positions"][:, -1].astype(np.uint8)
-    return not (used and (last >> np.uint8(2 * used)).any())
+    again = _store_short(positions, values.astype(np.uint8), VALUE_TYPES[packed.value_type])
+    return all(np.array_equal(again[name], packed.arrays[name].view(np.uint8)) for name in again)
 
 
-def size(mask: NDArray[np.bool_], options: PackOptions) -> int:
-    """Stored bytes; raises `ValueError` if the mask cannot be stored."""
-    rows, columns = mask.shape
-    found = shapes((rows, columns), _pattern(mask, options), options)
-    stored = sum(int(np.prod(found[name])) for name in ("positions", "values") if name in found)
-    return stored + scale_bytes((rows, columns), options)
+def check(packed: PackedTensor) -> int:
+    """Positions ascend in their group, and as many are kept as there are slots."""
+    if not sound(packed) or packed.nnz != kept(packed):
+        raise ValueError("positions do not ascend in their group, or are not as many as it has")
+    return packed.nnz
+
+
+def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
+    """Component → bytes; raises `ValueError` if the mask cannot be stored."""
+    shape, kind = (mask.shape[0], mask.shape[1]), VALUE_TYPES[options.value_type]
+    n, m = _pattern(mask, options)
+    found = shapes(shape, kind, {"n": n, "m": m, "group_size": options.group_size})
+    stored = {name: prod(found[name] or ()) for name in ("positions", "values") if name in found}
+    return {**stored, **kind.meaning_bytes(shape, options)}
 
 
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
     """Integer values, shapes in multiples of 16, a pattern that can be stored."""
     found = find_pattern(mask)
-    return found is not None and options.value_type in ("i8", "i4") and options.pattern in (None, found)
+    return found is not None and stores(VALUE_TYPES[options.value_type]) and options.pattern in (None, found)
 
 
 def _pattern(mask: NDArray[np.bool_], options: PackOptions) -> tuple[int, int]:
@@ -155,58 +189,69 @@ def _pattern(mask: NDArray[np.bool_], options: PackOptions) -> tuple[int, int]:
     return pattern
 
 
-def _store_wide(positions: Codes, values: Codes, i4: bool) -> dict[str, Component]:
+def _store_wide(positions: Codes, values: Codes, kind: ValueType) -> dict[str, Component]:
     """Position and code in a byte, or positions in nibbles beside values of 8 bits."""
-    if i4:
+    if _joined(kind):
         return {"values": values << np.uint8(4) | positions}
     low, high = positions[..., : STEP // 2], positions[..., STEP // 2 :]
     return {"positions": high << np.uint8(4) | low, "values": values}
 
 
 def _load_wide(
-    arrays: Mapping[str, Component], shape: tuple[int, ...], i4: bool
+    arrays: Mapping[str, Component], shape: tuple[int, ...], kind: ValueType
 ) -> tuple[Codes, NDArray[np.generic]]:
     """Inverse of `_store_wide`; positions and values of `shape`."""
-    if i4:
+    if _joined(kind):
         both = arrays["values"].astype(np.uint8)
         return both & np.uint8(15), both >> np.uint8(4)
     nibbles = arrays["positions"].astype(np.uint8)
     return np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=3), arrays["values"]
 
 
-def _store_short(positions: Codes, values: Codes, i4: bool) -> dict[str, Component]:
-    """Steps of a tile in one sequence: positions of four in a line of 32 bytes, i4 codes of two."""
-    by_step = positions.reshape(positions.shape[0], -1, STEP)
-    lines = -(-by_step.shape[1] // PER_LINE)
-    by_line = np.zeros((by_step.shape[0], lines * PER_LINE, STEP), np.uint8)
-    by_line[:, : by_step.shape[1]] = by_step
-    values = values.reshape(by_step.shape)
-    return {
-        "positions": _join(by_line, PER_LINE, 2),
-        "values": _join(values, 2, 4) if i4 else values,
-    }
+def _store_short(positions: Codes, values: Codes, kind: ValueType) -> dict[str, Component]:
+    """Steps of a tile in one sequence: positions of four in a line of 32 bytes, codes by their planes."""
+    steps_of_tile = positions.reshape(positions.shape[0], -1, STEP)
+    values = values.reshape(steps_of_tile.shape)
+    if kind.bits == 8:
+        return {"positions": _join(steps_of_tile, 2), "values": values}
+    planes, low = [], 0
+    for bits in kind.planes:
+        planes.append(_join(values >> np.uint8(low) & np.uint8((1 << bits) - 1), bits))
+        low += bits
+    return {"positions": _join(steps_of_tile, 2), "values": np.concatenate(planes, axis=1)}
 
 
 def _load_short(
-    arrays: Mapping[str, Component], shape: tuple[int, ...], i4: bool
+    arrays: Mapping[str, Component], shape: tuple[int, ...], kind: ValueType
 ) -> tuple[Codes, NDArray[np.generic]]:
     """Inverse of `_store_short`; positions and values of `shape`."""
     count = shape[1] * shape[2]
-    positions = _split(arrays["positions"], PER_LINE, 2)[:, :count]
-    values = _split(arrays["values"], 2, 4) if i4 else arrays["values"]
-    return positions.reshape(shape), values.reshape(shape)
+    positions = _split(arrays["positions"], 2)[:, :count].reshape(shape)
+    if kind.bits == 8:
+        return positions, arrays["values"].reshape(shape)
+    values, first, low = np.zeros((shape[0], count, STEP), np.uint8), 0, 0
+    for bits in kind.planes:
+        lines = _lines(count, bits)
+        plane = _split(arrays["values"][:, first : first + lines], bits)[:, :count]
+        values |= plane << np.uint8(low)
+        first, low = first + lines, low + bits
+    return positions, values.reshape(shape)
 
 
-def _join(steps: Codes, count: int, bits: int) -> Codes:
-    """[tiles, steps, 32] of few bits → [tiles, steps / count, 32], the first step in the lowest bits."""
-    split = steps.reshape(steps.shape[0], -1, count, STEP)
+def _join(steps: Codes, bits: int) -> Codes:
+    """[tiles, steps, 32] of few bits → [tiles, lines, 32], the first step of a line in the lowest bits."""
+    count, (tiles, used, _) = 8 // bits, steps.shape
+    whole = np.zeros((tiles, _lines(used, bits) * count, STEP), np.uint8)
+    whole[:, :used] = steps
+    split = whole.reshape(tiles, -1, count, STEP)
     shifts = bits * np.arange(count, dtype=np.uint8)[:, None]
     joined: Codes = np.bitwise_or.reduce(split << shifts, axis=2)
     return joined
 
 
-def _split(lines: Component, count: int, bits: int) -> Codes:
-    """Inverse of `_join`."""
+def _split(lines: Component, bits: int) -> Codes:
+    """Inverse of `_join`, with the steps that fill the last line."""
+    count = 8 // bits
     shifts = bits * np.arange(count, dtype=np.uint8)[:, None]
     steps: Codes = lines.astype(np.uint8)[:, :, None, :] >> shifts & np.uint8(2**bits - 1)
     return steps.reshape(lines.shape[0], -1, STEP)
@@ -236,4 +281,27 @@ def _free(tiles: NDArray[np.generic]) -> NDArray[np.generic]:
     return tiles[:, :, -1, 1::2]
 
 
-TILED = register(Layout("tiled", pack, unpack, size, tolerates))
+def form(packed: PackedTensor) -> str:
+    """Groups of 16, or of 4."""
+    return "TiledQuads" if packed.params["m"] == SHORT else "Tiled"
+
+
+TILED = register(
+    Layout(
+        "tiled",
+        3,
+        ("Tiled", "TiledQuads"),
+        pack,
+        unpack,
+        sizes,
+        known,
+        shapes,
+        check,
+        form,
+        lambda packed: True,
+        tolerates,
+        stores,
+        ("n", "m"),
+        rows_together=TILE,
+    )
+)

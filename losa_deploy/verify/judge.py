@@ -15,26 +15,15 @@ observed up to it (the errors of two logits are independent). Such a tie is repo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from losa_deploy.layouts import VALUE_TYPES
 from losa_deploy.model import SparseModel
 from losa_deploy.verify.distance import compare_greedy, compare_logits, logit_tolerance
 from losa_deploy.verify.questions import Answers, Questions
-
-MEAN_KL_LIMITS: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-3, "i8": 0.05, "i4": 1.0}
-"""Largest mean divergence (nats per token) from the merged model that passes as rounding.
-
-f32 stores the same values; f16 and i8 move a sound model by less than a tenth of these. i4 without
-training on its grid is a matter of quality, which the report states; beyond 1 nat it is broken.
-"""
-KERNEL_KL_LIMITS: Mapping[str, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.05, "i4": 0.05}
-"""Largest mean divergence that native kernels may add: a sound model moves by less than a tenth of it.
-
-f16 for the sake of llama.cpp, which rounds its cache and what meets f16 weights to f16.
-"""
 
 
 @dataclass(frozen=True)
@@ -86,11 +75,11 @@ def judge(
     """
     faithful = compare_logits(exact.logits, (stock or actual).logits)
     kernel_kl = 0.0 if stock is actual else compare_logits(exact.logits, actual.logits).mean_kl
-    kernel_limit = max(KERNEL_KL_LIMITS[value_type] for value_type in value_types)
+    kernel_limit = max(VALUE_TYPES[value_type].kernel_kl for value_type in value_types)
     close = compare_logits(merged.logits, actual.logits)
     inner = max(columns for _, columns in model.linears.values())
     tolerance = logit_tolerance(faithful.largest_logit, model.checkpoint.block_count, inner)
-    limit = max(MEAN_KL_LIMITS[value_type] for value_type in value_types)
+    limit = max(VALUE_TYPES[value_type].rounding_kl for value_type in value_types)
     on_decoded = compare_traces("decoded", exact, stock or actual, questions)
     on_merged = compare_traces("merged", merged, actual, questions)
     difference = max(faithful.max_abs_logit_difference, on_decoded.difference)

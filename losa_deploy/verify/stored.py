@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.values import SMALLER
+from losa_deploy.layouts import VALUE_TYPES
 from losa_deploy.manifest import Manifest, TensorRecord, sha256_file
 from losa_deploy.model import SparseModel, WeightGrid
 from losa_deploy.recipe import SparsityRecipe
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".onnx", ".data", ".gguf")
-SCALE_ERROR = 2.0**-11
-SCALE_FLOOR = 2.0**-25
-"""Relative and, below the normal range, absolute error of a scale stored as f16; f32 has less."""
 
 
 def check_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -150,30 +147,6 @@ def check_coverage(model: SparseModel, recipe: SparsityRecipe) -> list[str]:
     return findings
 
 
-def value_error_bound(weight: NDArray[np.float32], value_type: str, group_size: int) -> NDArray[np.float32]:
-    """Largest error [out, in] that rounding `weight` [out, in] to `value_type` may cause.
-
-    f32: none. f16: half a unit in the last place, at least half the smallest subnormal.
-    i8: levels up to ±127 of one scale per row, so half a step of (largest of the row)/127.
-    i4: levels -8…7 of one scale per `group_size` positions. The scale is (largest)/8 or one of `SMALLER`:
-    half of the largest step, and for what the smallest leaves out what lies beyond its level 7. Integers
-    also carry the rounding of the stored scale (f16 at worst), once per unit of the level.
-    """
-    absolute = np.abs(weight)
-    if value_type == "f32":
-        return np.zeros_like(weight)
-    if value_type == "f16":
-        return np.maximum(absolute * 2.0**-11, 2.0**-25).astype(np.float32)
-    columns = weight.shape[1]
-    top, width = (127, columns) if value_type == "i8" else (8, group_size)
-    largest = np.maximum.reduceat(absolute, np.arange(0, columns, width), axis=1)
-    step = np.repeat(largest / np.float32(top), width, axis=1)[:, :columns]
-    beyond = absolute - 7 * np.float32(min(SMALLER)) * step
-    rounding = 0.5 * step if value_type == "i8" else np.maximum(0.5 * step, beyond)
-    bound = rounding * (1 + SCALE_ERROR) + top * (step * SCALE_ERROR + SCALE_FLOOR)
-    return bound.astype(np.float32)
-
-
 def check_decoded(
     record: TensorRecord,
     decoded: NDArray[np.float32] | None,
@@ -206,7 +179,7 @@ def check_decoded(
         findings += _off_grid(name, decoded, trained)
         return findings, float(np.abs(decoded - trained).max())
     error = np.abs(decoded - weight)
-    over = ~(error <= value_error_bound(weight, record.value_type, size))
+    over = ~(error <= VALUE_TYPES[record.value_type].error_bound(weight, size))
     if over.any():
         row, column = map(int, np.argwhere(over)[0])
         findings.append(

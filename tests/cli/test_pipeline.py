@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from losa_deploy.cli.main import main
-from losa_deploy.verify import judge
+from losa_deploy.layouts import VALUE_TYPES
 
 FILES = {
     "model.onnx",
@@ -159,7 +159,8 @@ def test_what_was_compressed_elsewhere_needs_no_memory_for_it_here(
 def test_another_recipe_starts_again_and_a_failed_gate_keeps_the_artifact(
     copy: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "MEAN_KL_LIMITS", dict.fromkeys(judge.MEAN_KL_LIMITS, -1.0))
+    for kind in VALUE_TYPES.values():
+        monkeypatch.setattr(kind, "rounding_kl", -1.0)
     before = (copy / "losa.json").read_bytes()
     result = whole_path(tiny_llama, copy, "--overwrite", "--sparsity", "0.6", "--json")
     assert (result.code, result.out) == (6, "")

@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.layouts import PackedTensor
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor
 from losa_deploy.layouts.base import COMPONENTS
-from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id, to_blob
+from losa_deploy.layouts.blob import scale_type_id, to_blob
 
 ROOT = Path(__file__).resolve().parents[2]
 Matrix = NDArray[np.float32]
@@ -29,8 +29,8 @@ def open_tensor(packed: PackedTensor) -> _native.Tensor:
     """The tensor as the kernels see it; raises `RuntimeError` if its bytes break the format."""
     parts = [packed.arrays.get(name, np.zeros(0, np.uint8)) for name in COMPONENTS]
     return _native.Tensor(
-        LAYOUT_IDS[packed.layout],
-        VALUE_TYPE_IDS[packed.value_type],
+        LAYOUTS[packed.layout].number,
+        VALUE_TYPES[packed.value_type].number,
         *packed.shape,
         scale_type_id(packed),
         packed.params.get("n", 0),

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from losa_deploy.layouts import LAYOUTS, PackOptions
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import to_blob
 
 pytestmark = pytest.mark.slow
 SECONDS = 60
-TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
 PATTERNS = ((2, 4), (1, 4), (3, 5), (3, 16), (1, 8))
 SHAPES = ((3, 70), (2, 256))
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from losa_deploy.layouts import LAYOUTS, PackOptions
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.blob import to_blob
 
 pytestmark = pytest.mark.slow
@@ -32,7 +31,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory, build_run_cases: object)
     return build_run_cases(folder, f"-DCMAKE_CXX_FLAGS={SANITIZERS}", "-DLOSA_EMULATE_AVX512=ON")  # type: ignore[operator, no-any-return]
 
 
-def blob_of(layout: str, value_type: ValueType, columns: int = COLUMNS) -> bytes:
+def blob_of(layout: str, value_type: str, columns: int = COLUMNS) -> bytes:
     rng = np.random.default_rng(1)
     name, _, pattern = layout.partition(" ")
     rows = 16 if name == "tiled" else ROWS
@@ -82,14 +81,14 @@ def damaged(blob: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4", "nm 3:5", "nm 3:16"])
-def test_no_damage_reads_outside(sanitized: Path, tmp_path: Path, layout: str, value_type: ValueType) -> None:
+def test_no_damage_reads_outside(sanitized: Path, tmp_path: Path, layout: str, value_type: str) -> None:
     check_damage(sanitized, tmp_path, blob_of(layout, value_type), COLUMNS)
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 @pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 5:16", "tiled 2:4", "tiled 1:4"])
 def test_no_damage_of_tiles_reads_outside(
-    sanitized: Path, tmp_path: Path, layout: str, value_type: ValueType
+    sanitized: Path, tmp_path: Path, layout: str, value_type: str
 ) -> None:
     check_damage(sanitized, tmp_path, blob_of(layout, value_type, 176), 176)
 
@@ -108,7 +107,7 @@ def check_damage(sanitized: Path, tmp_path: Path, blob: bytes, columns: int) -> 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("columns", [64, 128, 256])
 def test_a_last_group_beyond_the_padding_stays_inside(
-    sanitized: Path, tmp_path: Path, columns: int, value_type: ValueType
+    sanitized: Path, tmp_path: Path, columns: int, value_type: str
 ) -> None:
     """Groups of 5 and 24 do not divide these widths, which need no padding otherwise."""
     blobs = [blob_of(layout, value_type, columns) for layout in ("nm 3:5", "nm 3:24")]
@@ -136,7 +135,7 @@ def test_each_lie_is_named(sanitized: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 def test_positions_of_quads_ascend_and_free_bits_are_zero(
-    sanitized: Path, tmp_path: Path, value_type: ValueType
+    sanitized: Path, tmp_path: Path, value_type: str
 ) -> None:
     for pattern, at, wrong in (("2:4", 0, 0x01), ("1:4", 32, 0x10)):  # 48 columns: a line and a half of 1:4
         blob = blob_of(f"tiled {pattern}", value_type, 48)
@@ -147,7 +146,7 @@ def test_positions_of_quads_ascend_and_free_bits_are_zero(
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 def test_positions_of_tiles_ascend_and_free_slots_are_zero(
-    sanitized: Path, tmp_path: Path, value_type: ValueType
+    sanitized: Path, tmp_path: Path, value_type: str
 ) -> None:
     blob = blob_of("tiled 3:16", value_type, 64)  # positions 0, 1, 2: bytes 00 01 ..., then 02 00 ...
     positions, _, values = struct.unpack_from("<QQQ", blob, 32)

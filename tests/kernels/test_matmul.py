@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from losa_deploy import _native
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
-from losa_deploy.layouts.base import ValueType
-from losa_deploy.layouts.values import LINEAR_TABLE
+from losa_deploy.layouts.values.i4 import LINEAR_TABLE
 
 SHAPES = ((1, 1), (3, 7), (8, 64), (9, 65), (17, 127), (16, 128), (5, 129), (33, 172), (7, 576), (2, 1000))
 TOKENS = (1, 2, 4, 5, 17)
@@ -55,7 +54,7 @@ def mask_of(layout: str, rows: int, columns: int, pattern: tuple[int, int] | Non
     return mask
 
 
-def packed_of(layout: str, value_type: ValueType, rows: int, columns: int, **options: object) -> PackedTensor:
+def packed_of(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
     pattern = options.get("pattern")
     mask = mask_of(layout, rows, columns, pattern)  # type: ignore[arg-type]
     weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
@@ -101,7 +100,7 @@ def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask"])
-def test_dense_and_bitmask(multiply: Multiply, layout: str, value_type: ValueType) -> None:
+def test_dense_and_bitmask(multiply: Multiply, layout: str, value_type: str) -> None:
     for rows, columns in SHAPES:
         packed = packed_of(layout, value_type, rows, columns)
         for tokens in TOKENS:
@@ -110,7 +109,7 @@ def test_dense_and_bitmask(multiply: Multiply, layout: str, value_type: ValueTyp
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}of{p[1]}")
-def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: ValueType) -> None:
+def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: str) -> None:
     for rows, columns in ((3, 64), (5, 65), (9, 200), (4, 333)):
         packed = packed_of("nm", value_type, rows, columns, pattern=pattern)
         for tokens in (1, 3):
@@ -119,7 +118,7 @@ def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: ValueT
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 @pytest.mark.parametrize("pattern", [(1, 4), (2, 4), *((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15))])
-def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: ValueType) -> None:
+def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: str) -> None:
     for rows, columns in ((16, 16), (32, 64), (48, 176), (16, 336)):
         packed = packed_of("tiled", value_type, rows, columns, pattern=pattern)
         for tokens in (*TOKENS, PROMPT):
@@ -157,7 +156,7 @@ def test_groups_and_tables_of_i4(multiply: Multiply, layout: str, group_size: in
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-def test_f16_row_scales_and_row_ranges(multiply: Multiply, value_type: ValueType) -> None:
+def test_f16_row_scales_and_row_ranges(multiply: Multiply, value_type: str) -> None:
     for layout in ("dense", "bitmask"):
         packed = packed_of(layout, value_type, 43, 300, scale_type="f16")
         for step in (16, 32):
@@ -177,7 +176,7 @@ def test_levels_at_their_limits_do_not_saturate(multiply: Multiply) -> None:
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: ValueType) -> None:
+def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: str) -> None:
     """All kept weights at the widest level, all activations at 127: up to 15 of 16, groups of 128."""
     weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
     for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3):

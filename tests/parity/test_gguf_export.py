@@ -20,7 +20,7 @@ from losa_deploy.errors import InputError, UsageError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.gguf import view as gguf_view
 from losa_deploy.gguf.view import find_gguf
-from losa_deploy.layouts.base import ValueType
+from losa_deploy.layouts import VALUE_TYPES
 from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
@@ -28,7 +28,6 @@ from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 from losa_deploy.verify.check import Parity, _check_weights, verify_export
-from losa_deploy.verify.stored import value_error_bound
 
 from .conftest import GATED, Make
 
@@ -110,7 +109,7 @@ def test_f32_equals_torch(family: str, tmp_path: Path, request: pytest.FixtureRe
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("value_type", ["f16", "i8", "i4"])
 def test_packed_and_portable_mean_the_decoded_weights(
-    family: str, value_type: ValueType, tmp_path: Path, request: pytest.FixtureRequest
+    family: str, value_type: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model: SparseModel = request.getfixturevalue(f"merged_{family}")
     both = export(model, tmp_path / "both", value_type=value_type, packed=True, portable=True, group_size=32)
@@ -144,7 +143,7 @@ def verified(folder: Path, model: SparseModel) -> Parity:
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("value_type", "head"), [("i4", "same"), ("i4", "i4"), ("i8", "same")])
 def test_each_of_two_files_is_judged_by_how_it_stores_its_weights(
-    value_type: ValueType, head: str, group_size: int, merged_qwen2: SparseModel, tmp_path: Path
+    value_type: str, head: str, group_size: int, merged_qwen2: SparseModel, tmp_path: Path
 ) -> None:
     """Groups of Q4_0 have 32 positions whatever those of the packed file have; rows of 172 are F16."""
     folder = export(
@@ -173,7 +172,7 @@ def test_a_portable_code_one_level_off_is_found_beside_a_packed_file(
     (portable,) = (path for path in folder.glob("*.gguf") if path != find_gguf(folder))
     name = "model.layers.1.self_attn.v_proj"  # its rows stay in their order
     weight, mask = merged_qwen2.weight(name), merged_qwen2.mask(name)
-    right, wide = value_error_bound(weight, "i4", 32), value_error_bound(weight, "i4", 128)
+    right, wide = VALUE_TYPES["i4"].error_bound(weight, 32), VALUE_TYPES["i4"].error_bound(weight, 128)
     row, column = _one_level_off(portable, weight, mask, right, wide)
     document = Manifest.read(folder)
     document.model_copy(update={"files": hash_files(folder)}).write(folder)

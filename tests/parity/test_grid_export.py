@@ -17,7 +17,7 @@ from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.layouts import PackOptions
-from losa_deploy.layouts.values import dequantize, quantize, value_params
+from losa_deploy.layouts.values import VALUE_TYPES, dequantize, quantize
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.model import GRID_FILE, GRID_KEY, SparseModel
 from losa_deploy.progress import no_progress
@@ -119,7 +119,7 @@ def test_a_search_lowers_the_error_of_i4(merged_llama: SparseModel) -> None:
     for search in (False, True):
         options = PackOptions("i4", 64, search=search)
         codes, parts = quantize(weight, options)
-        value = dequantize(codes, "i4", value_params(options), parts)
+        value = dequantize(codes, "i4", VALUE_TYPES[options.value_type].params(options), parts)
         errors.append(float(np.square(value - weight).sum()))
     assert errors[1] < 0.97 * errors[0]
 

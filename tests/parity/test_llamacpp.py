@@ -16,7 +16,6 @@ import pytest
 from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.interfaces import Session
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
@@ -44,10 +43,10 @@ def merged(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Sparse
 
 
 @pytest.fixture(scope="module")
-def exported(merged: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[ValueType, Path]:
+def exported(merged: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with a packed and a portable file, by value type."""
-    folders: dict[ValueType, Path] = {}
-    kinds: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+    folders: dict[str, Path] = {}
+    kinds: tuple[str, ...] = ("f32", "f16", "i8", "i4")
     for value_type in kinds:
         folder = tmp_path_factory.mktemp(f"exported_{value_type}")
         recipe = ExportRecipe(value_type=value_type, group_size=32, packed=True, portable=True)
@@ -78,7 +77,7 @@ def packed_and_portable(folder: Path) -> tuple[Path, Path]:
 
 
 KINDS = ("packed", "portable")
-LIMITS: dict[ValueType, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.01, "i4": 0.5}
+LIMITS: dict[str, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.01, "i4": 0.5}
 """Mean divergence from the merged model, in nats."""
 
 
@@ -89,8 +88,8 @@ def one_file(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value_type", ["f32", "f16"])
 def test_our_backend_gives_the_tokens_of_torch(
-    exported: dict[ValueType, Path],
-    value_type: ValueType,
+    exported: dict[str, Path],
+    value_type: str,
     kind: str,
     reference: ReferenceSession,
     tokens: list[int],
@@ -109,8 +108,8 @@ def test_our_backend_gives_the_tokens_of_torch(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 def test_integers_stay_close_and_do_what_their_bytes_mean(
-    exported: dict[ValueType, Path],
-    value_type: ValueType,
+    exported: dict[str, Path],
+    value_type: str,
     kind: str,
     reference: ReferenceSession,
     tokens: list[int],
@@ -132,7 +131,7 @@ def taken() -> int:
     return plugin.statistics().tensors
 
 
-def test_stock_and_ours_side_by_side(exported: dict[ValueType, Path], tokens: list[int]) -> None:
+def test_stock_and_ours_side_by_side(exported: dict[str, Path], tokens: list[int]) -> None:
     """A stock model opened while ours is open keeps llama.cpp's own kernels, and the other way round."""
     path = one_file(exported["i8"], "portable")
     start = taken()
@@ -183,7 +182,7 @@ def in_a_process(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ["a", "b"])
 def test_both_routes_give_the_tokens_of_torch(
-    exported: dict[ValueType, Path], route: str, kind: str, reference: ReferenceSession, tokens: list[int]
+    exported: dict[str, Path], route: str, kind: str, reference: ReferenceSession, tokens: list[int]
 ) -> None:
     done = in_a_process(route, one_file(exported["f32"], kind), tokens[:12])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -201,7 +200,7 @@ llama_cpp.Llama(str(portable), n_ctx=64, verbose=False)
 
 
 def test_after_a_model_of_stock_llama_cpp_the_other_route_is_taken(
-    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+    exported: dict[str, Path], reference: ReferenceSession, tokens: list[int]
 ) -> None:
     """llama.cpp notes its buffer types when it loads its first model, and never asks for ours again."""
     packed = one_file(exported["f32"], "packed")
@@ -216,7 +215,7 @@ def test_after_a_model_of_stock_llama_cpp_the_other_route_is_taken(
 
 
 def test_switched_off_runs_portable_files_and_refuses_packed_ones(
-    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+    exported: dict[str, Path], reference: ReferenceSession, tokens: list[int]
 ) -> None:
     packed, portable = packed_and_portable(exported["f32"])
     done = in_a_process("off", portable, tokens[:12])
@@ -243,7 +242,7 @@ print(json.dumps({"line": line, "taken": load_plugin().statistics().tensors, "to
 
 
 def test_enable_is_all_that_plain_llama_cpp_python_needs(
-    exported: dict[ValueType, Path], reference: ReferenceSession, tokens: list[int]
+    exported: dict[str, Path], reference: ReferenceSession, tokens: list[int]
 ) -> None:
     done = in_a_process("", one_file(exported["f16"], "portable"), tokens[:12], ENABLE)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -252,7 +251,7 @@ def test_enable_is_all_that_plain_llama_cpp_python_needs(
     assert found["tokens"] == list(greedy(reference, tokens[:12], STEPS).tokens)
 
 
-def test_threads_change_nothing(exported: dict[ValueType, Path], tokens: list[int]) -> None:
+def test_threads_change_nothing(exported: dict[str, Path], tokens: list[int]) -> None:
     path = one_file(exported["i4"], "packed")
     one, two = (LlamaCppRuntime().open(path, threads=n) for n in (1, 2))
     assert np.abs(one.logits(tokens) - two.logits(tokens)).max() < 1e-3
@@ -260,7 +259,7 @@ def test_threads_change_nothing(exported: dict[ValueType, Path], tokens: list[in
     two.close()
 
 
-def test_a_damaged_packed_file_is_refused(exported: dict[ValueType, Path], tmp_path: Path) -> None:
+def test_a_damaged_packed_file_is_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     content = packed_and_portable(exported["i8"])[0].read_bytes()
     at = content.index(b"LOSA\x01")
@@ -272,7 +271,7 @@ def test_a_damaged_packed_file_is_refused(exported: dict[ValueType, Path], tmp_p
 
 @pytest.mark.parametrize("value_type", ["f32", "f16"])
 def test_stock_gives_the_tokens_of_torch(
-    exported: dict[ValueType, Path], value_type: ValueType, reference: ReferenceSession, tokens: list[int]
+    exported: dict[str, Path], value_type: str, reference: ReferenceSession, tokens: list[int]
 ) -> None:
     session = StockLlamaCppRuntime().open(exported[value_type], threads=1)
     expected = greedy(reference, tokens[:12], STEPS)
@@ -281,7 +280,7 @@ def test_stock_gives_the_tokens_of_torch(
     session.close()
 
 
-def test_stock_refuses_a_packed_file(exported: dict[ValueType, Path]) -> None:
+def test_stock_refuses_a_packed_file(exported: dict[str, Path]) -> None:
     packed, _ = packed_and_portable(exported["i8"])
     with pytest.raises(InputError, match="unknown model architecture: 'losa-packed'") as error:
         StockLlamaCppRuntime().open(packed, threads=1)
@@ -290,7 +289,7 @@ def test_stock_refuses_a_packed_file(exported: dict[ValueType, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["f32", "i4"])
 def test_expanded_is_what_the_bytes_mean(
-    exported: dict[ValueType, Path], kind: ValueType, merged: SparseModel, tokens: list[int]
+    exported: dict[str, Path], kind: str, merged: SparseModel, tokens: list[int]
 ) -> None:
     weights = _overrides(merged, GgufExporter().decode(exported[kind]))
     (expected,) = Oracle(merged.checkpoint, weights).answers([Question.whole(tokens)], threads=1)
@@ -320,7 +319,7 @@ def rename_architecture(path: Path) -> None:
     ids=["half", "another file", "empty", "unknown architecture"],
 )
 def test_damaged_files_are_refused_with_the_reason(
-    exported: dict[ValueType, Path], tmp_path: Path, damage: object, message: str, hint: str
+    exported: dict[str, Path], tmp_path: Path, damage: object, message: str, hint: str
 ) -> None:
     path = tmp_path / "model.gguf"
     shutil.copyfile(packed_and_portable(exported["f32"])[1], path)
@@ -335,7 +334,7 @@ TEXTS = ("Anna has 2 red apples.", "é 日本語 👩‍👩‍👧 naïve  spac
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tokenizer_of_a_file_is_that_of_its_folder(exported: dict[ValueType, Path], kind: str) -> None:
+def test_the_tokenizer_of_a_file_is_that_of_its_folder(exported: dict[str, Path], kind: str) -> None:
     folder = exported["i8"]
     expected, found = load_tokenizer(folder), load_tokenizer(one_file(folder, kind))
     for text in TEXTS:

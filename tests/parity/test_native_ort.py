@@ -19,7 +19,6 @@ from onnx import helper, numpy_helper
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.exporters.onnx.functions import OPSET, VERSION
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import no_progress
@@ -30,7 +29,7 @@ SIZES = ((5, 1), (3, 7), (9, 64), (4, 65), (67, 172), (33, 576))
 LAYOUT_NAMES = (
     "dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:5", "nm 2:16", "nm 4:16", "nm 1:32",
 )  # fmt: skip
-VALUE_TYPES: tuple[ValueType, ...] = ("f32", "f16", "i8", "i4")
+VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
 NODE = "layer.7.the_node"
 ROUNDING = 2.0**-24
 Array = NDArray[np.float32]
@@ -52,7 +51,7 @@ def random_mask(layout: str, rows: int, columns: int, rng: np.random.Generator) 
 
 
 def pack(
-    layout: str, value_type: ValueType, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
+    layout: str, value_type: str, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
 ) -> PackedTensor:
     rng = np.random.default_rng((rows, columns, seed))
     pattern = None
@@ -158,7 +157,7 @@ def check(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Arr
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-def test_operators_equal_the_oracle(layout: str, value_type: ValueType) -> None:
+def test_operators_equal_the_oracle(layout: str, value_type: str) -> None:
     for rows, columns in SIZES:
         weights = [
             pack(layout, value_type, count, columns, seed=i) for i, count in enumerate((rows, rows + 2, 1))
@@ -171,7 +170,7 @@ def test_operators_equal_the_oracle(layout: str, value_type: ValueType) -> None:
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 @pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 3:16", "tiled 2:4", "tiled 1:4"])
-def test_tiles_equal_the_oracle(layout: str, value_type: ValueType) -> None:
+def test_tiles_equal_the_oracle(layout: str, value_type: str) -> None:
     for rows, columns in ((16, 16), (64, 176), (1024, 576)):
         counts = (rows, rows + 32, 16)
         weights = [pack(layout, value_type, count, columns, seed=i) for i, count in enumerate(counts)]
@@ -189,7 +188,7 @@ def test_row_scales_may_be_f16(layout: str) -> None:
 
 
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_work_that_is_split_among_threads(value_type: ValueType) -> None:
+def test_work_that_is_split_among_threads(value_type: str) -> None:
     """Enough rows for many chunks, in weights of unequal size, and a prompt that is prepared in parts."""
     weights = [pack("bitmask", value_type, rows, 576, seed=rows) for rows in (1021, 192, 13)]
     session = open_native(model_of(weights), threads=4)
@@ -267,7 +266,7 @@ def test_attributes_are_checked() -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4"])
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
-def test_truncated_components_are_refused(layout: str, value_type: ValueType) -> None:
+def test_truncated_components_are_refused(layout: str, value_type: str) -> None:
     packed = pack(layout, value_type, 9, 64)
     for name, array in packed.arrays.items():
         shorter = array[:, :-1] if array.ndim == 2 else array[:-1]
@@ -277,7 +276,7 @@ def test_truncated_components_are_refused(layout: str, value_type: ValueType) ->
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_damaged_tiles_are_refused(value_type: ValueType) -> None:
+def test_damaged_tiles_are_refused(value_type: str) -> None:
     packed = pack("tiled 5:16", value_type, 32, 64)
     for name, array in packed.arrays.items():
         reason = refused(model_of([packed], changed={name: array[..., :-1]}))
@@ -291,7 +290,7 @@ def test_damaged_tiles_are_refused(value_type: ValueType) -> None:
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_damaged_quads_are_refused(value_type: ValueType) -> None:
+def test_damaged_quads_are_refused(value_type: str) -> None:
     packed = pack("tiled 2:4", value_type, 32, 64)
     for name, array in packed.arrays.items():
         reason = refused(model_of([packed], changed={name: array[..., :-1]}))
@@ -387,7 +386,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux counts it")
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_what_a_shape_claims_costs_no_memory(value_type: ValueType, tmp_path: Path) -> None:
+def test_what_a_shape_claims_costs_no_memory(value_type: str, tmp_path: Path) -> None:
     """Initializers without a byte that claim up to two billion rows, in a process that may take 256 MB."""
     paths = []
     for index, (layout, (shape, attributes_)) in enumerate(CLAIMS.items()):

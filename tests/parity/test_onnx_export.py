@@ -22,7 +22,6 @@ from losa_deploy.exporters.onnx.graph import DenseGraph, dense_graph
 from losa_deploy.exporters.onnx.plan import Job
 from losa_deploy.exporters.onnx.reader import decode
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import Manifest, sha256_file
 from losa_deploy.model import SparseModel
@@ -116,7 +115,7 @@ def one_of_four(model: SparseModel) -> Masks:
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm"])
 def test_llama_equals_torch_on_the_decoded_weights(
-    merged_llama: SparseModel, llama_graph: DenseGraph, tmp_path: Path, layout: str, value_type: ValueType
+    merged_llama: SparseModel, llama_graph: DenseGraph, tmp_path: Path, layout: str, value_type: str
 ) -> None:
     masks = one_of_four(merged_llama)
     recipe = ExportRecipe.model_validate(
@@ -144,9 +143,7 @@ def test_llama_equals_torch_on_the_decoded_weights(
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_tiles_equal_torch_on_the_decoded_weights(
-    make_merged: Make, tmp_path: Path, value_type: ValueType
-) -> None:
+def test_tiles_equal_torch_on_the_decoded_weights(make_merged: Make, tmp_path: Path, value_type: str) -> None:
     from transformers import LlamaConfig
 
     model = make_merged(LlamaConfig(**{**GATED, "intermediate_size": 192}, tie_word_embeddings=True))
@@ -234,7 +231,7 @@ def test_other_families(family: str, request: pytest.FixtureRequest, tmp_path: P
 @pytest.mark.parametrize("family", ["merged_llama", "merged_qwen2", "merged_opt"])
 @pytest.mark.parametrize("value_type", ["i4", "f32"])
 def test_dense_baseline_is_the_source_in_the_graph_of_the_artifact(
-    family: str, value_type: ValueType, request: pytest.FixtureRequest, tmp_path: Path
+    family: str, value_type: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Tied and untied heads, both graph sources, packed and plain nodes; the masks do not matter."""
     model: SparseModel = request.getfixturevalue(family)

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from losa_deploy.exporters.onnx.functions import OPSET, VERSION, exact, function
+from losa_deploy.exporters.onnx.functions import OPSET, VERSION, function
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
-from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
 SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576), (5, 256))
@@ -59,10 +58,14 @@ def mask_of(layout: str, rows: int, columns: int) -> NDArray[np.bool_]:
     return mask
 
 
+def unpadded(packed: PackedTensor) -> bool:
+    return LAYOUTS[packed.layout].unpadded(packed)
+
+
 def check(packed: PackedTensor, *, reference: bool) -> None:
-    """An exact tensor with both functions: in a model that has others too, only the general one is there."""
-    for unpadded in {False, exact(packed)}:
-        check_model(one_node_model(packed, unpadded=unpadded), packed, reference=reference)
+    """An unpadded tensor with both functions: in a model that has others too, only the general one is there."""
+    for promised in {False, unpadded(packed)}:
+        check_model(one_node_model(packed, unpadded=promised), packed, reference=reference)
 
 
 def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool) -> None:
@@ -83,7 +86,7 @@ def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool
 @pytest.mark.parametrize(
     "layout", ["dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32"]
 )
-def test_operator_equals_the_unpacked_weight(layout: str, value_type: ValueType) -> None:
+def test_operator_equals_the_unpacked_weight(layout: str, value_type: str) -> None:
     for rows, columns in SIZES:
         mask = mask_of(layout, rows, columns)
         pattern = None
@@ -98,9 +101,7 @@ def test_operator_equals_the_unpacked_weight(layout: str, value_type: ValueType)
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 @pytest.mark.parametrize("pattern", [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)])
-def test_operator_of_tiles_equals_the_unpacked_weight(
-    pattern: tuple[int, int], value_type: ValueType
-) -> None:
+def test_operator_of_tiles_equals_the_unpacked_weight(pattern: tuple[int, int], value_type: str) -> None:
     for rows, columns in ((16, 16), (48, 80), (32, 304)):
         weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
         mask = mask_of(f"nm {pattern[0]}:{pattern[1]}", rows, columns)
@@ -109,7 +110,7 @@ def test_operator_of_tiles_equals_the_unpacked_weight(
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_all_or_nothing_kept(value_type: ValueType, keep: bool) -> None:
+def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
     weight = np.random.default_rng(1).standard_normal((3, 70)).astype(np.float32)
     mask = np.full((3, 70), keep)
     check(LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type)), reference=True)
@@ -117,14 +118,14 @@ def test_all_or_nothing_kept(value_type: ValueType, keep: bool) -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4"])
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-def test_decoding_is_folded_at_load(layout: str, value_type: ValueType, tmp_path: object) -> None:
+def test_decoding_is_folded_at_load(layout: str, value_type: str, tmp_path: object) -> None:
     mask = mask_of(layout, 64, 172)
     weight = np.random.default_rng(2).standard_normal((64, 172)).astype(np.float32)
     packed = LAYOUTS[layout.split()[0]].pack(weight, mask, PackOptions(value_type))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = f"{tmp_path}/folded.onnx"
-    ort.InferenceSession(one_node_model(packed, unpadded=exact(packed)).SerializeToString(), options)
+    ort.InferenceSession(one_node_model(packed, unpadded=unpadded(packed)).SerializeToString(), options)
     folded = onnx.load(f"{tmp_path}/folded.onnx")
     left = {node.op_type for node in folded.graph.node}
     assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})
@@ -132,7 +133,7 @@ def test_decoding_is_folded_at_load(layout: str, value_type: ValueType, tmp_path
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
-def test_one_operator_of_three_weights(layout: str, value_type: ValueType) -> None:
+def test_one_operator_of_three_weights(layout: str, value_type: str) -> None:
     """As q, k and v: different numbers of rows, one input, three outputs."""
     n_of_m = tuple(map(int, layout.split()[1].split(":"))) if " " in layout else None
     options = PackOptions(value_type, pattern=n_of_m)  # type: ignore[arg-type]
@@ -158,7 +159,7 @@ def test_one_operator_of_three_weights(layout: str, value_type: ValueType) -> No
     )
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(
-        graph, opset_imports=imports, functions=[function(first, 3, unpadded=exact(first))], ir_version=10
+        graph, opset_imports=imports, functions=[function(first, 3, unpadded=unpadded(first))], ir_version=10
     )
     onnx.checker.check_model(model)
     x = np.random.default_rng(0).standard_normal((1, 2, 172)).astype(np.float32)
