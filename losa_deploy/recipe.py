@@ -15,18 +15,26 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from losa_deploy.errors import UsageError
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES
 from losa_deploy.phases import Part, PhaseRecipe, resolved, translate
 from losa_deploy.structure import Structure, parse_structure
 
 PRESETS = resources.files("losa_deploy") / "recipes"
 """Where the shipped presets are, one file each."""
-ValueType = Literal["f32", "f16", "i8", "i4"]
+ValueType = Annotated[str, AfterValidator(lambda name: _one_of(name, VALUE_TYPES))]
+LayoutName = Annotated[str, AfterValidator(lambda name: _one_of(name, ("auto", *LAYOUTS)))]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _one_of(name: str, names: Iterable[str]) -> str:
+    if name not in names:
+        raise ValueError(f"should be one of {', '.join(names)}")
+    return name
 
 
 class SparsityRecipe(Part):
@@ -150,7 +158,7 @@ class MergeRecipe(Part):
 class ExportRecipe(Part):
     """How tensors are stored in the artifact."""
 
-    layout: Literal["auto", "dense", "bitmask", "nm", "tiled"] = "auto"
+    layout: LayoutName = "auto"
     value_type: ValueType = "i4"
     group_size: Literal[32, 64, 128] = 128
     """Positions per scale for i4 values."""

@@ -39,6 +39,8 @@ def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     dense_bytes = DENSE.size(mask, options)
     if mask.all():
         return Choice("dense", options, dense_bytes, "nothing is pruned")
+    if not BITMASK.stores(VALUE_TYPES[options.value_type]):
+        return _dense_or_tiled(mask, options)
     bitmask_bytes = BITMASK.size(mask, options)
     reason = f"{mask.mean():.0%} kept: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
     best = Choice("bitmask", options, bitmask_bytes, reason)
@@ -72,10 +74,32 @@ def _patterned(
     return best
 
 
+def _dense_or_tiled(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
+    """The layout for a value type that is not stored as a stream of kept values."""
+    size, kept = DENSE.size(mask, options), f"{mask.mean():.0%} kept"
+    if not tiled.tolerates(mask, options):
+        reason = f"{kept}: {options.value_type} is stored sparse in tiles of N:M only"
+        return Choice("dense", options, size, reason)
+    with_pattern = replace(options, pattern=tiled.find_pattern(mask))
+    tiles = TILED.size(mask, with_pattern)
+    reason = f"{kept}: tiles take {_share(tiles, size)}"
+    return (
+        Choice("tiled", with_pattern, tiles, reason)
+        if tiles < size
+        else Choice("dense", options, size, reason)
+    )
+
+
 def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     """The layout that `--layout` names; raises `UsageError` naming the linear whose mask it cannot store."""
     if layout in PATTERNED and mask.all():
         return Choice("dense", options, DENSE.size(mask, options), "nothing is pruned")
+    if not LAYOUTS[layout].stores(VALUE_TYPES[options.value_type]):
+        *others, last = [kind.name for kind in by_number() if LAYOUTS[layout].stores(kind)]
+        raise UsageError(
+            f"--layout {layout} stores {', '.join(others)} or {last} values, not {options.value_type}.",
+            hint="Add --value-type i4, or use --layout auto.",
+        )
     if layout == "nm":
         pattern = nm.find_pattern(mask)
         if pattern is None:
@@ -86,12 +110,6 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
             )
         options = replace(options, pattern=pattern)
     elif layout == "tiled":
-        if not tiled.stores(VALUE_TYPES[options.value_type]):
-            stored = " or ".join(kind.name for kind in by_number() if tiled.stores(kind))
-            raise UsageError(
-                f"--layout tiled stores {stored} values, not {options.value_type}.",
-                hint="Add --value-type i4, or use --layout auto.",
-            )
         if not tiled.tolerates(mask, options):
             rows, columns = mask.shape
             raise UsageError(

@@ -63,7 +63,7 @@ def unpadded(packed: PackedTensor) -> bool:
 
 
 def check(packed: PackedTensor, *, reference: bool) -> None:
-    """An unpadded tensor with both functions: in a model that has others too, only the general one is there."""
+    """An unpadded tensor with both functions: a model that has others too has the general one."""
     for promised in {False, unpadded(packed)}:
         check_model(one_node_model(packed, unpadded=promised), packed, reference=reference)
 
