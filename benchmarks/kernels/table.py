@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.layouts import PackedTensor
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor
 from losa_deploy.progress import Progress, no_progress
 
 from ..document import SCHEMA, machine_record
@@ -149,19 +148,19 @@ def default_storages(
     found: list[Storage] = []
     for layout in layouts:
         for value_type in value_types:
-            found += _storages_of(layout, value_type, sparsities)
+            of_layout = _storages_of(layout, value_type, sparsities)
+            found += [s for s in of_layout if LAYOUTS[s.layout].stores(VALUE_TYPES[s.value_type])]
     return tuple(found)
 
 
 def _storages_of(layout: str, value_type: str, sparsities: Sequence[float]) -> Iterator[Storage]:
-    kind = cast("str", value_type)
     if layout == "dense":
-        yield Storage("dense", kind)
+        yield Storage("dense", value_type)
     elif layout == "bitmask":
-        yield from (Storage("bitmask", kind, sparsity) for sparsity in sparsities)
+        yield from (Storage("bitmask", value_type, sparsity) for sparsity in sparsities)
     else:
         n, m = (int(part) for part in layout.split(":"))
-        yield Storage(layout_of_pattern((n, m), kind), kind, 1 - n / m, (n, m))
+        yield Storage(layout_of_pattern((n, m), value_type), value_type, 1 - n / m, (n, m))
 
 
 def measure_kernels(

@@ -55,7 +55,7 @@ def layout_of_pattern(pattern: tuple[int, int] | None, value_type: str) -> str:
         return "bitmask"
     n, m = pattern
     kind = VALUE_TYPES[value_type]
-    if not (tiled.stores(kind) and tiled.known_pattern(n, m)):
+    if not (tiled.known_pattern(n, m) and tiled.holds(kind, m)):
         return "nm"
     slot = 12 if kind.bits == 8 else 8  # bits of one in 16, position included
     small = m == tiled.SHORT or 2 * tiled.steps(n, m) * slot < m * kind.bits

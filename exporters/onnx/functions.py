@@ -220,7 +220,7 @@ def _decode_tiled(body: Body, kind: ValueType, unpadded: bool) -> str:
     del unpadded  # rows of tiles have no padding
     values = body.part("values")
     low, four = (body.const(np.array(number, np.uint8)) for number in (15, 4))
-    both = values if kind.bits <= 4 else body.part("positions")
+    both = values if kind.bits == 4 else body.part("positions")
     positions = body.op("BitwiseAnd", both, low)
     high = body.op("BitShift", both, four, direction="RIGHT")
     if kind.bits < 8:

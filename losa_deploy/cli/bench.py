@@ -72,7 +72,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _add_geometry(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--geometry", metavar="NAME", help="llama-1b, llama-3b, llama-7b or llama-7b-4blocks")
-    group.add_argument("--value-type", choices=("f32", "f16", "i8", "i4"), help="our kept values (i4)")
+    group.add_argument("--value-type", choices=("f32", "f16", "i8", "i4", "i3"), help="our kept values (i4)")
     group.add_argument(
         "--sparsity", type=number, nargs="+", metavar="X", help="zeros (0.6; kernels: 0.5 0.6 0.7)"
     )
@@ -101,7 +101,7 @@ def _add_kernels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rows", type=positive, metavar="N", help="outputs of the matrix (4096)")
     group.add_argument("--columns", type=positive, metavar="N", help="inputs of the matrix (11008)")
     group.add_argument("--layouts", metavar="NAMES", help="dense, bitmask, and N:M patterns, with commas")
-    group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8 and i4, with commas")
+    group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8, i4 and i3, with commas")
     group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")
     group.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="tokens at once (1 64)")
     group.add_argument("--seconds", type=number, metavar="S", help="time for the whole table (100)")

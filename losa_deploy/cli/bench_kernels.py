@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from losa_deploy.benchmarks.kernels.table import KernelPlan, KernelTable
 
 LAYOUTS = ("dense", "bitmask", "2:4", "4:8", "2:8", "1:4", "8:16", "6:16", "4:16")
-VALUE_TYPES = ("f32", "f16", "i8", "i4")
+VALUE_TYPES = ("f32", "f16", "i8", "i4", "i3")
 SPARSITIES = (0.5, 0.6, 0.7)
 ROWS, COLUMNS = 4096, 11_008
 

@@ -106,7 +106,7 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     _choice(
         "--layout", "export.layout", "auto|dense|bitmask|nm|tiled", "storage of the weights; auto says why"
     ),
-    _choice("--value-type", "export.value_type", "f32|f16|i8|i4", "storage of the kept values"),
+    _choice("--value-type", "export.value_type", "f32|f16|i8|i4|i3", "storage of the kept values"),
     RecipeOption("--group-size", "export.group_size", "number", "i4 positions per scale: 32, 64 or 128"),
     _choice("--head", "export.head", "same|f32|f16|i8|i4", "value type of embedding and head"),
     RecipeOption("--portable", "export.portable", "switch", "dense weights and standard operators only"),

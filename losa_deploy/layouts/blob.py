@@ -108,7 +108,7 @@ def read_header(data: bytes, total: int) -> BlobHeader:
     if not (1 <= rows <= MOST and 1 <= columns <= MOST and kept <= rows * columns):
         raise ValueError(f"{kept} weights kept of {rows} x {columns} are not in the format")
     kind, name, pattern = types[values], layouts[layout].name, {"n": n, "m": m, "position_bits": bits}
-    if not layouts[layout].known((rows, columns), kind, pattern):
+    if not layouts[layout].stores(kind) or not layouts[layout].known((rows, columns), kind, pattern):
         raise ValueError(
             f"{n}:{m} with {bits} position bits, {rows} x {columns} weights of type {kind.name}: "
             f"not in the format for {name}"

@@ -62,10 +62,15 @@ def stores(kind: ValueType) -> bool:
     return kind.bits <= 8
 
 
+def holds(kind: ValueType, m: int) -> bool:
+    """Groups of 16 have a byte per slot, or half a byte beside one: narrower codes would save nothing."""
+    return stores(kind) and (m == SHORT or kind.bits in (4, 8))
+
+
 def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
     """Patterns of the format, integers, whole tiles."""
-    whole = shape[0] % TILE == 0 and shape[1] % TILE == 0
-    return whole and stores(kind) and known_pattern(params["n"], params["m"]) and not params["position_bits"]
+    whole = shape[0] % TILE == 0 and shape[1] % TILE == 0 and not params["position_bits"]
+    return whole and known_pattern(params["n"], params["m"]) and holds(kind, params["m"])
 
 
 def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
@@ -84,7 +89,7 @@ def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -
 
 def _joined(kind: ValueType) -> bool:
     """Whether a code and a position of 4 bits share a byte."""
-    return kind.bits <= 4
+    return kind.bits == 4
 
 
 def _lines(steps_of_tile: int, bits: int) -> int:
@@ -179,7 +184,11 @@ def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
     """Integer values, shapes in multiples of 16, a pattern that can be stored."""
     found = find_pattern(mask)
-    return found is not None and stores(VALUE_TYPES[options.value_type]) and options.pattern in (None, found)
+    return (
+        found is not None
+        and holds(VALUE_TYPES[options.value_type], found[1])
+        and options.pattern in (None, found)
+    )
 
 
 def _pattern(mask: NDArray[np.bool_], options: PackOptions) -> tuple[int, int]:

@@ -83,6 +83,27 @@ def test_dense_i4_blocks_of_128_positions_and_a_shorter_last_one() -> None:
     assert np.count_nonzero(values) == 4
 
 
+def test_dense_i3_has_two_planes_per_block() -> None:
+    levels = np.zeros((1, 140))
+    levels[0, [0, 31, 32, 64, 96, 127, 15, 16, 128, 131, 139]] = [-4, 3, 2, 1, -1, -2, -3, 3, -4, 1, 2]
+    packed = pack("dense", levels.tolist(), [[1] * 140], PackOptions("i3", 128))
+    # Codes: the level, plus 8 below zero. 32 bytes of lower bits: position j + 32 k at bit 2 k of byte j.
+    low, high = bytearray(32), bytearray(16)
+    low[0] = 0 | 2 << 2 | 1 << 4 | 3 << 6  # positions 0, 32, 64, 96: -4, 2, 1, -1
+    low[31] = 3 | 2 << 6  # positions 31 and 127: 3 and -2
+    low[15], low[16] = 1, 3  # -3 and 3
+    # 16 bytes of highest bits: position j + 16 k in bit k of byte j.
+    high[0] = 1 << 0 | 1 << 6  # positions 0 and 96
+    high[15] = 1 << 0 | 1 << 7  # positions 15 and 127
+    # Then 12 positions: 3 bytes of lower bits (j, j + 3, ...), 2 bytes of highest (j, j + 2, ...).
+    tail = bytes([0 << 0 | 1 << 2, 0, 2 << 6]) + bytes([1 << 0, 0])
+    assert stored(packed) == {
+        "values": bytes(low) + bytes(high) + tail,
+        "scale": bytes.fromhex("003c003c"),
+        "table": bytes([0, 1, 2, 3, 0xFC, 0xFD, 0xFE, 0xFF]) + bytes(8),
+    }
+
+
 def test_nm_2_of_4_stores_mask_bits() -> None:
     mask = [[1, 0, 0, 1, 0, 1, 1, 0]]
     packed = pack("nm", [[1.0] * 8], mask, PackOptions("f16", pattern=(2, 4)))
@@ -182,6 +203,27 @@ def test_tiles_of_two_of_four_share_lines() -> None:
         "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
     }
     assert dict(packed.params) == {"n": 2, "m": 4, "group_size": 32} and packed.nnz == 128
+
+
+def test_tiles_of_i3_have_lines_of_each_plane() -> None:
+    """80 columns that keep 1 of 4: ten steps, so three lines of lower bits, then two of highest ones."""
+    weight = [[0.0] * 80 for _ in range(16)]
+    weight[0][0], weight[0][8 * 8], weight[0][9 * 8 + 4], weight[9][8 * 5] = -4.0, 3.0, -3.0, 2.0
+    mask = [[int(i % 4 == 0) for i in range(80)]] * 16
+    packed = pack("tiled", weight, mask, PackOptions("i3", 128))
+    lines = [bytearray(32) for _ in range(5)]
+    lines[3][0] = 1 << 0  # row 0, step 0: code 4
+    lines[2][0] = 3 << 0  # step 8: code 3
+    lines[2][1], lines[4][1] = 1 << 2, 1 << 1  # step 9, second slot: code 5
+    lines[3][6] = 1 << 5  # row 9, step 5: scale -0.5, level -4
+    scale = [b"\x00\x80"] * 16  # 0 / -4
+    scale[0], scale[9] = b"\x00\x3c", b"\x00\xb8"
+    assert stored(packed) == {
+        "positions": bytes(96),
+        "values": b"".join(lines),
+        "scale": b"".join(scale),
+        "table": bytes([0, 1, 2, 3, 0xFC, 0xFD, 0xFE, 0xFF]) + bytes(8),
+    }
 
 
 def test_tiles_of_one_of_four_take_two_quads_a_step() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, PackOptions
-from losa_deploy.layouts.values import floats, i4, i8
+from losa_deploy.layouts.values import floats, i3, i4, i8
 from losa_deploy.layouts.values.base import VALUE_TYPES, ValueType, by_number, register
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "by_number",
     "dequantize",
     "floats",
+    "i3",
     "i4",
     "i8",
     "quantize",

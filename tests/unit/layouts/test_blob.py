@@ -61,7 +61,8 @@ def test_a_shortened_blob_is_refused(layout: str) -> None:
         (0, b"LASO", "no packed tensor"),
         (4, b"\x02", "no packed tensor"),
         (8, b"\x04", "layout 4"),
-        (9, b"\x04", "value type 4"),
+        (9, b"\x05", "value type 5"),
+        (9, b"\x04", "not in the format for bitmask"),
         (10, b"\x00", "scale type 0"),
         (11, b"\x01", "1:0"),
         (14, b"\x07", "groups of 7"),
@@ -99,11 +100,15 @@ def tiles(value_type: str, n: int = 3, m: int = 16, columns: int = 64) -> Packed
     return LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 32))
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
 @pytest.mark.parametrize(
     ("n", "m", "columns"), [(1, 16, 64), (3, 16, 64), (6, 16, 64), (15, 16, 64), (2, 4, 48), (1, 4, 48)]
 )
 def test_tiles_round_trip_is_exact(value_type: str, n: int, m: int, columns: int) -> None:
+    if value_type == "i3" and m == 16:
+        with pytest.raises(ValueError):
+            tiles(value_type, n, m, columns)
+        return
     before = tiles(value_type, n, m, columns)
     assert (before.params["n"], before.params["m"]) == (n, m)
     blob = to_blob(before)
