@@ -11,7 +11,7 @@ from .table import KernelRow, KernelTable
 
 SUFFIXES = (".svg", ".png", ".pdf")
 MARKERS = {"dense": "s", "bitmask": "o", "nm": "^", "tiled": "D"}
-COLOURS = {"f32": "tab:gray", "f16": "tab:green", "i8": "tab:blue", "i4": "tab:red"}
+COLOURS = {"f32": "tab:gray", "f16": "tab:green", "i8": "tab:blue", "i4": "tab:red", "i3": "tab:purple"}
 
 
 def check_plot(file: Path) -> None:

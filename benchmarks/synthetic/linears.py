@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from losa_deploy.layouts import VALUE_TYPES
 from losa_deploy.layouts.base import Component, PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
@@ -25,7 +26,6 @@ BLOCK_SIZE = 128
 """Weights per scale of MatMulNBits: the group size of our i4."""
 ACCURACY_LEVEL = 4
 """MatMulNBits rounds the activations to int8, its fastest mode."""
-VALUE_BITS = {"f32": 32.0, "f16": 16.0, "i8": 8.0, "i4": 4.2}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Ours:
         self._plain = OrtFp32()
         self.operators: dict[str, tuple[PackedTensor, int]] = {}
         """Operator → one tensor it was used with, and how many weights it takes."""
-        kept = VALUE_BITS[storage.value_type] * (1 - storage.sparsity)
+        kept = VALUE_TYPES[storage.value_type].bits * 1.05 * (1 - storage.sparsity)  # scales included
         self.bits = kept if storage.layout == "dense" else kept + min(2.0, 1.0 + kept)
 
     def describe(self) -> dict[str, object]:

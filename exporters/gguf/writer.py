@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy import __version__
+from losa_deploy import __version__, layouts
 from losa_deploy.errors import InputError
 from losa_deploy.gguf.file import I8, TYPE_NAMES
 from losa_deploy.gguf.view import ARCHITECTURE, FORMAT, PACKED
@@ -34,8 +34,8 @@ Provenance = Mapping[str, str | float]
 """Keys below `losa.`, and `license`."""
 CHUNK = 1 << 22
 """Weights that are rounded at once."""
-FILE_TYPES: Mapping[str, int] = {"f32": 0, "f16": 1, "i4": 2, "i8": 7}
-"""`general.file_type`: all F32, mostly F16, mostly Q4_0, mostly Q8_0."""
+FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
+"""`general.file_type`: all or mostly of this type."""
 
 
 def write_file(
@@ -163,7 +163,7 @@ def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance
         writer.add_base_model_organization(0, name.organization)
         writer.add_base_model_repo_url(0, url)
     write_shape(writer, job.checkpoint)
-    writer.add_file_type(FILE_TYPES[job.recipe.value_type])
+    writer.add_file_type(FILE_TYPES[layouts.VALUE_TYPES[job.recipe.value_type].ggml])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     vocabulary.write(writer)
     for key, value in provenance.items():

@@ -88,8 +88,11 @@ class Grouped(ValueType):
     ) -> NDArray[np.float32]:
         scale: NDArray[np.float32] = arrays["scale"].astype(np.float32)
         levels: NDArray[np.float32] = arrays["table"].astype(np.float32)[codes]
-        product = levels * spread(scale, params["group_size"], codes.shape[1])
-        return product + np.float32(0)  # level 0 times a negative scale is -0; zero is stored as +0
+        # Level 0 times a negative scale is -0; zero is stored as +0.
+        product: NDArray[np.float32] = levels * spread(
+            scale, params["group_size"], codes.shape[1]
+        ) + np.float32(0)
+        return product
 
     def error_bound(self, weight: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
         """Half of the largest step, or what lies beyond the highest level of the smallest scale tried.
