@@ -23,8 +23,6 @@ struct Target {
                  void *scratch);
 };
 
-constexpr size_t kPanelRows = 32;
-
 extern const Target kScalar;
 #if defined(LOSA_X86)
 extern const Target kAvx2, kAvx512, kAvx512Vnni;
