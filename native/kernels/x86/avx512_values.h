@@ -4,9 +4,6 @@
 
 #include "kernels/target.h"
 #include "kernels/x86/prefetch.h"
-#if defined(LOSA_EMULATED_AVX512)
-#include "tests/emulated_avx512.h"
-#endif
 
 namespace losa {
 namespace {
