@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "format/sizes.h"
 #include "losa/kernels.h"
 
 // Every function here is static and every class local to the file that includes it: files are compiled for
@@ -11,8 +12,7 @@
 
 namespace losa {
 
-constexpr size_t kBlock = 64;  // positions of one mask word: a kernel's step
-constexpr size_t kTile = LOSA_TILE;
+constexpr size_t kBlock = 64;     // positions of one mask word: a kernel's step
 constexpr size_t kPadding = 128;  // prepared activations and expanded rows are padded to this many positions
 
 static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
@@ -258,8 +258,6 @@ struct RowPlaces {
   size_t columns, slots, position_bytes = 0;
   Positions first_positions;
 };
-
-constexpr uint8_t kQuad = 4;  // LOSA_TILED: positions of a group of the short kind
 
 // LOSA_TILED: a step holds two slots of each row of a tile. Bytes 4 i + 2 h and the next belong to row
 // 8 h + i, so that sums of neighbours, even and odd ones apart, are rows in their order.

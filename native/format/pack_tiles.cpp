@@ -6,8 +6,6 @@
 namespace losa::ggml {
 namespace {
 
-constexpr size_t kQuad = 4;
-
 // The slots of one row: those of a step are two neighbouring bytes.
 struct RowSlots {
   RowSlots(const TileShape &shape, size_t row)

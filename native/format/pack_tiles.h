@@ -6,11 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "losa/kernels.h"
+#include "format/sizes.h"
 
 namespace losa::ggml {
-
-constexpr size_t kTile = LOSA_TILE;
 
 // A weight as tiles that keep `n` of every `m`, 4 or 16; i8, or i4.
 struct TileShape {

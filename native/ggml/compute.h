@@ -4,12 +4,11 @@
 
 #include <atomic>
 
+#include "format/sizes.h"
 #include "symbols.h"
 #include "weight.h"
 
 namespace losa::ggml {
-
-constexpr size_t kPanelRows = 32;  // rows that the kernels expand at a time
 
 // A node in pieces: ranges of its tokens are prepared, then ranges of its rows are computed, each by any
 // thread.

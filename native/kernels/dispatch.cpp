@@ -14,6 +14,19 @@
 namespace losa {
 namespace {
 
+// What this CPU can run, fastest last.
+struct List {
+  const Target *targets[8];
+  size_t count = 0;
+
+  void add(const Target &target, bool runs = true) {
+    if (runs) {
+      targets[count++] = &target;
+    }
+  }
+  const Target *fastest() const { return targets[count - 1]; }
+};
+
 #if defined(LOSA_X86)
 
 // The operating system saves the registers only if these bits of XCR0 are set: AVX state, AVX-512 state.
@@ -53,20 +66,11 @@ struct Features {
   }
 };
 
-size_t supported(const Target **list) {
-  static const Features features;
-  size_t count = 0;
-  list[count++] = &kScalar;
-  if (features.avx2) {
-    list[count++] = &kAvx2;
-  }
-  if (features.avx512) {
-    list[count++] = &kAvx512;
-  }
-  if (features.vnni) {
-    list[count++] = &kAvx512Vnni;
-  }
-  return count;
+void add_own(List *list) {
+  const Features features;
+  list->add(kAvx2, features.avx2);
+  list->add(kAvx512, features.avx512);
+  list->add(kAvx512Vnni, features.vnni);
 }
 
 #elif defined(LOSA_ARM)
@@ -80,25 +84,25 @@ bool has_dot_product() {
 #endif
 }
 
-size_t supported(const Target **list) {
-  size_t count = 0;
-  list[count++] = &kScalar;
-  if (has_dot_product()) {
-    list[count++] = &kNeon;
-  }
-  return count;
-}
+void add_own(List *list) { list->add(kNeon, has_dot_product()); }
 
 #else
 
-size_t supported(const Target **list) {
-  list[0] = &kScalar;
-  return 1;
-}
+void add_own(List *) {}
 
 #endif
 
-constexpr size_t kMostTargets = 4;
+List find_supported() {
+  List list;
+  list.add(kScalar);
+  add_own(&list);
+  return list;
+}
+
+const List &supported() {
+  static const List list = find_supported();
+  return list;
+}
 
 struct Choice {
   const Target *target;
@@ -106,16 +110,15 @@ struct Choice {
 };
 
 const Target *find(const char *name) {
-  const Target *list[kMostTargets];
-  const size_t count = supported(list);
+  const List &list = supported();
   // "avx512" means the best AVX-512 of this CPU; the plain one is "avx512f".
   if (std::strcmp(name, "avx512") == 0) {
-    const bool there = std::strncmp(list[count - 1]->name, "avx512", 6) == 0;
-    return there ? list[count - 1] : nullptr;
+    const bool there = std::strncmp(list.fastest()->name, "avx512", 6) == 0;
+    return there ? list.fastest() : nullptr;
   }
-  for (size_t i = 0; i < count; ++i) {
-    if (std::strcmp(list[i]->name, name) == 0) {
-      return list[i];
+  for (size_t i = 0; i < list.count; ++i) {
+    if (std::strcmp(list.targets[i]->name, name) == 0) {
+      return list.targets[i];
     }
   }
   return nullptr;
@@ -132,8 +135,7 @@ Choice choose() {
         asked);
     return choice;
   }
-  const Target *list[kMostTargets];
-  choice.target = list[supported(list) - 1];
+  choice.target = supported().fastest();
   std::snprintf(choice.reason, sizeof choice.reason, "the fastest this CPU supports");
   return choice;
 }
@@ -175,6 +177,6 @@ extern "C" int losa_target_set(const char *name) {
 }
 
 extern "C" const char *losa_target_available(size_t index) {
-  const Target *list[kMostTargets];
-  return index < supported(list) ? list[index]->name : nullptr;
+  const List &list = supported();
+  return index < list.count ? list.targets[index]->name : nullptr;
 }

@@ -1,4 +1,4 @@
-// Drives a target: one token row by row, several tokens panel by panel.
+// Drives a target: checks, and chooses the entry of its table.
 #include "kernels/target.h"
 
 using namespace losa;
@@ -7,6 +7,25 @@ namespace {
 
 bool is_panel_row_aligned(size_t begin, size_t end, size_t rows) {
   return begin % LOSA_ROW_STEP == 0 && (end % LOSA_ROW_STEP == 0 || end == rows) && end <= rows;
+}
+
+// The entry of a target, or of the nearest base that has it.
+template <typename Function>
+Function *own_or_base(const Target *target, Function *Target::*entry) {
+  while (target->*entry == nullptr) {
+    target = target->base;
+  }
+  return target->*entry;
+}
+
+Multiply *Target::*entry_for(const losa_parts &p, size_t tokens) {
+  if (p.layout == LOSA_TILED) {
+    return &Target::multiply_tiles;
+  }
+  if (is_integer(p)) {
+    return tokens == 1 ? &Target::matvec_levels : &Target::matmul_levels;
+  }
+  return tokens == 1 ? &Target::matvec_values : &Target::matmul_values;
 }
 
 }  // namespace
@@ -47,12 +66,13 @@ extern "C" int losa_prepare(const losa_tensor *tensor, const float *x, size_t ld
   }
   const losa_parts &p = tensor->parts;
   const Activations a = activations_in(*tensor, activations, tokens);
+  Quantize *const quantize = own_or_base(target, &Target::quantize);
   for (size_t token = begin; token < end; ++token) {
     const float *row = x + token * ldx;
     if (is_integer(p)) {
-      target->quantize(
-          row, p.columns, a.padded, activation_group(p), const_cast<int8_t *>(a.q) + token * a.padded,
-          const_cast<float *>(a.scale) + token * a.groups, const_cast<int32_t *>(a.bias) + token * a.groups);
+      quantize(row, p.columns, a.padded, activation_group(p), const_cast<int8_t *>(a.q) + token * a.padded,
+               const_cast<float *>(a.scale) + token * a.groups,
+               const_cast<int32_t *>(a.bias) + token * a.groups);
     } else {
       float *copy = const_cast<float *>(a.x) + token * a.padded;
       std::memcpy(copy, row, p.columns * sizeof(float));
@@ -75,10 +95,7 @@ extern "C" int losa_matmul(const losa_tensor *tensor, const void *activations, s
     return LOSA_BAD_PARAMETER;
   }
   const Activations a = activations_in(*tensor, activations, tokens);
-  if (tokens == 1) {
-    target->matvec(*tensor, a, begin, end, y, scratch);
-  } else {
-    target->matmul(*tensor, a, begin, end, y, ldy, scratch);
-  }
+  Multiply *const multiply = own_or_base(target, entry_for(tensor->parts, tokens));
+  multiply(*tensor, a, begin, end, y, ldy, scratch);
   return LOSA_OK;
 }

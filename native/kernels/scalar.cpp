@@ -165,7 +165,8 @@ void levels_panel(const losa_tensor &t, const int8_t *panel, size_t first, size_
   }
 }
 
-void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
+void values_panel(const losa_tensor &, const float *panel, size_t first, size_t rows, const Activations &a,
+                  float *y, size_t ldy) {
   for (size_t token = 0; token < a.tokens; ++token) {
     for (size_t r = 0; r < rows; ++r) {
       float total = 0.0f;
@@ -177,26 +178,23 @@ void values_panel(const float *panel, size_t first, size_t rows, const Activatio
   }
 }
 
-void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
-            void *scratch) {
-  if (is_integer(t.parts)) {
-    each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
-                       [&](const int8_t *panel, size_t first, size_t rows) {
-                         levels_panel(t, panel, first, rows, a, y, ldy);
-                       });
-  } else {
-    each_panel<float>(
-        t, a, begin, end, scratch, expand_values,
-        [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
-  }
-}
+// Tiles too: they are expanded as other rows are.
+constexpr Multiply *multiply_levels = multiply_panels<int8_t, expand_levels, levels_panel>;
+constexpr Multiply *multiply_values = multiply_panels<float, expand_values, values_panel>;
 
-void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
-  matmul(t, a, begin, end, y, t.parts.rows, scratch);
+constexpr Target table() {
+  Target target{"scalar", nullptr};
+  target.quantize = quantize;
+  target.matvec_levels = multiply_levels;
+  target.matmul_levels = multiply_levels;
+  target.matvec_values = multiply_values;
+  target.matmul_values = multiply_values;
+  target.multiply_tiles = multiply_levels;
+  return target;
 }
 
 }  // namespace
 
-const Target kScalar = {"scalar", quantize, matvec, matmul};
+constexpr Target kScalar = table();
 
 }  // namespace losa

@@ -244,7 +244,8 @@ void expand_values(const losa_tensor &t, size_t row, float *out) {
   }
 }
 
-void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y, size_t ldy) {
+void values_panel(const losa_tensor &, const float *panel, size_t first, size_t rows, const Activations &a,
+                  float *y, size_t ldy) {
   for (size_t token = 0; token < a.tokens; ++token) {
     const float *x = a.x + token * a.padded;
     for (size_t r = 0; r < rows; ++r) {
@@ -259,29 +260,8 @@ void values_panel(const float *panel, size_t first, size_t rows, const Activatio
   }
 }
 
-void matmul(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
-            void *scratch) {
-  if (t.parts.layout == LOSA_TILED) {
-    multiply_tiles(t.parts, a, begin, end, y, ldy);
-    return;
-  }
-  if (is_integer(t.parts)) {
-    each_panel<int8_t>(t, a, begin, end, scratch, expand_levels,
-                       [&](const int8_t *panel, size_t first, size_t rows) {
-                         levels_panel(t, panel, first, rows, a, y, ldy);
-                       });
-  } else {
-    each_panel<float>(
-        t, a, begin, end, scratch, expand_values,
-        [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
-  }
-}
-
-void matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, void *scratch) {
-  if (!is_integer(t.parts) || t.parts.layout == LOSA_TILED) {
-    matmul(t, a, begin, end, y, t.parts.rows, scratch);
-    return;
-  }
+void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t,
+                   void *) {
   for (size_t row = begin; row < end; ++row) {
     y[row] = dot_row(t, row, a);
   }
@@ -305,13 +285,21 @@ void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int3
   *bias = -128 * vaddvq_s32(total);
 }
 
-void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
-              int32_t *bias) {
-  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
+constexpr Multiply *multiply_values = multiply_panels<float, expand_values, values_panel>;
+
+constexpr Target table() {
+  Target target{"neon", &kScalar};
+  target.quantize = quantize_groups<quantize_group>;
+  target.matvec_levels = matvec_levels;
+  target.matmul_levels = multiply_panels<int8_t, expand_levels, levels_panel>;
+  target.matvec_values = multiply_values;
+  target.matmul_values = multiply_values;
+  target.multiply_tiles = multiply_tiles;
+  return target;
 }
 
 }  // namespace
 
-const Target kNeon = {"neon", quantize, matvec, matmul};
+constexpr Target kNeon = table();
 
 }  // namespace losa

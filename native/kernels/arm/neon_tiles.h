@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "format/layout.h"
+#include "kernels/target.h"
 
 namespace losa {
 namespace {
@@ -140,8 +140,9 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
 }
 
 // Rows [begin, end) times all tokens.
-inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
-                           size_t ldy) {
+void multiply_tiles(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                    size_t ldy, void *) {
+  const losa_parts &p = t.parts;
   (p.m == kQuad ? multiply_tiles_as<true> : multiply_tiles_as<false>)(p, a, begin, end, y, ldy);
 }
 

@@ -174,8 +174,9 @@ void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end
 }
 
 inline void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                          size_t ldy, uint8_t *scratch) {
-  (is_narrow(t.parts) ? panels<true> : panels<false>)(t, a, begin, end, y, ldy, scratch);
+                          size_t ldy, void *scratch) {
+  auto *room = static_cast<uint8_t *>(scratch);
+  (is_narrow(t.parts) ? panels<true> : panels<false>)(t, a, begin, end, y, ldy, room);
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 #include <immintrin.h>
 
-#include "format/layout.h"
+#include "kernels/target.h"
 #include "kernels/x86/prefetch.h"
 
 namespace losa {
@@ -331,8 +331,9 @@ void multiply_tiles_of(const losa_parts &p, const Activations &a, size_t begin, 
 }
 
 // Rows [begin, end) times all tokens.
-inline void multiply_tiles(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
+inline void multiply_tiles(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                            size_t ldy, void *scratch) {
+  const losa_parts &p = t.parts;
   auto *room = static_cast<uint8_t *>(scratch);
   if (p.m != kQuad) {
     multiply_tiles_of<0>(p, a, begin, end, y, ldy, room);

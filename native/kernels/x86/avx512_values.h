@@ -4,9 +4,6 @@
 
 #include "kernels/target.h"
 #include "kernels/x86/prefetch.h"
-#if defined(LOSA_EMULATED_AVX512)
-#include "tests/emulated_avx512.h"
-#endif
 
 namespace losa {
 namespace {
@@ -81,7 +78,8 @@ void matvec_halves_or_floats(const losa_tensor &t, const Activations &a, size_t 
 }
 
 // Float weights times one token.
-inline void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y) {
+inline void matvec_values(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                          size_t, void *) {
   t.parts.value_type == LOSA_F16 ? matvec_halves_or_floats<true>(t, a, begin, end, y)
                                  : matvec_halves_or_floats<false>(t, a, begin, end, y);
 }
@@ -97,8 +95,8 @@ inline void expand_values(const losa_tensor &t, size_t row, float *out) {
 }
 
 // Four expanded rows times four tokens.
-inline void values_panel(const float *panel, size_t first, size_t rows, const Activations &a, float *y,
-                         size_t ldy) {
+inline void values_panel(const losa_tensor &, const float *panel, size_t first, size_t rows,
+                         const Activations &a, float *y, size_t ldy) {
   constexpr size_t step = 4;
   for (size_t token = 0; token < a.tokens; token += step) {
     for (size_t r = 0; r < rows; r += step) {
@@ -135,14 +133,6 @@ inline void values_panel(const float *panel, size_t first, size_t rows, const Ac
   }
 }
 
-// Float weights times several tokens.
-inline void matmul_values(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                          size_t ldy, void *scratch) {
-  each_panel<float>(
-      t, a, begin, end, scratch, expand_values,
-      [&](const float *panel, size_t first, size_t rows) { values_panel(panel, first, rows, a, y, ldy); });
-}
-
 inline void quantize_group(const float *x, size_t length, int8_t *q, float *scale, int32_t *bias) {
   __m512 peak = _mm512_setzero_ps();
   for (size_t i = 0; i < length; i += 16) {
@@ -158,11 +148,6 @@ inline void quantize_group(const float *x, size_t length, int8_t *q, float *scal
     _mm_storeu_si128(reinterpret_cast<__m128i *>(q + i), _mm512_cvtsepi32_epi8(levels));
   }
   *bias = -128 * _mm512_reduce_add_epi32(total);
-}
-
-inline void quantize(const float *x, size_t columns, size_t padded, size_t group, int8_t *q, float *scale,
-                     int32_t *bias) {
-  each_group(x, columns, padded, group, q, scale, bias, quantize_group);
 }
 
 }  // namespace

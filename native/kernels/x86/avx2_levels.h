@@ -1,0 +1,170 @@
+// One token times rows of levels in AVX2.
+#ifndef LOSA_AVX2_LEVELS_H
+#define LOSA_AVX2_LEVELS_H
+
+#include <type_traits>
+
+#include "kernels/x86/avx2_panel.h"
+#include "kernels/x86/avx2_values.h"
+
+namespace losa {
+namespace {
+
+inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+
+// 32 products as 16-bit sums of two. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits
+// without their sign: |w| * sign(x, w).
+template <bool Narrow>
+inline __m256i products(__m256i w, const int8_t *x) {
+  return Narrow ? _mm256_maddubs_epi16(w, load256(x))
+                : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(load256(x), w));
+}
+
+// Sums of a group, in eight parts. Narrow: the bias takes the offset of the levels off again.
+template <bool Narrow>
+inline __m256 widened(__m256i pairs, const Activations &a, size_t g) {
+  const __m128i bias = Narrow ? _mm_srai_epi32(_mm_cvtsi32_si128(a.bias[g]), 4) : _mm_setzero_si128();
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_zextsi128_si256(bias), sums_of_two(pairs)));
+}
+
+// One or two blocks, which are a group of a row. Sums of four products of narrow levels fit 16 bits.
+template <bool Narrow, size_t Count, typename Row>
+inline __m256 dot_group(Row &row, const Activations &a, size_t g, size_t first) {
+  __m256i acc = _mm256_setzero_si256();
+  for (size_t block = first; block < first + Count; ++block) {
+    const Block w = row.next(block);
+    const int8_t *x = a.q + block * kBlock;
+    const __m256i low = products<Narrow>(w.low, x), high = products<Narrow>(w.high, x + 32);
+    acc = Narrow ? _mm256_add_epi16(acc, _mm256_add_epi16(low, high))
+                 : _mm256_add_epi32(acc, _mm256_add_epi32(sums_of_two(low), sums_of_two(high)));
+  }
+  return Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
+}
+
+// Blocks `first` to `last` of a row, which start a group; `scales` are those of their groups.
+template <bool Narrow, size_t Group, typename Row>
+inline __m256 dot_blocks(Row &row, const float *scales, const Activations &a, size_t first, size_t last,
+                         __m256 total) {
+  if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
+    for (size_t block = first; block < last; ++block) {
+      const Block w = row.next(block);
+      const int8_t *x = a.q + block * kBlock;
+      const __m256 low = widened<Narrow>(products<Narrow>(w.low, x), a, 2 * block);
+      const __m256 high = widened<Narrow>(products<Narrow>(w.high, x + 32), a, 2 * block + 1);
+      total = _mm256_fmadd_ps(low, _mm256_broadcast_ss(scales++), total);
+      total = _mm256_fmadd_ps(high, _mm256_broadcast_ss(scales++), total);
+    }
+    return total;
+  }
+  constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1;
+  for (; first + kEach <= last; first += kEach) {
+    const __m256 sums = dot_group<Narrow, kEach>(row, a, first / kEach, first);
+    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales++), total);
+  }
+  if (kEach == 2 && first < last) {
+    const __m256 sums = dot_group<Narrow, 1>(row, a, first / kEach, first);
+    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales), total);
+  }
+  return total;
+}
+
+// One row times one token, from a block on that starts a group.
+template <bool Narrow, size_t Group, typename Row>
+__m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a, size_t block) {
+  const size_t blocks = row.blocks();
+  __m256 total = _mm256_setzero_ps();
+  if constexpr (!Row::kI4) {  // the scale of the row is applied to the sum
+    return dot_blocks<Narrow, Group>(row, a.scale, a, block, blocks, total);
+  }
+  constexpr size_t kEight = 8 * Group / kBlock;  // blocks of eight groups
+  for (; block < blocks; block += kEight) {
+    alignas(32) float eight[8];
+    scales.times(a, block * kBlock / Group, eight);
+    const size_t last = blocks - block < kEight ? blocks : block + kEight;
+    total = dot_blocks<Narrow, Group>(row, eight, a, block, last, total);
+  }
+  return total;
+}
+
+// The first `runs` times 128 positions of a dense i4 row: 64 bytes hold two blocks, so that nothing is loaded
+// or decided twice.
+template <bool Narrow, size_t Group>
+__m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
+                const Activations &a) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256 total = _mm256_setzero_ps();
+  for (size_t run = 0; run < runs; ++run, bytes += kPadding / 2) {
+    fetch_ahead(bytes);
+    const __m256i first = load256(bytes), second = load256(bytes + 32);
+    const __m256i codes[4] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low),
+                              _mm256_and_si256(_mm256_srli_epi16(first, 4), low),
+                              _mm256_and_si256(_mm256_srli_epi16(second, 4), low)};
+    const int8_t *x = a.q + run * kPadding;
+    __m256i pairs[4];
+    for (size_t i = 0; i < 4; ++i) {
+      pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
+    }
+    constexpr size_t kGroups = kPadding / Group, kEach = 4 / kGroups;
+    for (size_t k = 0; k < kGroups; ++k) {
+      const size_t g = run * kGroups + k;
+      __m256i acc = Narrow ? pairs[k * kEach] : sums_of_two(pairs[k * kEach]);
+      for (size_t i = 1; i < kEach; ++i) {
+        const __m256i next = pairs[k * kEach + i];
+        acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
+      }
+      const __m256 sums = Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
+      total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+    }
+  }
+  return total;
+}
+
+template <bool Narrow, size_t Group, typename Row>
+void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end,
+              float *y) {
+  for (size_t r = begin; r < end; ++r) {
+    const RowScales<Row::kI4> scales(p, r, m.groups);
+    __m256 total = _mm256_setzero_ps();
+    size_t block = 0;
+    if constexpr (std::is_same_v<Row, DenseRow<true>>) {
+      const size_t runs = m.columns / kPadding;
+      total = dot_runs<Narrow, Group>(m, m.values + r * ((m.columns + 1) / 2), runs, scales, a);
+      block = runs * (kPadding / kBlock);
+    }
+    total = _mm256_add_ps(total, dot_row<Narrow, Group>(Row(m, r), scales, a, block));
+    y[r] = sum(total) * scales.whole();
+  }
+}
+
+// All that differs between tensors is chosen before the rows are walked.
+template <bool Narrow, typename Row>
+void dot_all(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end, float *y) {
+  const size_t group = activation_group(p);
+  if constexpr (Row::kI4) {
+    group == 32   ? dot_rows<Narrow, 32, Row>(p, m, a, begin, end, y)
+    : group == 64 ? dot_rows<Narrow, 64, Row>(p, m, a, begin, end, y)
+                  : dot_rows<Narrow, 128, Row>(p, m, a, begin, end, y);
+  } else {
+    dot_rows<false, kBlock, Row>(p, m, a, begin, end, y);
+  }
+}
+
+inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                          size_t, void *) {
+  const losa_parts &p = t.parts;
+  Matrix matrix(t);
+  const bool narrow = is_narrow(p);
+  if (narrow) {
+    matrix.raise(kNarrow);
+  }
+  with_reader(t, [&](auto tag) {
+    using Row = typename decltype(tag)::Row;
+    narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
+           : dot_all<false, Row>(p, matrix, a, begin, end, y);
+  });
+}
+
+}  // namespace
+}  // namespace losa
+
+#endif
