@@ -17,13 +17,28 @@ constexpr size_t kPadding = 128;  // prepared activations and expanded rows are 
 
 static inline size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
 static inline bool is_integer(const losa_parts &p) { return p.value_type >= LOSA_I8; }
+// Codes of a few bits: a table of levels, and a scale per group of positions.
+static inline bool is_grouped(const losa_parts &p) { return p.value_type >= LOSA_I4; }
 
 // Positions that share one activation scale: the groups of the weight, or a block where it has row scales.
-static inline size_t activation_group(const losa_parts &p) {
-  return p.value_type == LOSA_I4 ? p.group_size : kBlock;
-}
+static inline size_t activation_group(const losa_parts &p) { return is_grouped(p) ? p.group_size : kBlock; }
 
 static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
+
+// Dense rows: `n` codes, at most a block of 128, take so many bytes in each plane.
+static inline size_t plane_bytes(size_t n, size_t bits) { return (n * bits + 7) / 8; }
+
+static inline size_t dense_row_bytes(const losa_parts &p) {
+  const size_t rest = p.columns % kPadding, whole = p.columns - rest;
+  switch (p.value_type) {
+    case LOSA_I4:
+      return (p.columns + size_t{1}) / 2;
+    case LOSA_I3:
+      return whole / 8 * 3 + plane_bytes(rest, 2) + plane_bytes(rest, 1);
+    default:
+      return p.columns * value_bytes(p.value_type);
+  }
+}
 
 // N:M: groups and values of a row.
 static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
@@ -169,6 +184,16 @@ static inline Activations activations_in(const losa_tensor &t, const void *memor
   return {q, scale, bias, static_cast<const float *>(memory), padded, groups, tokens};
 }
 
+// Codes of a block of n positions of a dense i3 row: its lower bits, then its highest.
+static inline void split_planes(const uint8_t *bytes, size_t n, uint8_t *codes) {
+  const size_t quarter = plane_bytes(n, 2), eighth = plane_bytes(n, 1);
+  for (size_t i = 0; i < n; ++i) {
+    const unsigned low = bytes[i % quarter] >> i / quarter * 2 & 3u;
+    const unsigned high = bytes[quarter + i % eighth] >> i / eighth & 1u;
+    codes[i] = static_cast<uint8_t>(low | high << 2);
+  }
+}
+
 static inline float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 1023u;
   uint32_t bits;
@@ -263,24 +288,36 @@ struct RowPlaces {
 // 8 h + i, so that sums of neighbours, even and odd ones apart, are rows in their order.
 // N:16: a step is 32 bytes of values; of i4, positions are in their low nibbles, of i8 beside them.
 // 1:4 and 2:4: the steps of a tile form one sequence, of which a line of 32 bytes holds the positions of
-// four, and of i4 the codes of two.
+// four; of i4 one has the codes of two, of i3 lines of lower bits those of four, then one the highest of
+// eight.
 struct Tiles {
   explicit Tiles(const losa_parts &p)
       : values(static_cast<const uint8_t *>(p.values.data)),
         positions(static_cast<const uint8_t *>(p.positions.data)),
         groups(p.columns / kTile),
         steps(p.m == kQuad ? 2u * p.n : (p.n + 1u) / 2u),
+        type(p.value_type),
+        quads(p.m == kQuad),
         per_scale(activation_group(p) / kTile) {}
 
-  static constexpr size_t kStep = 2 * kTile, kPerLine = 4;
+  static constexpr size_t kStep = 2 * kTile, kPerLine = 4, kPerHighLine = 8;
   static constexpr size_t kExpanded = 3 * kStep;  // a step in scratch memory: avx2_tiles.h
 
   size_t all_steps() const { return groups * steps; }  // of a tile
   size_t lines() const { return (all_steps() + kPerLine - 1) / kPerLine; }
+  // Of 32 bytes of values, of a tile. I3 of quads: lines() of lower bits, then high_lines().
+  size_t high_lines() const { return (all_steps() + kPerHighLine - 1) / kPerHighLine; }
+  size_t value_lines() const {
+    return !quads || type == LOSA_I8 ? all_steps()
+           : type == LOSA_I4         ? all_steps() / 2
+                                     : lines() + high_lines();
+  }
 
   const uint8_t *values, *positions;
   size_t groups, steps;  // groups of 16 positions of a row, steps of a group
-  size_t per_scale;      // groups that share a scale of the activations
+  uint8_t type;
+  bool quads;
+  size_t per_scale;  // groups that share a scale of the activations
 };
 
 }  // namespace

@@ -29,23 +29,25 @@ bool known_positions(const losa_parts &p) {
   }
   if (p.layout == LOSA_TILED) {
     const bool pattern = (p.m == kTile && p.n >= 1 && p.n < p.m) || (p.m == kQuad && p.n >= 1 && p.n <= 2);
-    return pattern && p.position_bits == 0 && is_integer(p) && p.rows % kTile == 0 && p.columns % kTile == 0;
+    const bool shape = p.rows % kTile == 0 && p.columns % kTile == 0;
+    return pattern && shape && p.position_bits == 0 && is_integer(p) &&
+           (p.m == kQuad || p.value_type != LOSA_I3);
   }
   return p.n == 0 && p.m == 0 && p.position_bits == 0;
 }
 
 int check_parameters(const losa_parts &p) {
   const bool shape = p.rows >= 1 && p.columns >= 1 && p.rows <= kMost && p.columns <= kMost;
-  if (!shape || p.layout > LOSA_TILED || p.value_type > LOSA_I4 || !known_positions(p)) {
+  if (!shape || p.layout > LOSA_TILED || p.value_type > LOSA_I3 || !known_positions(p) ||
+      (p.value_type == LOSA_I3 && (p.layout == LOSA_BITMASK || p.layout == LOSA_NM))) {
     return LOSA_BAD_PARAMETER;
   }
   const bool group = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
-  if (p.value_type == LOSA_I4 ? !group : p.group_size != 0) {
+  if (is_grouped(p) ? !group : p.group_size != 0) {
     return LOSA_BAD_PARAMETER;
   }
-  if (p.value_type == LOSA_I8
-          ? p.scale_type == LOSA_SCALE_NONE || p.scale_type > LOSA_SCALE_F16
-          : p.scale_type != (p.value_type == LOSA_I4 ? LOSA_SCALE_F16 : LOSA_SCALE_NONE)) {
+  if (p.value_type == LOSA_I8 ? p.scale_type == LOSA_SCALE_NONE || p.scale_type > LOSA_SCALE_F16
+                              : p.scale_type != (is_grouped(p) ? LOSA_SCALE_F16 : LOSA_SCALE_NONE)) {
     return LOSA_BAD_PARAMETER;
   }
   return LOSA_OK;
@@ -59,17 +61,18 @@ int check_scales(const losa_parts &p) {
   uint64_t scales = 0;
   if (p.value_type == LOSA_I8) {
     scales = uint64_t{p.rows} * (p.scale_type == LOSA_SCALE_F32 ? 4 : 2);
-  } else if (p.value_type == LOSA_I4) {
+  } else if (is_grouped(p)) {
     scales = uint64_t{p.rows} * weight_groups(p) * 2;
   }
-  if (!has(p.scale, scales) || !has(p.table, p.value_type == LOSA_I4 ? 16 : 0)) {
+  if (!has(p.scale, scales) || !has(p.table, is_grouped(p) ? 16 : 0)) {
     return LOSA_BAD_SIZE;
   }
-  if (p.value_type == LOSA_I4) {
+  if (is_grouped(p)) {
     const auto *table = static_cast<const int8_t *>(p.table.data);
     for (int i = 0; i < 16; ++i) {
-      if (table[i] == -128) {
-        return LOSA_BAD_PARAMETER;  // its negation would not fit
+      const bool behind = p.value_type == LOSA_I3 && i >= 8;  // no code
+      if (table[i] == -128 || (behind && table[i] != 0)) {    // the negation of -128 would not fit
+        return LOSA_BAD_PARAMETER;
       }
     }
     if (table[0] != 0) {
@@ -79,11 +82,7 @@ int check_scales(const losa_parts &p) {
   return LOSA_OK;
 }
 
-uint64_t dense_bytes(const losa_parts &p) {
-  const uint64_t row = p.value_type == LOSA_I4 ? (uint64_t{p.columns} + 1) / 2
-                                               : uint64_t{p.columns} * value_bytes(p.value_type);
-  return row * p.rows;
-}
+uint64_t dense_bytes(const losa_parts &p) { return uint64_t{dense_row_bytes(p)} * p.rows; }
 
 // Bytes that shape and pattern demand. How long a stream of values is, only the mask of a bitmask says.
 struct Sizes {
@@ -92,10 +91,9 @@ struct Sizes {
 
 Sizes tiled_sizes(const losa_parts &p) {
   const Tiles tiles(p);
-  const uint64_t count = p.rows / kTile, values = count * tiles.all_steps() * Tiles::kStep;
+  const uint64_t count = p.rows / kTile, values = count * tiles.value_lines() * Tiles::kStep;
   if (p.m == kQuad) {
-    const uint64_t stored = p.value_type == LOSA_I4 ? values / 2 : values;
-    return {count * tiles.lines() * Tiles::kStep, stored, stored};
+    return {count * tiles.lines() * Tiles::kStep, values, values};
   }
   return {p.value_type == LOSA_I8 ? values / 2 : 0, values, values};
 }
@@ -228,14 +226,31 @@ bool quads_ascend(const uint8_t *line) {
   return wrong == 0;
 }
 
-// Bits behind the first `steps` steps of a line are zero.
-bool rest_is_zero(const uint8_t *line, size_t steps) {
-  const uint64_t rest = (0xff << 2 * steps & 0xff) * kEach;
+// Bits behind the first `bits` of each byte of a line are zero.
+bool rest_is_zero(const uint8_t *line, size_t bits) {
+  const uint64_t rest = (0xff << bits & 0xff) * kEach;
   uint64_t found = 0;
   for (size_t j = 0; j < kWords; ++j) {
     found |= load_word(line + 8 * j) & rest;
   }
   return found == 0;
+}
+
+// I3: bits of steps that are not there, at the end of both planes of every tile.
+bool planes_end_in_zeros(const Tiles &tiles, uint64_t count) {
+  const size_t low = 2 * (tiles.all_steps() % Tiles::kPerLine),
+               high = tiles.all_steps() % Tiles::kPerHighLine;
+  for (uint64_t tile = 0; tile < count; ++tile) {
+    const uint8_t *values = tiles.values + tile * tiles.value_lines() * Tiles::kStep;
+    const uint8_t *end = values + tiles.lines() * Tiles::kStep;
+    if (low && !rest_is_zero(end - Tiles::kStep, low)) {
+      return false;
+    }
+    if (high && !rest_is_zero(end + (tiles.high_lines() - 1) * Tiles::kStep, high)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 int check_quads(const losa_parts &p, losa_tensor *tensor) {
@@ -247,10 +262,14 @@ int check_quads(const losa_parts &p, losa_tensor *tensor) {
       return LOSA_BAD_POSITIONS;
     }
   }
-  for (uint64_t tile = 1; steps % Tiles::kPerLine && tile <= count; ++tile) {
-    if (!rest_is_zero(at + (tile * lines - 1) * Tiles::kStep, steps % Tiles::kPerLine)) {
+  const uint64_t rest = 2 * (steps % Tiles::kPerLine);
+  for (uint64_t tile = 1; rest && tile <= count; ++tile) {
+    if (!rest_is_zero(at + (tile * lines - 1) * Tiles::kStep, rest)) {
       return LOSA_BAD_POSITIONS;
     }
+  }
+  if (p.value_type == LOSA_I3 && !planes_end_in_zeros(tiles, count)) {
+    return LOSA_BAD_POSITIONS;
   }
   tensor->kept = count * kTile * (p.columns / kQuad) * p.n;
   return LOSA_OK;

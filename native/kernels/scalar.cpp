@@ -53,19 +53,41 @@ void expand_dense_i4(const losa_parts &p, size_t row, const int8_t *table, int8_
   }
 }
 
+void expand_dense_i3(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
+  const uint8_t *bytes = static_cast<const uint8_t *>(p.values.data) + row * dense_row_bytes(p);
+  for (size_t start = 0; start < p.columns; start += kPadding) {
+    const size_t count = p.columns - start < kPadding ? p.columns - start : kPadding;
+    uint8_t codes[kPadding];
+    split_planes(bytes + start / 8 * 3, count, codes);
+    for (size_t j = 0; j < count; ++j) {
+      out[start + j] = table[codes[j]];
+    }
+  }
+}
+
+// I3: the code of a slot of step i of a tile whose values are at `values`.
+unsigned code_of_planes(const Tiles &tiles, const uint8_t *values, size_t i, size_t slot) {
+  const uint8_t *high = values + tiles.lines() * Tiles::kStep;
+  const unsigned upper = high[i / Tiles::kPerHighLine * Tiles::kStep + slot] >> i % Tiles::kPerHighLine & 1u;
+  return (values[i / Tiles::kPerLine * Tiles::kStep + slot] >> 2 * (i % Tiles::kPerLine) & 3u) | upper << 2;
+}
+
 void expand_quads(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
   const Tiles tiles(p);
   const size_t tile = row / kTile, place = row % 8 * 4 + row % kTile / 8 * 2;
+  const uint8_t *values = tiles.values + tile * tiles.value_lines() * Tiles::kStep;
   for (size_t i = 0; i < tiles.all_steps(); ++i) {
-    const size_t step = tile * tiles.all_steps() + i, line = tile * tiles.lines() + i / Tiles::kPerLine;
+    const size_t line = tile * tiles.lines() + i / Tiles::kPerLine;
     for (size_t k = 0; k < 2; ++k) {
       const size_t slot = place + k, start = (2 * i + k) / p.n * kQuad;
       const size_t shift = 2 * (i % Tiles::kPerLine);
       const size_t at = start + (tiles.positions[line * Tiles::kStep + slot] >> shift & 3u);
-      if (p.value_type == LOSA_I4) {
-        out[at] = table[tiles.values[step / 2 * Tiles::kStep + slot] >> step % 2 * 4 & 15];
+      if (p.value_type == LOSA_I3) {
+        out[at] = table[code_of_planes(tiles, values, i, slot)];
+      } else if (p.value_type == LOSA_I4) {
+        out[at] = table[values[i / 2 * Tiles::kStep + slot] >> i % 2 * 4 & 15];
       } else {
-        out[at] = static_cast<int8_t>(tiles.values[step * Tiles::kStep + slot]);
+        out[at] = static_cast<int8_t>(values[i * Tiles::kStep + slot]);
       }
     }
   }
@@ -97,6 +119,8 @@ void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
   if (p.layout == LOSA_DENSE) {
     if (p.value_type == LOSA_I4) {
       expand_dense_i4(p, row, table, out);
+    } else if (p.value_type == LOSA_I3) {
+      expand_dense_i3(p, row, table, out);
     } else {
       std::memcpy(out, values + row * p.columns, p.columns);
     }
@@ -149,7 +173,7 @@ float dot_levels(const losa_parts &p, const int8_t *row, size_t r, const Activat
     for (size_t i = g * group; i < (g + 1) * group; ++i) {
       sum += q[i] * row[i];
     }
-    const bool scaled = p.value_type == LOSA_I4 && g < weight_groups(p);
+    const bool scaled = is_grouped(p) && g < weight_groups(p);
     const float weight_scale = scaled ? load_scale(p, scale_index(p, r, g)) : 1.0f;
     total += a.scale[token * a.groups + g] * weight_scale * static_cast<float>(sum);
   }

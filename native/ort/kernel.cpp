@@ -172,7 +172,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     const bool codes = op_.position_codes;
     parts.position_bits = static_cast<uint8_t>(integer("position_bits", codes ? 1 : 0, codes ? 8 : 0));
   }
-  if (op_.value_type == LOSA_I4) {
+  if (op_.value_type >= LOSA_I4) {
     parts.group_size = static_cast<uint16_t>(integer("group_size", 32, 128));
   }
   const size_t count = op_.component_count();

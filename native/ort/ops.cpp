@@ -51,7 +51,7 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 
 Operator make_operator(const char *layout_name, losa_layout layout, bool codes, losa_value_type type,
                        size_t weights) {
-  constexpr const char *kTypes[] = {"F32", "F16", "I8", "I4"};
+  constexpr const char *kTypes[] = {"F32", "F16", "I8", "I4", "I3"};
   Operator op = {};
   op.layout = layout;
   op.position_codes = codes;
@@ -67,10 +67,10 @@ Operator make_operator(const char *layout_name, losa_layout layout, bool codes, 
     op.components[count++] = "positions";
   }
   op.components[count++] = "values";
-  if (type == LOSA_I8 || type == LOSA_I4) {
+  if (type >= LOSA_I8) {
     op.components[count++] = "scale";
   }
-  if (type == LOSA_I4) {
+  if (type >= LOSA_I4) {
     op.components[count++] = "table";
   }
   op.version = kApiVersion;
@@ -109,6 +109,8 @@ const std::deque<Operator> &operators() {
         list.push_back(make_operator("Tiled", LOSA_TILED, false, type, weights));
         list.push_back(make_operator("TiledQuads", LOSA_TILED, true, type, weights));
       }
+      list.push_back(make_operator("Dense", LOSA_DENSE, false, LOSA_I3, weights));
+      list.push_back(make_operator("TiledQuads", LOSA_TILED, true, LOSA_I3, weights));
     }
     return list;
   }();

@@ -84,7 +84,7 @@ def rounded(x: NDArray[np.float32], group: int) -> Floats:
 def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL) -> None:
     x = inputs(tokens, packed.shape[1])
     group = packed.params.get("group_size", 64)
-    exact = rounded(x, group) if packed.value_type in ("i8", "i4") else x.astype(np.float64)
+    exact = rounded(x, group) if packed.value_type in ("i8", "i4", "i3") else x.astype(np.float64)
     weight = unpack(packed).weight.astype(np.float64)
     expected = exact @ weight.T
     # f32 sums of at most `columns` products in any order, scales and their products rounded as well:
@@ -98,8 +98,10 @@ def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL
     assert worst <= 1, (packed.layout, packed.value_type, packed.shape, dict(packed.params), tokens, worst)
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+DENSE_AND_BITMASK = [(layout, kind) for layout in ("dense", "bitmask") for kind in ("f32", "f16", "i8", "i4")]
+
+
+@pytest.mark.parametrize(("layout", "value_type"), [*DENSE_AND_BITMASK, ("dense", "i3")])
 def test_dense_and_bitmask(multiply: Multiply, layout: str, value_type: str) -> None:
     for rows, columns in SHAPES:
         packed = packed_of(layout, value_type, rows, columns)
@@ -116,8 +118,12 @@ def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: str) -
             check(multiply, packed, tokens)
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), *((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15))])
+QUADS = ((1, 4), (2, 4))
+WIDE = tuple((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15))
+TILES = [(pattern, kind) for pattern in (*QUADS, *WIDE) for kind in ("i8", "i4")]
+
+
+@pytest.mark.parametrize(("pattern", "value_type"), [*TILES, *((pattern, "i3") for pattern in QUADS)])
 def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: str) -> None:
     for rows, columns in ((16, 16), (32, 64), (48, 176), (16, 336)):
         packed = packed_of("tiled", value_type, rows, columns, pattern=pattern)

@@ -43,7 +43,7 @@ enum losa_status {
 };
 
 enum losa_layout { LOSA_DENSE = 0, LOSA_BITMASK = 1, LOSA_NM = 2, LOSA_TILED = 3 };
-enum losa_value_type { LOSA_F32 = 0, LOSA_F16 = 1, LOSA_I8 = 2, LOSA_I4 = 3 };
+enum losa_value_type { LOSA_F32 = 0, LOSA_F16 = 1, LOSA_I8 = 2, LOSA_I4 = 3, LOSA_I3 = 4 };
 enum losa_scale_type { LOSA_SCALE_NONE = 0, LOSA_SCALE_F32 = 1, LOSA_SCALE_F16 = 2 };
 
 typedef struct {
@@ -57,7 +57,7 @@ typedef struct {
   uint32_t columns;  // input features
   uint8_t layout, value_type, scale_type;
   uint8_t n, m, position_bits;  // LOSA_NM; n and m also LOSA_TILED, else 0
-  uint16_t group_size;          // LOSA_I4 only: 32, 64 or 128 positions, else 0
+  uint16_t group_size;          // LOSA_I4 and LOSA_I3: 32, 64 or 128 positions, else 0
   losa_bytes positions, values, scale, table;
 } losa_parts;
 

@@ -289,6 +289,7 @@ constexpr Multiply *multiply_values = multiply_panels<float, expand_values, valu
 
 constexpr Target table() {
   Target target{"neon", &kScalar};
+  target.reads = ~only(LOSA_I3);
   target.quantize = quantize_groups<quantize_group>;
   target.matvec_levels = matvec_levels;
   target.matmul_levels = multiply_panels<int8_t, expand_levels, levels_panel>;

@@ -70,10 +70,10 @@ inline __m256 dot_blocks(Row &row, const float *scales, const Activations &a, si
 
 // One row times one token, from a block on that starts a group.
 template <bool Narrow, size_t Group, typename Row>
-__m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a, size_t block) {
+__m256 dot_row(Row row, const RowScales<Row::kGrouped> &scales, const Activations &a, size_t block) {
   const size_t blocks = row.blocks();
   __m256 total = _mm256_setzero_ps();
-  if constexpr (!Row::kI4) {  // the scale of the row is applied to the sum
+  if constexpr (!Row::kGrouped) {  // the scale of the row is applied to the sum
     return dot_blocks<Narrow, Group>(row, a.scale, a, block, blocks, total);
   }
   constexpr size_t kEight = 8 * Group / kBlock;  // blocks of eight groups
@@ -86,21 +86,50 @@ __m256 dot_row(Row row, const RowScales<Row::kI4> &scales, const Activations &a,
   return total;
 }
 
-// The first `runs` times 128 positions of a dense i4 row: 64 bytes hold two blocks, so that nothing is loaded
-// or decided twice.
-template <bool Narrow, size_t Group>
+// Codes of 128 positions of a dense row, 32 in each: 64 bytes hold two blocks, so that nothing is loaded or
+// decided twice.
+struct RunOfNibbles {
+  static constexpr size_t kBytes = kPadding / 2;
+
+  static void split(const uint8_t *bytes, __m256i codes[4]) {
+    const __m256i first = load256(bytes), second = load256(bytes + 32), low = _mm256_set1_epi8(15);
+    codes[0] = _mm256_and_si256(first, low);
+    codes[1] = _mm256_and_si256(second, low);
+    codes[2] = _mm256_and_si256(_mm256_srli_epi16(first, 4), low);
+    codes[3] = _mm256_and_si256(_mm256_srli_epi16(second, 4), low);
+  }
+};
+
+struct RunOfPlanes {
+  static constexpr size_t kBytes = kPadding / 8 * 3;
+
+  static void split(const uint8_t *bytes, __m256i codes[4]) { split_run(bytes, codes); }
+};
+
+// What a row is read by where it has 128 positions more; void: by nothing but blocks.
+template <typename Row>
+struct RunOf {
+  using Type = void;
+};
+template <>
+struct RunOf<DenseRow<true>> {
+  using Type = RunOfNibbles;
+};
+template <>
+struct RunOf<DenseRowOfPlanes> {
+  using Type = RunOfPlanes;
+};
+
+// The first `runs` times 128 positions of a dense row below 8 bits.
+template <typename Run, bool Narrow, size_t Group>
 __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
                 const Activations &a) {
-  const __m256i low = _mm256_set1_epi8(15);
   __m256 total = _mm256_setzero_ps();
-  for (size_t run = 0; run < runs; ++run, bytes += kPadding / 2) {
+  for (size_t run = 0; run < runs; ++run, bytes += Run::kBytes) {
     fetch_ahead(bytes);
-    const __m256i first = load256(bytes), second = load256(bytes + 32);
-    const __m256i codes[4] = {_mm256_and_si256(first, low), _mm256_and_si256(second, low),
-                              _mm256_and_si256(_mm256_srli_epi16(first, 4), low),
-                              _mm256_and_si256(_mm256_srli_epi16(second, 4), low)};
+    __m256i codes[4], pairs[4];
+    Run::split(bytes, codes);
     const int8_t *x = a.q + run * kPadding;
-    __m256i pairs[4];
     for (size_t i = 0; i < 4; ++i) {
       pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
     }
@@ -123,12 +152,13 @@ template <bool Narrow, size_t Group, typename Row>
 void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end,
               float *y) {
   for (size_t r = begin; r < end; ++r) {
-    const RowScales<Row::kI4> scales(p, r, m.groups);
+    const RowScales<Row::kGrouped> scales(p, r, m.groups);
     __m256 total = _mm256_setzero_ps();
     size_t block = 0;
-    if constexpr (std::is_same_v<Row, DenseRow<true>>) {
+    if constexpr (!std::is_void_v<typename RunOf<Row>::Type>) {
       const size_t runs = m.columns / kPadding;
-      total = dot_runs<Narrow, Group>(m, m.values + r * ((m.columns + 1) / 2), runs, scales, a);
+      total =
+          dot_runs<typename RunOf<Row>::Type, Narrow, Group>(m, m.values + r * m.row_bytes, runs, scales, a);
       block = runs * (kPadding / kBlock);
     }
     total = _mm256_add_ps(total, dot_row<Narrow, Group>(Row(m, r), scales, a, block));
@@ -140,7 +170,7 @@ void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t
 template <bool Narrow, typename Row>
 void dot_all(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end, float *y) {
   const size_t group = activation_group(p);
-  if constexpr (Row::kI4) {
+  if constexpr (Row::kGrouped) {
     group == 32   ? dot_rows<Narrow, 32, Row>(p, m, a, begin, end, y)
     : group == 64 ? dot_rows<Narrow, 64, Row>(p, m, a, begin, end, y)
                   : dot_rows<Narrow, 128, Row>(p, m, a, begin, end, y);

@@ -19,7 +19,7 @@ constexpr size_t kUnit = 32;  // positions whose products are summed in one go
 constexpr int kNarrow = 8;
 
 inline bool is_narrow(const losa_parts &p) {
-  if (p.value_type != LOSA_I4) {
+  if (!is_grouped(p)) {
     return false;
   }
   for (int i = 0; i < 16; ++i) {
@@ -148,8 +148,7 @@ inline void copy_scales(const losa_parts &p, size_t row, size_t groups, float *o
       out[g * 2 * kLanes] = own.group(g);
     }
   };
-  p.value_type == LOSA_I4 ? copy(RowScales<true>(p, row, weight_groups(p)))
-                          : copy(RowScales<false>(p, row, 0));
+  is_grouped(p) ? copy(RowScales<true>(p, row, weight_groups(p))) : copy(RowScales<false>(p, row, 0));
 }
 
 template <bool Narrow>

@@ -12,10 +12,11 @@ namespace {
 struct Matrix : RowPlaces {
   explicit Matrix(const losa_tensor &t)
       : RowPlaces(t),
-        groups(t.parts.value_type == LOSA_I4 ? weight_groups(t.parts) : 0),
+        groups(is_grouped(t.parts) ? weight_groups(t.parts) : 0),
+        row_bytes(t.parts.layout == LOSA_DENSE ? dense_row_bytes(t.parts) : 0),
         shuffles(code_shuffles(t.parts)),
         count(shuffles ? 16u / t.parts.m * t.parts.n : count_per_byte(t.parts)),
-        levels(t.parts.value_type == LOSA_I4 ? load_table(t.parts) : _mm256_setzero_si256()) {
+        levels(is_grouped(t.parts) ? load_table(t.parts) : _mm256_setzero_si256()) {
     const __m256i second =
         _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(static_cast<char>(count)), 1);
     offsets = shuffles ? second : fixed_offsets(count);
@@ -25,6 +26,7 @@ struct Matrix : RowPlaces {
   void raise(int offset) { levels = _mm256_add_epi8(levels, _mm256_set1_epi8(static_cast<char>(offset))); }
 
   size_t groups;
+  size_t row_bytes;  // dense
   const CodeShuffles *shuffles;
   unsigned count;  // values of a mask byte, or of a code byte, where that is the same for all
   __m256i levels, offsets;
@@ -35,7 +37,7 @@ struct Matrix : RowPlaces {
 template <bool I4, bool Fixed, bool Codes>
 class SparseRow {
  public:
-  static constexpr bool kI4 = I4;
+  static constexpr bool kGrouped = I4;
 
   SparseRow(const Matrix &m, size_t row)
       : positions_(m.positions_of(row)),
@@ -85,7 +87,7 @@ class SparseRow {
 template <bool I4>
 class CodesRow {
  public:
-  static constexpr bool kI4 = I4;
+  static constexpr bool kGrouped = I4;
 
   CodesRow(const Matrix &m, size_t row)
       : positions_(m.positions_of(row)),
@@ -122,10 +124,10 @@ class CodesRow {
 template <bool I4>
 class DenseRow {
  public:
-  static constexpr bool kI4 = I4;
+  static constexpr bool kGrouped = I4;
 
   DenseRow(const Matrix &m, size_t row)
-      : columns_(m.columns), row_(m.values + row * (I4 ? (columns_ + 1) / 2 : columns_)), levels_(m.levels) {}
+      : columns_(m.columns), row_(m.values + row * m.row_bytes), levels_(m.levels) {}
 
   size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
 
@@ -167,21 +169,73 @@ class DenseRow {
   __m256i levels_;
 };
 
+// Codes of 128 positions of a dense i3 row, 32 in each: 32 bytes of lower bits, 16 of the highest.
+inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
+  const __m256i two = _mm256_set1_epi8(3), top = _mm256_set1_epi8(4);
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + 32));
+  // Bit 2 k of a byte belongs to codes[k]; of the upper half it was bit 2 k + 1.
+  const __m256i bits = _mm256_inserti128_si256(_mm256_castsi128_si256(high), _mm_srli_epi16(high, 1), 1);
+  const auto code = [&](__m256i lower, __m256i highest) {
+    return _mm256_or_si256(_mm256_and_si256(lower, two), _mm256_and_si256(highest, top));
+  };
+  codes[0] = code(low, _mm256_slli_epi16(bits, 2));
+  codes[1] = code(_mm256_srli_epi16(low, 2), bits);
+  codes[2] = code(_mm256_srli_epi16(low, 4), _mm256_srli_epi16(bits, 2));
+  codes[3] = code(_mm256_srli_epi16(low, 6), _mm256_srli_epi16(bits, 4));
+}
+
+// Levels of one dense i3 row, a run of 128 positions after the other; blocks come in their order.
+class DenseRowOfPlanes {
+ public:
+  static constexpr bool kGrouped = true;
+
+  DenseRowOfPlanes(const Matrix &m, size_t row)
+      : columns_(m.columns), row_(m.values + row * m.row_bytes), levels_(m.levels) {}
+
+  size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
+
+  Block next(size_t block) {
+    const size_t start = block * kBlock, first = start / kPadding * kPadding;
+    if (start == first) {
+      load_run(first);
+    }
+    const size_t half = start == first ? 0 : 2;
+    return {_mm256_shuffle_epi8(levels_, codes_[half]), _mm256_shuffle_epi8(levels_, codes_[half + 1])};
+  }
+
+ private:
+  void load_run(size_t first) {
+    const uint8_t *bytes = row_ + first / 8 * 3;
+    if (first + kPadding <= columns_) {
+      split_run(bytes, codes_);
+      return;
+    }
+    alignas(32) uint8_t codes[kPadding] = {};
+    split_planes(bytes, columns_ - first, codes);
+    std::memcpy(codes_, codes, sizeof codes_);
+  }
+
+  size_t columns_;
+  const uint8_t *row_;
+  __m256i levels_, codes_[4] = {};
+};
+
 // Scales of one row of weights, per activation group.
-template <bool I4>
+template <bool Grouped>
 class RowScales {
  public:
   RowScales(const losa_parts &p, size_t row, size_t groups)
       : halves_(static_cast<const uint8_t *>(p.scale.data) + 2 * row * groups),
         readable_((p.scale.bytes - 2 * row * groups) / 2),
         groups_(groups),
-        whole_(I4 ? 1.0f : load_scale(p, row)) {}
+        whole_(Grouped ? 1.0f : load_scale(p, row)) {}
 
-  float whole() const { return whole_; }  // i8: the scale of the row; i4 has one per group only
+  float whole() const { return whole_; }  // i8: the scale of the row; others have one per group only
 
   // Groups behind the last one hold no weights.
   float group(size_t g) const {
-    if (!I4) {
+    if (!Grouped) {
       return whole_;
     }
     uint16_t half = 0;
@@ -191,7 +245,7 @@ class RowScales {
     return _cvtsh_ss(half);
   }
 
-  // i4: times the scales of a token, of eight groups from g on. What lies behind the last group means
+  // Grouped: times the scales of a token, of eight groups from g on. What lies behind the last group means
   // nothing.
   void times(const Activations &a, size_t g, float products[8]) const {
     if (g + 8 <= readable_) {
@@ -234,6 +288,10 @@ void with_reader_of(const losa_tensor &t, Use use) {
 
 template <typename Use>
 void with_reader(const losa_tensor &t, Use use) {
+  if (t.parts.value_type == LOSA_I3) {
+    use(Tag<DenseRowOfPlanes>());
+    return;
+  }
   t.parts.value_type == LOSA_I4 ? with_reader_of<true>(t, use) : with_reader_of<false>(t, use);
 }
 

@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "kernels/target.h"
 #include "kernels/x86/prefetch.h"
 
@@ -16,15 +18,18 @@ struct Slots {
   __m256i at, magnitude, sign;
 };
 
-// Levels of -8..7 whose sign is the highest bit of their code, as in the linear table: a byte of a slot then
-// is its own sign, and the sums of kFlush steps, two products of at most 8 * 127 each, fit 16 bits.
+// Linear: levels of -8..8, of which the sums of kFlush steps, two products of at most 8 * 127 each, fit 16
+// bits. Of i4 their sign is also the highest bit of their code, as in the linear table: a byte of a slot then
+// is its own sign.
 constexpr size_t kFlush = 16;
 
 inline bool is_linear(const losa_parts &p) {
   const auto *table = static_cast<const int8_t *>(p.table.data);
-  bool linear = p.value_type == LOSA_I4;
+  bool linear = is_grouped(p);
   for (int code = 0; linear && code < 16; ++code) {
-    linear = code < 8 ? table[code] >= 0 && table[code] <= 8 : table[code] >= -8 && table[code] <= 0;
+    const int level = table[code];
+    const bool sign = p.value_type != LOSA_I4 || (code < 8 ? level >= 0 : level <= 0);
+    linear = sign && level >= -8 && level <= 8;
   }
   return linear;
 }
@@ -41,10 +46,10 @@ inline __m256i split_nibbles(const uint8_t *p) {
 }
 
 // `levels`: magnitudes of the 16 codes if Linear, else the levels themselves.
-template <bool I4, bool Linear>
+template <losa_value_type T, bool Linear>
 inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
   const __m256i raw = load_step(tiles.values + step * Tiles::kStep), low = _mm256_set1_epi8(15);
-  if (!I4) {
+  if (T == LOSA_I8) {
     return {split_nibbles(tiles.positions + step * kTile), _mm256_abs_epi8(raw), raw};
   }
   const __m256i level = _mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(raw, 4), low));
@@ -96,7 +101,7 @@ struct Sums {
 };
 
 // Groups [group, end) of a tile of N:16 times `Tokens` tokens, added to sums.
-template <bool I4, bool Linear, int Tokens>
+template <losa_value_type T, bool Linear, int Tokens>
 inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
                        __m256i levels, __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
@@ -105,21 +110,53 @@ inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end
     sums.load(x, group);
     for (size_t s = 0; s < tiles.steps; ++s, ++step) {
       fetch_ahead(tiles.values + step * Tiles::kStep);
-      if (!I4) {
+      if (T == LOSA_I8) {
         fetch_ahead(tiles.positions + step * kTile);
       }
-      sums.add(load_slots<I4, Linear>(tiles, step, levels));
+      sums.add(load_slots<T, Linear>(tiles, step, levels));
     }
   }
   sums.flush();
 }
 
-// Values of step S of a line of N:4, at the positions `at`. Linear: the highest bit of a code is its sign.
-template <bool I4, bool Linear, int S>
-inline Slots load_short(const uint8_t *values, __m256i at, __m256i levels) {
-  const __m256i raw = load_step(values + (I4 ? S / 2 : S) * Tiles::kStep);
-  if (!I4) {
+// Where the values of a line of N:4 are, four steps.
+template <losa_value_type T>
+struct ValueLines {
+  // The line number `first` of a tile.
+  ValueLines(const Tiles &tiles, size_t tile, size_t first)
+      : values(tiles.values + (tile * tiles.value_lines() + first * kLines) * Tiles::kStep),
+        high(values + (tiles.lines() - first) * Tiles::kStep),
+        line(first) {}
+
+  void next() {
+    values += kLines * Tiles::kStep;
+    ++line;
+  }
+
+  // I3: the highest bits of the codes, that of step s in bit s.
+  __m256i highest() const {
+    const __m256i two = load_step(high + line / 2 * Tiles::kStep);
+    return line % 2 ? _mm256_srli_epi16(two, 4) : two;
+  }
+
+  static constexpr size_t kLines = T == LOSA_I8 ? 4 : T == LOSA_I4 ? 2 : 1;
+  const uint8_t *values, *high;
+  size_t line;
+};
+
+// Values of step S of a line of N:4, at the positions `at`. I3: `highest` are its highest bits.
+template <losa_value_type T, bool Linear, int S>
+inline Slots load_short(const uint8_t *values, __m256i highest, __m256i at, __m256i levels) {
+  const __m256i raw = load_step(values + (T == LOSA_I8 ? S : T == LOSA_I4 ? S / 2 : 0) * Tiles::kStep);
+  if (T == LOSA_I8) {
     return {at, _mm256_abs_epi8(raw), raw};
+  }
+  if (T == LOSA_I3) {
+    const __m256i top = S < 2 ? _mm256_slli_epi16(highest, 2 - S) : _mm256_srli_epi16(highest, S - 2);
+    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(raw, 2 * S), _mm256_set1_epi8(3));
+    const __m256i code = _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(4)));
+    const __m256i level = _mm256_shuffle_epi8(levels, code);
+    return {at, _mm256_abs_epi8(level), level};
   }
   const __m256i codes = _mm256_and_si256(_mm256_srli_epi16(raw, S % 2 * 4), _mm256_set1_epi8(15));
   const __m256i level = _mm256_shuffle_epi8(levels, codes);
@@ -139,30 +176,33 @@ inline __m256i within_group(__m256i line) {
 
 // Groups [group, end) of a tile of N:4. A line has one group of 2:4, or two of 1:4, of which the last of a
 // tile may miss the second.
-template <bool I4, bool Linear, int N, int Tokens>
+template <losa_value_type T, bool Linear, int N, int Tokens>
 inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
                       __m256i levels, __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
-  const uint8_t *line = tiles.positions + (tile * tiles.lines() + group * N / 2) * Tiles::kStep;
-  const uint8_t *values = tiles.values + (tile * tiles.groups + group) * 2 * N * Tiles::kStep / (I4 ? 2 : 1);
-  for (; group < end; group += 2 / N, line += Tiles::kStep, values += (I4 ? 2 : 4) * Tiles::kStep) {
+  const size_t first = group * N / 2;
+  const uint8_t *line = tiles.positions + (tile * tiles.lines() + first) * Tiles::kStep;
+  for (ValueLines<T> at(tiles, tile, first); group < end; group += 2 / N, line += Tiles::kStep, at.next()) {
     fetch_ahead(line);
-    fetch_ahead(values);
-    if (!I4) {
-      fetch_ahead(values + kCacheLine);
+    fetch_ahead(at.values);
+    if (T == LOSA_I8) {
+      fetch_ahead(at.values + kCacheLine);
     }
-    const __m256i four = load_step(line);
+    if (T == LOSA_I3) {
+      fetch_ahead(at.high + at.line / 2 * Tiles::kStep);
+    }
+    const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
     sums.load(x, group);
-    sums.add(load_short<I4, Linear, 0>(values, within_group<N, 0>(four), levels));
-    sums.add(load_short<I4, Linear, 1>(values, within_group<N, 1>(four), levels));
+    sums.add(load_short<T, Linear, 0>(at.values, top, within_group<N, 0>(four), levels));
+    sums.add(load_short<T, Linear, 1>(at.values, top, within_group<N, 1>(four), levels));
     if (N == 1) {
       if (group + 1 == end) {
         break;
       }
       sums.load(x, group + 1);
     }
-    sums.add(load_short<I4, Linear, 2>(values, within_group<N, 2>(four), levels));
-    sums.add(load_short<I4, Linear, 3>(values, within_group<N, 3>(four), levels));
+    sums.add(load_short<T, Linear, 2>(at.values, top, within_group<N, 2>(four), levels));
+    sums.add(load_short<T, Linear, 3>(at.values, top, within_group<N, 3>(four), levels));
   }
   sums.flush();
 }
@@ -181,28 +221,28 @@ inline uint8_t *store_slots(const Slots &w, uint8_t *out) {
 
 // Quads: N of N:4, else 0. It walks a tile as sum_groups and sum_quads do, but on its own: with one walk for
 // both, compilers give decoding fewer registers.
-template <bool I4, bool Linear, int Quads>
+template <losa_value_type T, bool Linear, int Quads>
 void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) {
   if constexpr (Quads == 0) {
     const size_t first = tile * tiles.all_steps();
     for (size_t step = first; step < first + tiles.all_steps(); ++step) {
-      out = store_slots(load_slots<I4, Linear>(tiles, step, levels), out);
+      out = store_slots(load_slots<T, Linear>(tiles, step, levels), out);
     }
     return;
   }
   constexpr int N = Quads == 0 ? 1 : Quads;
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  const uint8_t *values = tiles.values + tile * tiles.all_steps() * Tiles::kStep / (I4 ? 2 : 1);
+  ValueLines<T> at(tiles, tile, 0);
   for (size_t left = tiles.all_steps(); left > 0; left -= left < 4 ? left : 4) {
-    const __m256i four = load_step(line);
-    out = store_slots(load_short<I4, Linear, 0>(values, within_group<N, 0>(four), levels), out);
-    out = store_slots(load_short<I4, Linear, 1>(values, within_group<N, 1>(four), levels), out);
+    const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
+    out = store_slots(load_short<T, Linear, 0>(at.values, top, within_group<N, 0>(four), levels), out);
+    out = store_slots(load_short<T, Linear, 1>(at.values, top, within_group<N, 1>(four), levels), out);
     if (left > 2) {
-      out = store_slots(load_short<I4, Linear, 2>(values, within_group<N, 2>(four), levels), out);
-      out = store_slots(load_short<I4, Linear, 3>(values, within_group<N, 3>(four), levels), out);
+      out = store_slots(load_short<T, Linear, 2>(at.values, top, within_group<N, 2>(four), levels), out);
+      out = store_slots(load_short<T, Linear, 3>(at.values, top, within_group<N, 3>(four), levels), out);
     }
     line += Tiles::kStep;
-    values += (I4 ? 2 : 4) * Tiles::kStep;
+    at.next();
   }
 }
 
@@ -237,7 +277,7 @@ constexpr int kFromScratch = -1;
 
 // One tile times `Tokens` tokens: y [tokens, rows]. Form: N of N:4, 0 for N:16, or kFromScratch for expanded
 // `slots`.
-template <bool I4, bool Linear, int Form, int Tokens>
+template <losa_value_type T, bool Linear, int Form, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
                    __m256i levels, float *y, size_t ldy, const uint8_t *slots = nullptr) {
   const int8_t *x[Tokens];
@@ -259,61 +299,62 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
       if (Form == kFromScratch) {
         sum_expanded<Linear, Tokens>(slots, tiles.steps, group, stop, x, sums);
       } else if (Form != 0) {
-        sum_quads<I4, Linear, Form == 1 ? 1 : 2, Tokens>(tiles, tile, group, stop, x, levels, sums);
-      } else {
-        sum_groups<I4, Linear, Tokens>(tiles, tile, group, stop, x, levels, sums);
+        sum_quads<T, Linear, Form == 1 ? 1 : 2, Tokens>(tiles, tile, group, stop, x, levels, sums);
+      } else if constexpr (T != LOSA_I3) {
+        sum_groups<T, Linear, Tokens>(tiles, tile, group, stop, x, levels, sums);
       }
       group = stop;
     }
-    if (I4) {
+    if (T != LOSA_I8) {
       load_scales(p, scale_index(p, tile * kTile, g), scales);
     }
     for (int k = 0; k < Tokens; ++k) {
       const __m256 scale = _mm256_set1_ps(a.scale[(token + static_cast<size_t>(k)) * a.groups + g]);
       for (int half = 0; half < 2; ++half) {
-        const __m256 factor = I4 ? _mm256_mul_ps(scales[half], scale) : scale;
+        const __m256 factor = T != LOSA_I8 ? _mm256_mul_ps(scales[half], scale) : scale;
         total[k][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[k][half]), factor, total[k][half]);
       }
     }
   }
-  if (!I4) {
+  if (T == LOSA_I8) {
     load_scales(p, tile * kTile, scales);
   }
   for (int k = 0; k < Tokens; ++k) {
     float *out = y + (token + static_cast<size_t>(k)) * ldy + tile * kTile;
     for (int half = 0; half < 2; ++half) {
-      _mm256_storeu_ps(out + 8 * half, I4 ? total[k][half] : _mm256_mul_ps(total[k][half], scales[half]));
+      const __m256 sum = total[k][half];
+      _mm256_storeu_ps(out + 8 * half, T == LOSA_I8 ? _mm256_mul_ps(sum, scales[half]) : sum);
     }
   }
 }
 
-template <bool I4, bool Linear, int Quads>
+template <losa_value_type T, bool Linear, int Quads>
 void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                        size_t ldy, uint8_t *scratch) {
   const Tiles tiles(p);
   __m256i levels = _mm256_setzero_si256();
-  if (I4) {
+  if (T != LOSA_I8) {
     levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
-    levels = Linear ? _mm256_abs_epi8(levels) : levels;
+    levels = Linear && T == LOSA_I4 ? _mm256_abs_epi8(levels) : levels;
   }
   // Tokens at once: sums of i8, widened in every step, take two registers for each.
   constexpr int kTokens = Linear ? 4 : 3;
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
     if (a.tokens >= kWorthExpanding) {
-      expand_tile<I4, Linear, Quads>(tiles, tile, levels, scratch);
+      expand_tile<T, Linear, Quads>(tiles, tile, levels, scratch);
       for (; token + kTokens <= a.tokens; token += kTokens) {
-        multiply_tile<I4, Linear, kFromScratch, kTokens>(p, tiles, tile, a, token, levels, y, ldy, scratch);
+        multiply_tile<T, Linear, kFromScratch, kTokens>(p, tiles, tile, a, token, levels, y, ldy, scratch);
       }
     }
     for (; token + kTokens <= a.tokens; token += kTokens) {
-      multiply_tile<I4, Linear, Quads, kTokens>(p, tiles, tile, a, token, levels, y, ldy);
+      multiply_tile<T, Linear, Quads, kTokens>(p, tiles, tile, a, token, levels, y, ldy);
     }
     for (; token + 2 <= a.tokens; token += 2) {
-      multiply_tile<I4, Linear, Quads, 2>(p, tiles, tile, a, token, levels, y, ldy);
+      multiply_tile<T, Linear, Quads, 2>(p, tiles, tile, a, token, levels, y, ldy);
     }
     for (; token < a.tokens; ++token) {
-      multiply_tile<I4, Linear, Quads, 1>(p, tiles, tile, a, token, levels, y, ldy);
+      multiply_tile<T, Linear, Quads, 1>(p, tiles, tile, a, token, levels, y, ldy);
     }
   }
 }
@@ -321,12 +362,17 @@ void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, 
 template <int Quads>
 void multiply_tiles_of(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                        size_t ldy, uint8_t *scratch) {
+  const auto as = [&](auto type) {
+    constexpr losa_value_type T = decltype(type)::value;
+    (is_linear(p) ? multiply_tiles_as<T, true, Quads> : multiply_tiles_as<T, false, Quads>)(p, a, begin, end,
+                                                                                            y, ldy, scratch);
+  };
   if (p.value_type == LOSA_I8) {
-    multiply_tiles_as<false, false, Quads>(p, a, begin, end, y, ldy, scratch);
-  } else if (is_linear(p)) {
-    multiply_tiles_as<true, true, Quads>(p, a, begin, end, y, ldy, scratch);
-  } else {
-    multiply_tiles_as<true, false, Quads>(p, a, begin, end, y, ldy, scratch);
+    multiply_tiles_as<LOSA_I8, false, Quads>(p, a, begin, end, y, ldy, scratch);
+  } else if (p.value_type == LOSA_I4) {
+    as(std::integral_constant<losa_value_type, LOSA_I4>());
+  } else if constexpr (Quads != 0) {
+    as(std::integral_constant<losa_value_type, LOSA_I3>());
   }
 }
 

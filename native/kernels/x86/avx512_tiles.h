@@ -71,26 +71,26 @@ inline void add_known(const Slots &w, Quads *out) {
   out->quad[Second] = _mm512_or_si512(out->quad[Second], s.in_quad(s.high, s.second, Second));
 }
 
-template <bool I4>
+template <losa_value_type T>
 void panel_of_groups(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
   size_t step = tile * tiles.all_steps();
   for (size_t group = 0; group < tiles.groups; ++group) {
     Quads found;
     for (size_t s = 0; s < tiles.steps; ++s, ++step) {
-      add_slots(load_slots<I4, false>(tiles, step, levels), &found);
+      add_slots(load_slots<T, false>(tiles, step, levels), &found);
     }
     panel = found.store(panel);
   }
 }
 
 // N of N:4: a line has one group of 2:4, or two of 1:4, of which the last of a tile may miss the second.
-template <bool I4, int N>
+template <losa_value_type T, int N>
 void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  const uint8_t *values = tiles.values + tile * tiles.all_steps() * Tiles::kStep / (I4 ? 2 : 1);
+  ValueLines<T> at(tiles, tile, 0);
   const auto slots = [&](auto step, __m256i four) {
     constexpr int kStep = decltype(step)::value;
-    return load_short<I4, false, kStep>(values, within_group<N, kStep>(four), levels);
+    return load_short<T, false, kStep>(at.values, four, within_group<N, kStep>(four), levels);
   };
   for (size_t group = 0; group < tiles.groups; group += 2 / N) {
     const __m256i four = load_step(line);
@@ -108,29 +108,29 @@ void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *pa
     add_known<N == 2 ? 3 : 2, 3>(slots(std::integral_constant<int, 3>(), four), &found);
     panel = found.store(panel);
     line += Tiles::kStep;
-    values += (I4 ? 2 : 4) * Tiles::kStep;
+    at.next();
   }
 }
 
-template <bool I4>
+template <losa_value_type T>
 void panel_of_tile_as(const losa_parts &p, size_t tile, uint8_t *panel) {
   const Tiles tiles(p);
   __m256i levels = _mm256_setzero_si256();
-  if (I4) {
+  if (T != LOSA_I8) {
     levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
   }
   if (p.m != kQuad) {
-    panel_of_groups<I4>(tiles, tile, levels, panel);
+    panel_of_groups<T>(tiles, tile, levels, panel);
   } else if (p.n == 1) {
-    panel_of_quads<I4, 1>(tiles, tile, levels, panel);
+    panel_of_quads<T, 1>(tiles, tile, levels, panel);
   } else {
-    panel_of_quads<I4, 2>(tiles, tile, levels, panel);
+    panel_of_quads<T, 2>(tiles, tile, levels, panel);
   }
 }
 
 // The tile from row 16 * tile on, as factors of levels + 128: panel [padded / 4, 16, 4].
 inline void panel_of_tile(const losa_parts &p, size_t tile, size_t padded, uint8_t *panel) {
-  p.value_type == LOSA_I4 ? panel_of_tile_as<true>(p, tile, panel) : panel_of_tile_as<false>(p, tile, panel);
+  (p.value_type == LOSA_I4 ? panel_of_tile_as<LOSA_I4> : panel_of_tile_as<LOSA_I8>)(p, tile, panel);
   std::memset(panel + p.columns * kTile, 128, (padded - p.columns) * kTile);  // level 0
 }
 
