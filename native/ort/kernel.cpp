@@ -129,8 +129,7 @@ ElementType Operator::input_type(size_t index) const {
   if (component == "scale") {
     return value_type == LOSA_I8 ? kUndefined : kFloat16;  // row scales are f32 or f16
   }
-  constexpr ElementType kValues[] = {kFloat, kFloat16, kInt8, kUint8};
-  return kValues[value_type];
+  return kStoredTypes[value_type].values;
 }
 
 Kernel::Kernel(const Operator &op, const OrtApi *api, const OrtKernelInfo *info)

@@ -17,6 +17,14 @@ namespace losa::ort {
 constexpr size_t kMostWeights = 3;
 constexpr size_t kMostComponents = 4;
 
+// By value type: how it is called in the name of an operator, and the elements of its values.
+struct StoredType {
+  const char *name;
+  ElementType values;
+};
+constexpr std::array<StoredType, LOSA_I3 + 1> kStoredTypes = {
+    {{"F32", kFloat}, {"F16", kFloat16}, {"I8", kInt8}, {"I4", kUint8}, {"I3", kUint8}}};
+
 // An operator: what its name says about the weights of its nodes.
 struct Operator : OrtCustomOp {
   losa_layout layout;

@@ -51,13 +51,12 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 
 Operator make_operator(const char *layout_name, losa_layout layout, bool codes, losa_value_type type,
                        size_t weights) {
-  constexpr const char *kTypes[] = {"F32", "F16", "I8", "I4", "I3"};
   Operator op = {};
   op.layout = layout;
   op.position_codes = codes;
   op.value_type = type;
   op.weights = weights;
-  op.name = std::string(layout_name) + "MatMul" + kTypes[type];
+  op.name = std::string(layout_name) + "MatMul" + kStoredTypes[type].name;
   if (weights > 1) {
     op.name += "x" + std::to_string(weights);
   }
