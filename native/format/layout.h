@@ -25,6 +25,11 @@ static inline size_t activation_group(const losa_parts &p) {
 
 static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
 
+// A stream of so many bytes with its padding.
+static inline uint64_t stream_bytes(uint64_t raw) {
+  return (raw + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT + LOSA_STREAM_SLACK;
+}
+
 // N:M: groups and values of a row.
 static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
 static inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
