@@ -10,6 +10,23 @@ def target_name() -> str: ...
 def target_reason() -> str: ...
 def targets() -> list[str]: ...
 def set_target(name: str) -> None: ...
+def find_kept(value_type: int, codes: NDArray[np.uint8]) -> NDArray[np.uint64]: ...
+def choose(
+    words: NDArray[np.uint64], rows: int, columns: int, value_type: int, terms: str
+) -> tuple[int, int, int]: ...
+def pack(
+    layout: int,
+    value_type: int,
+    rows: int,
+    columns: int,
+    group_size: int,
+    n: int,
+    m: int,
+    codes: NDArray[np.uint8],
+    words: NDArray[np.uint64],
+    scales: NDArray[np.uint16],
+    ranges: int = ...,
+) -> dict[str, NDArray[np.uint8]]: ...
 def round_rows(
     weight: NDArray[np.float32],
     scales: NDArray[np.float32],

@@ -1,4 +1,7 @@
-"""Which layout a tensor gets: sparse only where that saves bytes (law 4)."""
+"""Which layout a tensor gets: sparse only where that saves bytes (law 4).
+
+`native/format/choose.cpp` is the same rule for weights that are packed when a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,24 @@ from losa_deploy.layouts.values import VALUE_TYPES, by_number
 
 PATTERNED = ("nm", "tiled")
 """Layouts that need a fixed N of every M."""
+Pattern = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What differs between a weight for a file and one that is packed when it is loaded."""
+
+    tiles_may_cost: float
+    """Bytes of tiles per byte of the smallest other sparse layout, for a mask without a pattern."""
+    start_bytes: int
+    """Held for each row (of i4 each pair of rows) of a stream of values."""
+    exact: bool
+    """The mask is data. Otherwise it was found from zeros: a kept weight that is zero is missing in it, so
+    that tiles may keep at most N of every M, and of the other patterns only 2:4 and 4:8 are looked for."""
+
+
+IN_FILE = Terms(1.0, 0, True)
+AT_LOAD = Terms(1.5, 8, False)
 
 
 @dataclass(frozen=True)
@@ -30,48 +51,82 @@ class Choice:
     reason: str
 
 
-def choose(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
+def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE) -> Choice:
     """The smallest layout for a mask [out, in]; on a tie dense, or the sparse one that computes fastest.
 
-    A mask that keeps N of 16 and follows no shorter pattern was made for tiles, and gets them if that is
-    smaller than dense: they compute several times as fast.
+    Tiles compute several times as fast as a mask whose bits have to be counted, and may cost more bytes than
+    it, but fewer than dense: any number if the mask keeps N of 16 and follows no shorter pattern, because it
+    was made for tiles; none if it follows a pattern whose M divides 8, which needs no count; else as `terms`
+    say. `AT_LOAD` gives tiles that have free slots to masks that `pack` of the layout would refuse.
     """
     dense_bytes = DENSE.size(mask, options)
     if mask.all():
         return Choice("dense", options, dense_bytes, "nothing is pruned")
-    if not BITMASK.stores(VALUE_TYPES[options.value_type]):
+    kind = VALUE_TYPES[options.value_type]
+    if not BITMASK.stores(kind):
         return _dense_or_tiled(mask, options)
     bitmask_bytes = BITMASK.size(mask, options)
     reason = f"{mask.mean():.0%} kept: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
     best = Choice("bitmask", options, bitmask_bytes, reason)
-    pattern = nm.find_pattern(mask)
+    pattern = nm.find_pattern(mask) if terms.exact else _find_half(mask)
     if pattern is not None:
-        best = _patterned(mask, options, pattern, best)
-    if best.bytes < dense_bytes:
+        best = _smaller(best, mask, replace(options, pattern=pattern), dense_bytes)
+    tiles = _find_tiles(mask, options, terms)
+    if tiles is not None:
+        with_pattern = replace(options, pattern=tiles)
+        size = TILED.size(mask, with_pattern)
+        scales = sum(kind.meaning_bytes((mask.shape[0], mask.shape[1]), options).values())
+        if size < dense_bytes and _may_cost(size, best.bytes, scales, pattern, terms):
+            compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
+            reason = f"{_name(pattern or tiles)} mask in tiles: {_share(size, dense_bytes)}, {compared}"
+            return Choice("tiled", with_pattern, size, reason)
+    streams = -(-len(mask) // (max(8, kind.bits) // kind.bits))
+    if best.bytes + streams * terms.start_bytes < dense_bytes:
         return best
     return Choice("dense", options, dense_bytes, reason)
 
 
-def _patterned(
-    mask: NDArray[np.bool_], options: PackOptions, pattern: tuple[int, int], best: Choice
-) -> Choice:
-    """The layout for the smallest pattern of a mask, or `best`, the bitmask."""
-    name, dense_bytes, bitmask_bytes = f"{pattern[0]}:{pattern[1]}", DENSE.size(mask, options), best.bytes
-    with_pattern = replace(options, pattern=pattern)
-    nm_bytes = NM.size(mask, with_pattern)
-    whole_bytes = 8 % pattern[1] == 0  # every mask byte keeps the same count: no kernel counts bits
-    if nm_bytes < best.bytes or (nm_bytes == best.bytes and whole_bytes):
-        compared = f"bitmask {_share(bitmask_bytes, dense_bytes)}"
-        reason = f"{name} mask: {_share(nm_bytes, dense_bytes)}, {compared}"
-        best = Choice("nm", with_pattern, nm_bytes, reason)
-    if tiled.tolerates(mask, options):
-        with_pattern = replace(options, pattern=tiled.find_pattern(mask))
-        size = TILED.size(mask, with_pattern)
-        if size <= best.bytes or (pattern[1] == tiled.WIDE and size < dense_bytes):
-            compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
-            reason = f"{name} mask in tiles: {_share(size, dense_bytes)}, {compared}"
-            best = Choice("tiled", with_pattern, size, reason)
-    return best
+def _smaller(best: Choice, mask: NDArray[np.bool_], options: PackOptions, dense_bytes: int) -> Choice:
+    """N:M if it is smaller than `best`, the bitmask, or as small and every mask byte keeps the same count."""
+    assert options.pattern is not None
+    size = NM.size(mask, options)
+    if size > best.bytes or (size == best.bytes and 8 % options.pattern[1]):
+        return best
+    compared = f"bitmask {_share(best.bytes, dense_bytes)}"
+    reason = f"{_name(options.pattern)} mask: {_share(size, dense_bytes)}, {compared}"
+    return Choice("nm", options, size, reason)
+
+
+def _may_cost(tiles: int, smallest: int, scales: int, pattern: Pattern | None, terms: Terms) -> bool:
+    """Whether tiles are worth their bytes, beside those of the smallest other sparse layout."""
+    if tiles <= smallest or (pattern is not None and pattern[1] == tiled.WIDE):
+        return True
+    counted = pattern is None or 8 % pattern[1] != 0
+    return counted and tiles - scales < terms.tiles_may_cost * (smallest - scales)
+
+
+def _find_half(mask: NDArray[np.bool_]) -> Pattern | None:
+    """2:4 or 4:8 in whole groups."""
+    halves = ((m // 2, m) for m in (4, 8) if mask.shape[1] % m == 0 and nm.fits(mask, m // 2, m))
+    return next(halves, None)
+
+
+def _find_tiles(mask: NDArray[np.bool_], options: PackOptions, terms: Terms) -> Pattern | None:
+    """The pattern of the smallest tiles that hold a mask, if there are any."""
+    if terms.exact:
+        return tiled.find_pattern(mask) if tiled.tolerates(mask, options) else None
+    rows, columns = mask.shape
+    kind = VALUE_TYPES[options.value_type]
+    if rows % tiled.TILE or columns % tiled.TILE:
+        return None
+    found = []
+    for m, most in ((tiled.SHORT, 2), (tiled.WIDE, tiled.WIDE - 1)):
+        if not tiled.holds(kind, m):
+            continue
+        n = int(np.count_nonzero(mask.reshape(rows, -1, m), axis=2).max(initial=0))
+        if 1 <= n <= most:
+            found.append((n, m))
+    return min(found, key=lambda pattern: TILED.size(mask, replace(options, pattern=pattern)), default=None)
 
 
 def _dense_or_tiled(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
@@ -120,6 +175,10 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
             )
         options = replace(options, pattern=tiled.find_pattern(mask))
     return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
+
+
+def _name(pattern: Pattern) -> str:
+    return f"{pattern[0]}:{pattern[1]}"
 
 
 def _share(size: int, dense_bytes: int) -> str:

@@ -40,6 +40,11 @@ static inline size_t dense_row_bytes(const losa_parts &p) {
   }
 }
 
+// A stream of so many bytes with its padding.
+static inline uint64_t stream_bytes(uint64_t raw) {
+  return (raw + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT + LOSA_STREAM_SLACK;
+}
+
 // N:M: groups and values of a row.
 static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
 static inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace losa::ggml {
+namespace losa::format {
 namespace {
 
 // The slots of one row: those of a step are two neighbouring bytes.
@@ -51,7 +51,7 @@ void store_groups(const TileShape &shape, size_t row, const uint8_t *codes, cons
       const auto at = static_cast<unsigned>(__builtin_ctz(kept));
       const size_t step = k / 2;
       if (position == nullptr) {
-        value[step * 2 * kTile + k % 2] = static_cast<uint8_t>(codes[at] << 4 | at);
+        value[step * 2 * kTile + k % 2] = static_cast<uint8_t>(unsigned{codes[at]} << 4 | at);
       } else {
         value[step * 2 * kTile + k % 2] = codes[at];
         uint8_t &shared = position[step * kTile + k % 2];
@@ -176,28 +176,27 @@ void load_quads(const TileShape &shape, size_t row, const uint8_t *positions, co
 
 }  // namespace
 
-TileShape find_tiles(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns,
-                     bool i4) {
-  TileShape wide = {rows, columns, 0, kTile, i4}, quads = {rows, columns, 0, kQuad, i4};
-  if (rows % kTile != 0 || columns % kTile != 0 || words.size() != rows * per_row) {
+TileShape find_tiles(const Mask &mask, bool i4, bool exact) {
+  TileShape wide = {mask.rows, mask.columns, 0, kTile, i4}, quads = {mask.rows, mask.columns, 0, kQuad, i4};
+  if (mask.rows % kTile != 0 || mask.columns % kTile != 0) {
     return wide;
   }
   unsigned most = 0;
   uint64_t two = 0, three = 0;  // bits where a quad keeps at least so many
-  for (const uint64_t word : words) {
-    const uint64_t pairs = word - (word >> 1 & 0x5555555555555555u);  // bits of two, of four, ... positions
-    const uint64_t fours = (pairs & 0x3333333333333333u) + (pairs >> 2 & 0x3333333333333333u);
+  for (const uint64_t word : mask.words) {
+    const uint64_t fours = count_runs(word, 4), sixteens = count_runs(word, 16);
     two |= fours & 0x6666666666666666u;
     three |= (fours & 0x4444444444444444u) | (fours & fours >> 1 & 0x1111111111111111u);
-    const uint64_t eights = (fours + (fours >> 4)) & 0x0f0f0f0f0f0f0f0fu;
-    const uint64_t sixteens = eights + (eights >> 8);
     for (unsigned at = 0; at < 64; at += kTile) {
       most = std::max(most, static_cast<unsigned>(sixteens >> at & 31));
     }
   }
   const size_t most_of_quad = three != 0 ? 3 : two != 0 ? 2 : most != 0 ? 1 : 0;
-  wide.n = most < kTile ? most : 0;
-  quads.n = most_of_quad <= 2 ? most_of_quad : 0;
+  const auto holds = [&](size_t n, size_t m) {
+    return !exact || keeps(mask, {static_cast<unsigned>(n), static_cast<unsigned>(m)});
+  };
+  wide.n = most < kTile && holds(most, kTile) ? most : 0;
+  quads.n = most_of_quad <= 2 && holds(most_of_quad, kQuad) ? most_of_quad : 0;
   return quads.n != 0 && quads.bytes() <= wide.bytes() ? quads : wide;
 }
 
@@ -217,4 +216,4 @@ void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions,
   (shape.quads() ? load_quads : load_groups)(shape, row, positions, values, codes);
 }
 
-}  // namespace losa::ggml
+}  // namespace losa::format

@@ -4,11 +4,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
-#include "format/sizes.h"
+#include "format/layout.h"
+#include "format/mask.h"
 
-namespace losa::ggml {
+namespace losa::format {
 
 // A weight as tiles that keep `n` of every `m`, 4 or 16; i8, or i4.
 struct TileShape {
@@ -26,9 +26,9 @@ struct TileShape {
   size_t bytes() const { return values() + positions(); }
 };
 
-// The smallest tiles that hold a mask, rows of `per_row` words. n is 0 if there are none.
-TileShape find_tiles(const std::vector<uint64_t> &words, size_t per_row, size_t rows, size_t columns,
-                     bool i4);
+// The smallest tiles that hold a mask, i8 or i4. n is 0 if there are none. `exact` ones have no slots without
+// a kept weight, except for those that make an odd N even.
+TileShape find_tiles(const Mask &mask, bool i4, bool exact);
 
 void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values);
 
@@ -41,6 +41,6 @@ void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, co
 void load_tile_row(const TileShape &shape, size_t row, const uint8_t *positions, const uint8_t *values,
                    uint8_t *codes);
 
-}  // namespace losa::ggml
+}  // namespace losa::format
 
 #endif

@@ -6,10 +6,6 @@ namespace {
 
 constexpr uint32_t kMost = 1u << 30;  // rows and columns: keeps every product below in 64 bits
 
-uint64_t stream_bytes(uint64_t raw) {
-  return (raw + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT + LOSA_STREAM_SLACK;
-}
-
 bool known_pattern(const losa_parts &p) {
   if (p.m < 2 || p.m > 32 || p.n < 1 || p.n >= p.m) {
     return false;

@@ -12,30 +12,29 @@
 #include <thread>
 
 #include "abi.h"
-#include "format/pack_tiles.h"
+#include "format/choose.h"
+#include "format/codes.h"
+#include "format/pack.h"
 #include "rows.h"
 
 namespace losa::ggml {
 namespace {
 
 constexpr size_t kWorthAThread = 1 << 18;  // weights
-constexpr double kTilesMayCost = 1.5;      // bytes of tiles per byte of the smallest sparse form
 
 std::mutex guard;
 Counts total = {};
 std::string damage;
 std::atomic<bool> unreported{false};  // weights were taken since the last report
 
-size_t aligned(size_t bytes) { return (bytes + LOSA_ALIGNMENT - 1) / LOSA_ALIGNMENT * LOSA_ALIGNMENT; }
-
-// Run work(first, last) on ranges of pairs of rows, in as many threads as are worth it.
+// Run work(first, last) on ranges of `step` rows, in as many threads as are worth it.
 template <typename Work>
-void split(uint32_t rows, uint32_t columns, Work work) {
-  const size_t pairs = (size_t{rows} + 1) / 2, cores = std::thread::hardware_concurrency();
+void split(uint32_t rows, uint32_t columns, size_t step, Work work) {
+  const size_t steps = (rows + step - 1) / step, cores = std::thread::hardware_concurrency();
   const size_t most = size_t{rows} * columns / kWorthAThread + 1;
   const size_t threads = cores < 1 ? 1 : cores < most ? cores : most;
   const auto part = [&](size_t i) {
-    const size_t first = 2 * (pairs * i / threads), last = 2 * (pairs * (i + 1) / threads);
+    const size_t first = step * (steps * i / threads), last = step * (steps * (i + 1) / threads);
     work(first, last < rows ? last : size_t{rows});
   };
   std::vector<std::thread> others;
@@ -50,33 +49,6 @@ void split(uint32_t rows, uint32_t columns, Work work) {
   for (auto &thread : others) {
     thread.join();
   }
-}
-
-// What the first pass over a weight finds.
-struct Found {
-  std::vector<uint64_t> words;   // mask
-  std::vector<uint32_t> counts;  // kept per row
-  std::vector<uint16_t> scales;
-  std::atomic<bool> sound{true};  // our types hold every row
-};
-
-// N of every M in each row: the smallest M of the usual ones, 0 if there is none. Such a mask has the same
-// bytes as a bitmask, and kernels that need not count are faster.
-uint8_t group_of(const std::vector<uint64_t> &words, size_t per_row, size_t columns) {
-  for (const uint8_t m : {uint8_t{4}, uint8_t{8}}) {
-    const uint64_t group = (uint64_t{1} << m) - 1;
-    bool all = columns % m == 0;
-    for (size_t i = 0; all && i < words.size(); ++i) {
-      const size_t left = columns - i % per_row * 64, width = left < 64 ? left : 64;
-      for (size_t at = 0; at < width; at += m) {
-        all = all && __builtin_popcountll(words[i] >> at & group) == m / 2;
-      }
-    }
-    if (all) {
-      return m;
-    }
-  }
-  return 0;
 }
 
 // Bytes of a weight in the type of ggml that has such values: what a view declares is smaller.
@@ -284,179 +256,49 @@ bool Weight::take_blob(const uint8_t *data) {
   return true;
 }
 
-// The codes that keep N of every 4 or 16, as tiles. Scales of a tile lie together.
-void Weight::pack_tiles(const uint8_t *data, const TileShape &shape, const std::vector<uint64_t> &words,
-                        const std::vector<uint16_t> &scales) {
-  const size_t row = row_bytes(type_, columns_), groups = scales_per_row(type_, columns_);
-  const size_t at_values = aligned(shape.positions()), at_scale = at_values + aligned(shape.values());
-  const size_t scale_bytes = 2 * rows_ * groups, at_table = at_scale + aligned(scale_bytes);
-  const size_t bytes = at_table + (shape.i4 ? 16 : 0);
-  uint8_t *memory = this->memory(bytes);
-  // A half of a tile counts as a row here: pairs of rows are not parted, and a tile must not be either.
-  split(rows_ / 8, columns_ * 8, [&](size_t first, size_t last) {
-    std::vector<uint8_t> room(columns_);
-    std::vector<uint16_t> unused(groups);
-    const uint8_t *codes = nullptr;
-    for (size_t r = first * 8; r < last * 8; ++r) {
-      if (r % kTile == 0) {
-        clear_tile(shape, r / kTile, memory, memory + at_values);
-      }
-      read_codes(type_, data + r * row, columns_, room.data(), &codes, unused.data());
-      store_tile_row(shape, r, codes, &words[r * ((columns_ + size_t{63}) / 64)], memory, memory + at_values);
-      for (size_t g = 0; g < groups; ++g) {
-        const size_t at = shape.i4 ? (r / kTile * groups + g) * kTile + r % kTile : r;
-        std::memcpy(memory + at_scale + 2 * at, &scales[r * groups + g], 2);
-      }
-    }
-  });
-  losa_parts parts = {};
-  parts.rows = rows_;
-  parts.columns = columns_;
-  parts.layout = LOSA_TILED;
-  parts.value_type = static_cast<uint8_t>(value_type(type_));
-  parts.scale_type = LOSA_SCALE_F16;
-  parts.n = static_cast<uint8_t>(shape.n);
-  parts.m = static_cast<uint8_t>(shape.m);
-  parts.values = {memory + at_values, shape.values()};
-  parts.scale = {memory + at_scale, scale_bytes};
-  if (shape.i4) {
-    parts.group_size = kBlock;
-    store_linear_table(memory + at_table);
-    parts.table = {memory + at_table, 16};
-  }
-  if (shape.positions() != 0) {
-    parts.positions = {memory, shape.positions()};
-  }
-  open(parts, own_ ? 0 : bytes, Form::kPacked);
-}
-
-// Tiles if the mask keeps about N of every 4 or 16, else bitmask (2:4 and 4:8 as N:M) if that is the smaller,
-// else dense; false if our types cannot hold the values.
+// False if our types cannot hold the values.
 bool Weight::pack(const uint8_t *data) {
-  const size_t row = row_bytes(type_, columns_), per_row = (columns_ + size_t{63}) / 64;
-  const size_t scales = scales_per_row(type_, columns_), width = code_bytes(type_);
-  const bool pairs = type_ == kQ4_0;
-  Found found;
-  found.words.resize(rows_ * per_row);
-  found.counts.resize(rows_);
-  found.scales.resize(rows_ * scales + 1);
-  split(rows_, columns_, [&](size_t first, size_t last) {
+  const size_t row = row_bytes(type_, columns_), scales = scales_per_row(type_, columns_);
+  const losa_value_type type = value_type(type_);
+  format::Mask mask(rows_, columns_);
+  std::vector<uint16_t> scale(rows_ * scales + 1);
+  std::atomic<bool> sound{true};
+  split(rows_, columns_, 1, [&](size_t first, size_t last) {
     std::vector<uint8_t> room(columns_);
     const uint8_t *codes = nullptr;
-    for (size_t r = first; r < last && found.sound.load(std::memory_order_relaxed); ++r) {
-      if (!read_codes(type_, data + r * row, columns_, room.data(), &codes, &found.scales[r * scales])) {
-        found.sound = false;
+    for (size_t r = first; r < last && sound.load(std::memory_order_relaxed); ++r) {
+      if (!read_codes(type_, data + r * row, columns_, room.data(), &codes, &scale[r * scales])) {
+        sound = false;
       }
-      found.counts[r] = static_cast<uint32_t>(find_kept(type_, codes, columns_, &found.words[r * per_row]));
+      mask.counts[r] = static_cast<uint32_t>(format::find_kept(type, codes, columns_, mask.row(r)));
     }
   });
-  if (!found.sound) {
+  if (!sound) {
     return false;
   }
-
-  std::vector<uint64_t> starts(pairs ? (rows_ + size_t{1}) / 2 : rows_);
-  uint64_t values = 0;
-  for (size_t r = 0, s = 0; r < rows_; r += pairs ? 2 : 1, ++s) {
-    const uint32_t partner = pairs && r + 1 < rows_ ? found.counts[r + 1] : 0;
-    starts[s] = values;
-    values += found.counts[r] > partner ? found.counts[r] : partner;
-  }
-  const size_t dense_values = pairs ? (columns_ / size_t{2}) * rows_ : width * columns_ * rows_;
-  const size_t sparse_values = aligned(values * width) + LOSA_STREAM_SLACK;
-  const size_t positions = rows_ * per_row * 8, scale_bytes = 2 * rows_ * scales;
-  const bool sparse = positions + sparse_values + starts.size() * 8 < dense_values;
-
-  const TileShape tiles = scales ? find_tiles(found.words, per_row, rows_, columns_, pairs) : TileShape{};
-  const bool quads = tiles.n != 0 && tiles.quads();
-  const uint8_t m = sparse && !quads ? group_of(found.words, per_row, columns_) : uint8_t{0};
-  if (tiles.n != 0 && tiles.bytes() < dense_values && m == 0 &&
-      static_cast<double>(tiles.bytes()) < kTilesMayCost * static_cast<double>(positions + sparse_values)) {
-    pack_tiles(data, tiles, found.words, found.scales);
-    return true;
-  }
-
-  losa_parts parts = {};
-  parts.rows = rows_;
-  parts.columns = columns_;
-  parts.layout = sparse ? LOSA_BITMASK : LOSA_DENSE;
-  if (m != 0) {
-    parts.layout = LOSA_NM;
-    parts.m = m;
-    parts.n = m / 2;
-  }
-  parts.value_type = static_cast<uint8_t>(value_type(type_));
-  parts.scale_type = scales ? LOSA_SCALE_F16 : LOSA_SCALE_NONE;
-  parts.group_size = pairs ? kBlock : 0;
-  const size_t value_bytes = sparse ? sparse_values : dense_values;
-  const size_t at_values = sparse ? aligned(positions) : 0, at_scale = at_values + aligned(value_bytes);
-  const size_t at_table = at_scale + aligned(scale_bytes), bytes = at_table + (pairs ? 16 : 0);
-  uint8_t *memory = this->memory(bytes);
-  if (sparse) {
-    std::memcpy(memory, found.words.data(), positions);
-    parts.positions = {memory, positions};
-    std::memset(memory + at_values, 0, sparse_values);
-  }
-  parts.values = {memory + at_values, value_bytes};
-  if (scales) {
-    std::memcpy(memory + at_scale, found.scales.data(), scale_bytes);
-    parts.scale = {memory + at_scale, scale_bytes};
-  }
-  if (pairs) {
-    store_linear_table(memory + at_table);
-    parts.table = {memory + at_table, 16};
-  }
-  split(rows_, columns_, [&](size_t first, size_t last) {
-    std::vector<uint8_t> room(columns_);
+  const format::Statistics found = format::statistics_of(mask, type, format::kAtLoad);
+  const format::Choice choice = format::choose(found, type, format::kAtLoad);
+  format::Packer packer(mask, choice, {type, type == LOSA_I4 ? uint16_t{kBlock} : uint16_t{0}, scale.data()});
+  const losa_parts parts = packer.place(memory(packer.bytes()));
+  split(rows_, columns_, packer.row_step(), [&](size_t first, size_t last) {
     std::vector<uint16_t> unused(scales + 1);
-    const uint8_t *codes = nullptr;
-    uint8_t *out = memory + at_values;
-    for (size_t r = first; r < last; ++r) {
-      read_codes(type_, data + r * row, columns_, room.data(), &codes, unused.data());
-      if (sparse) {
-        store_kept(type_, codes, &found.words[r * per_row], per_row, out + starts[pairs ? r / 2 : r] * width,
-                   r % 2 ? 4 : 0);
-      } else if (pairs) {
-        store_dense_i4(codes, columns_, out + r * (columns_ / 2));
-      } else {
-        std::memcpy(out + r * columns_ * width, codes, columns_ * width);
-      }
-    }
+    packer.store(first, last, [&](size_t r, uint8_t *room) {
+      const uint8_t *codes = nullptr;
+      read_codes(type_, data + r * row, columns_, room, &codes, unused.data());
+      return codes;
+    });
   });
-  open(parts, own_ ? 0 : bytes, Form::kPacked);
+  open(parts, own_ ? 0 : packer.bytes(), Form::kPacked);
   return true;
 }
 
-// Stock bytes of a row that was packed here.
+// Stock bytes of a row that was packed here; `codes` has room for a row of any type.
 void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes) const {
-  const losa_parts &p = tensor_.parts;
-  const bool pairs = type_ == kQ4_0;
-  const size_t width = code_bytes(type_), per_row = (columns_ + size_t{63}) / 64;
-  const auto *values = static_cast<const uint8_t *>(p.values.data);
-  codes.assign(columns_ * width, 0);
-  const size_t scales = scales_per_row(type_, columns_);
-  const auto *scale = static_cast<const uint16_t *>(p.scale.data) + row * scales;
-  std::vector<uint16_t> of_tile(pairs && p.layout == LOSA_TILED ? scales : 0);
-  if (p.layout == LOSA_TILED) {
-    const TileShape shape = {rows_, columns_, p.n, p.m, pairs};
-    load_tile_row(shape, row, static_cast<const uint8_t *>(p.positions.data), values, codes.data());
-    for (size_t g = 0; g < of_tile.size(); ++g) {
-      of_tile[g] =
-          static_cast<const uint16_t *>(p.scale.data)[(row / kTile * scales + g) * kTile + row % kTile];
-    }
-    scale = of_tile.empty() ? scale : of_tile.data();
-  } else if (p.layout != LOSA_DENSE) {
-    const size_t line = pairs ? row / 2 : row;
-    const uint64_t start = p.layout == LOSA_NM ? line * (columns_ / p.m * p.n) : starts_[line];
-    std::vector<uint64_t> words(per_row);
-    std::memcpy(words.data(), static_cast<const uint8_t *>(p.positions.data) + row * per_row * 8,
-                per_row * 8);
-    load_kept(type_, values + start * width, words.data(), per_row, row % 2 ? 4 : 0, codes.data());
-  } else if (pairs) {
-    load_dense_i4(values + row * (columns_ / size_t{2}), columns_, codes.data());
-  } else {
-    std::memcpy(codes.data(), values + size_t{row} * columns_ * width, columns_ * width);
-  }
-  write_codes(type_, codes.data(), columns_, scale, stock);
+  std::vector<uint16_t> scales(scales_per_row(type_, columns_));
+  codes.resize(size_t{columns_} * sizeof(float));
+  format::load_row(tensor_, row, codes.data());
+  format::load_scales(tensor_.parts, row, scales.data());
+  write_codes(type_, codes.data(), columns_, scales.data(), stock);
 }
 
 void Weight::get(void *data, size_t offset, size_t bytes) const {

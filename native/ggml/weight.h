@@ -14,7 +14,6 @@
 namespace losa::ggml {
 
 struct Tensor;
-struct TileShape;
 
 // Bytes of one row of a supported type; 0 if the type is not supported or the columns do not fit it.
 size_t row_bytes(int type, uint64_t columns);
@@ -49,8 +48,6 @@ class Weight {
   void take(const uint8_t *data);
   bool take_blob(const uint8_t *data);
   bool pack(const uint8_t *data);
-  void pack_tiles(const uint8_t *data, const TileShape &shape, const std::vector<uint64_t> &words,
-                  const std::vector<uint16_t> &scales);
   void to_stock();
   void keep_stock(const uint8_t *data);
   void release(size_t used);

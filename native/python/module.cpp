@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "losa/kernels.h"
+#include "packing.h"
 #include "rounding.h"
 #include "timing.h"
 
@@ -130,6 +131,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("kept", &Tensor::kept)
       .def("matmul", &Tensor::matmul, nb::arg("x"), nb::arg("step") = 1 << 30,
            "x [tokens, columns] -> x @ W.T [tokens, rows].");
+  register_packing(module);
   register_rounding(module);
   register_timing(module);
 }
