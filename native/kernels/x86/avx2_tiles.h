@@ -29,7 +29,7 @@ inline bool is_linear(const losa_parts &p) {
   return linear;
 }
 
-inline __m256i load_step(const uint8_t *p) {
+inline __attribute__((always_inline)) __m256i load_step(const uint8_t *p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
 }
 
@@ -52,12 +52,14 @@ inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
 }
 
 // Sums of two neighbours are of rows 0, 8, 1, 9, ...: widened to 32 bits, rows 0-7 and rows 8-15.
-inline void widen(__m256i pairs, __m256i sums[2]) {
+inline __attribute__((always_inline)) void widen(__m256i pairs, __m256i sums[2]) {
   sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
   sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1 << 16)));
 }
 
-// Sums of the slots of some groups of a tile. Linear: `pairs` takes kFlush steps, then they are widened.
+// Sums of the slots of some groups of a tile. What adds to them is always inlined, because the compiler's own
+// choice changes with whatever else is in the file, and then they leave the registers. Linear: `pairs` takes
+// kFlush steps, then they are widened.
 template <bool Linear, int Tokens>
 struct Sums {
   explicit Sums(__m256i (*wide)[2]) : wide(wide) {
@@ -66,14 +68,14 @@ struct Sums {
     }
   }
 
-  void load(const int8_t *const *x, size_t group) {
+  inline __attribute__((always_inline)) void load(const int8_t *const *x, size_t group) {
     for (int k = 0; k < Tokens; ++k) {
       const auto *at = reinterpret_cast<const __m128i *>(x[k] + group * kTile);
       from[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
     }
   }
 
-  void add(const Slots &w) {
+  inline __attribute__((always_inline)) void add(const Slots &w) {
     for (int k = 0; k < Tokens; ++k) {
       const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
       const __m256i products = _mm256_maddubs_epi16(w.magnitude, q);
@@ -85,7 +87,7 @@ struct Sums {
     }
   }
 
-  void flush() {
+  inline __attribute__((always_inline)) void flush() {
     for (int k = 0; Linear && k < Tokens; ++k) {
       widen(pairs[k], wide[k]);
     }
@@ -97,8 +99,9 @@ struct Sums {
 
 // Groups [group, end) of a tile of N:16 times `Tokens` tokens, added to sums.
 template <bool I4, bool Linear, int Tokens>
-inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
-                       __m256i levels, __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_groups(const Tiles &tiles, size_t tile, size_t group,
+                                                      size_t end, const int8_t *const *x, __m256i levels,
+                                                      __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   size_t step = (tile * tiles.groups + group) * tiles.steps;
   for (; group < end; ++group) {
@@ -140,8 +143,9 @@ inline __m256i within_group(__m256i line) {
 // Groups [group, end) of a tile of N:4. A line has one group of 2:4, or two of 1:4, of which the last of a
 // tile may miss the second.
 template <bool I4, bool Linear, int N, int Tokens>
-inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
-                      __m256i levels, __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_quads(const Tiles &tiles, size_t tile, size_t group,
+                                                     size_t end, const int8_t *const *x, __m256i levels,
+                                                     __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   const uint8_t *line = tiles.positions + (tile * tiles.lines() + group * N / 2) * Tiles::kStep;
   const uint8_t *values = tiles.values + (tile * tiles.groups + group) * 2 * N * Tiles::kStep / (I4 ? 2 : 1);
@@ -207,8 +211,9 @@ void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) 
 }
 
 template <bool Linear, int Tokens>
-inline void sum_expanded(const uint8_t *slots, size_t steps, size_t group, size_t end, const int8_t *const *x,
-                         __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_expanded(const uint8_t *slots, size_t steps, size_t group,
+                                                        size_t end, const int8_t *const *x,
+                                                        __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   const uint8_t *at = slots + group * steps * Tiles::kExpanded;
   for (; group < end; ++group) {
