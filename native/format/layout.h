@@ -155,7 +155,8 @@ struct Positions {
   }
 
  private:
-  uint64_t word_from_codes(const uint8_t *row, size_t block) const {
+  // By itself, because inlined it takes registers from loops that mostly read masks.
+  __attribute__((noinline)) uint64_t word_from_codes(const uint8_t *row, size_t block) const {
     const size_t per_block = kBlock / m, left = groups - block * per_block;
     const uint8_t *codes = row + block * step;
     if (table == nullptr || left < per_block) {

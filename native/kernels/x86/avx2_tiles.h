@@ -34,7 +34,7 @@ inline bool is_linear(const losa_parts &p) {
   return linear;
 }
 
-inline __m256i load_step(const uint8_t *p) {
+inline __attribute__((always_inline)) __m256i load_step(const uint8_t *p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
 }
 
@@ -57,12 +57,14 @@ inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
 }
 
 // Sums of two neighbours are of rows 0, 8, 1, 9, ...: widened to 32 bits, rows 0-7 and rows 8-15.
-inline void widen(__m256i pairs, __m256i sums[2]) {
+inline __attribute__((always_inline)) void widen(__m256i pairs, __m256i sums[2]) {
   sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
   sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1 << 16)));
 }
 
-// Sums of the slots of some groups of a tile. Linear: `pairs` takes kFlush steps, then they are widened.
+// Sums of the slots of some groups of a tile. What adds to them is always inlined, because the compiler's own
+// choice changes with whatever else is in the file, and then they leave the registers. Linear: `pairs` takes
+// kFlush steps, then they are widened.
 template <bool Linear, int Tokens>
 struct Sums {
   explicit Sums(__m256i (*wide)[2]) : wide(wide) {
@@ -71,14 +73,14 @@ struct Sums {
     }
   }
 
-  void load(const int8_t *const *x, size_t group) {
+  inline __attribute__((always_inline)) void load(const int8_t *const *x, size_t group) {
     for (int k = 0; k < Tokens; ++k) {
       const auto *at = reinterpret_cast<const __m128i *>(x[k] + group * kTile);
       from[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
     }
   }
 
-  void add(const Slots &w) {
+  inline __attribute__((always_inline)) void add(const Slots &w) {
     for (int k = 0; k < Tokens; ++k) {
       const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
       const __m256i products = _mm256_maddubs_epi16(w.magnitude, q);
@@ -90,7 +92,7 @@ struct Sums {
     }
   }
 
-  void flush() {
+  inline __attribute__((always_inline)) void flush() {
     for (int k = 0; Linear && k < Tokens; ++k) {
       widen(pairs[k], wide[k]);
     }
@@ -102,8 +104,9 @@ struct Sums {
 
 // Groups [group, end) of a tile of N:16 times `Tokens` tokens, added to sums.
 template <losa_value_type T, bool Linear, int Tokens>
-inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
-                       __m256i levels, __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_groups(const Tiles &tiles, size_t tile, size_t group,
+                                                      size_t end, const int8_t *const *x, __m256i levels,
+                                                      __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   size_t step = (tile * tiles.groups + group) * tiles.steps;
   for (; group < end; ++group) {
@@ -128,13 +131,13 @@ struct ValueLines {
         high(values + (tiles.lines() - first) * Tiles::kStep),
         line(first) {}
 
-  void next() {
+  inline __attribute__((always_inline)) void next() {
     values += kLines * Tiles::kStep;
     ++line;
   }
 
   // I3: the highest bits of the codes, that of step s in bit s.
-  __m256i highest() const {
+  inline __attribute__((always_inline)) __m256i highest() const {
     const __m256i two = load_step(high + line / 2 * Tiles::kStep);
     return line % 2 ? _mm256_srli_epi16(two, 4) : two;
   }
@@ -146,7 +149,8 @@ struct ValueLines {
 
 // Values of step S of a line of N:4, at the positions `at`. I3: `highest` are its highest bits.
 template <losa_value_type T, bool Linear, int S>
-inline Slots load_short(const uint8_t *values, __m256i highest, __m256i at, __m256i levels) {
+inline __attribute__((always_inline)) Slots load_short(const uint8_t *values, __m256i highest, __m256i at,
+                                                       __m256i levels) {
   const __m256i raw = load_step(values + (T == LOSA_I8 ? S : T == LOSA_I4 ? S / 2 : 0) * Tiles::kStep);
   if (T == LOSA_I8) {
     return {at, _mm256_abs_epi8(raw), raw};
@@ -177,8 +181,9 @@ inline __m256i within_group(__m256i line) {
 // Groups [group, end) of a tile of N:4. A line has one group of 2:4, or two of 1:4, of which the last of a
 // tile may miss the second.
 template <losa_value_type T, bool Linear, int N, int Tokens>
-inline void sum_quads(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
-                      __m256i levels, __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_quads(const Tiles &tiles, size_t tile, size_t group,
+                                                     size_t end, const int8_t *const *x, __m256i levels,
+                                                     __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   const size_t first = group * N / 2;
   const uint8_t *line = tiles.positions + (tile * tiles.lines() + first) * Tiles::kStep;
@@ -247,8 +252,9 @@ void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) 
 }
 
 template <bool Linear, int Tokens>
-inline void sum_expanded(const uint8_t *slots, size_t steps, size_t group, size_t end, const int8_t *const *x,
-                         __m256i wide[Tokens][2]) {
+inline __attribute__((always_inline)) void sum_expanded(const uint8_t *slots, size_t steps, size_t group,
+                                                        size_t end, const int8_t *const *x,
+                                                        __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   const uint8_t *at = slots + group * steps * Tiles::kExpanded;
   for (; group < end; ++group) {

@@ -32,9 +32,10 @@ inline __m256 load_floats(const uint8_t *p) {
   return _mm256_loadu_ps(reinterpret_cast<const float *>(p));
 }
 
-// Calls use(position, 8 values) for every 8 positions of a sparse row.
+// Calls use(position, 8 values) for every 8 positions of a sparse row. Always inlined, so that what `use`
+// adds to stays in registers.
 template <bool Half, typename Use>
-void each_eight(const losa_tensor &t, size_t row, Use use) {
+inline __attribute__((always_inline)) void each_eight(const losa_tensor &t, size_t row, Use use) {
   constexpr size_t size = Half ? 2 : 4;
   const Positions positions(t.parts, row);
   const uint8_t *at = static_cast<const uint8_t *>(t.parts.values.data) + size * row_start(t, row);
