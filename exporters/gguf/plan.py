@@ -11,8 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gguf.file import F32, TYPE_NAMES, dense_bytes
-from losa_deploy.gguf.view import declared, dense_type
+from losa_deploy.gguf.dense import DENSE_TYPES, VALUE_TYPES, dense_type
+from losa_deploy.gguf.names import PREFIX
+from losa_deploy.gguf.types import F32, GgmlType
+from losa_deploy.gguf.view import declared
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.base import ValueType
@@ -23,7 +25,7 @@ from losa_deploy.sources.checkpoint import Checkpoint
 
 from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
 from .naming import file_name
-from .values import VALUE_TYPES, pack_options
+from .values import pack_options
 
 Kind = Literal["portable", "packed"]
 ROPE = "rope_freqs.weight"
@@ -47,7 +49,7 @@ class Entry:
     """In the file; a packed one has the prefix `losa.`."""
     shape: tuple[int, ...]
     bytes: int
-    dense: int
+    dense: GgmlType
     """Type of a dense tensor."""
     choice: Choice | None
     """How it is packed; None for a dense tensor."""
@@ -92,8 +94,7 @@ class Job:
     def file(self) -> str:
         """Name of the file."""
         value_type = self.recipe.value_type
-        label = {"i8": "Q8_0", "i4": "Q4_0"}.get(value_type, value_type.upper())
-        label = f"LOSA-{value_type.upper()}" if self.kind == "packed" else label
+        label = f"LOSA-{value_type.upper()}" if self.kind == "packed" else DENSE_TYPES[value_type].name
         return file_name(self.model, self.parameters, label)
 
     @cached_property
@@ -132,14 +133,12 @@ class Job:
             return self._dense(
                 source, name, matrix, kind, kept, "fewer weights than the header of a packed one"
             )
-        return Entry(source, f"losa.{name}", shape, size, F32, picked, kept, picked.reason)
+        return Entry(source, f"{PREFIX}{name}", shape, size, F32, picked, kept, picked.reason)
 
     def _dense(
-        self, source: str, name: str, shape: tuple[int, int], kind: int, kept: int, reason: str
+        self, source: str, name: str, shape: tuple[int, int], kind: GgmlType, kept: int, reason: str
     ) -> Entry:
-        size = dense_bytes(kind, (shape[1], shape[0]))
-        assert size is not None  # `dense_type` looked at the columns
-        return Entry(source, name, shape, size, kind, None, kept, reason)
+        return Entry(source, name, shape, kind.nbytes(prod(shape)), kind, None, kept, reason)
 
     def order(self, entry: Entry) -> NDArray[np.intp] | None:
         """How the rows of a tensor are reordered, None if they stay."""
@@ -167,7 +166,7 @@ def planned(job: Job) -> Iterator[PlannedTensor]:
             )
         else:
             layout, value_type, size = "dense", VALUE_TYPES[entry.dense], entry.bytes
-        reason = entry.reason if entry.choice else f"{TYPE_NAMES[entry.dense]}; {entry.reason}"
+        reason = entry.reason if entry.choice else f"{entry.dense.name}; {entry.reason}"
         yield PlannedTensor(module, entry.shape, layout, value_type, entry.kept, size, reason)
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf.file import GgufFile, Tensor, open_gguf
-from losa_deploy.gguf.view import PREFIX, expanded
+from losa_deploy.gguf.names import PREFIX
+from losa_deploy.gguf.view import expanded
 from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.pretrained import full_config
