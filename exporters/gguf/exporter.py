@@ -22,7 +22,7 @@ from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from . import reader
-from .architecture import architecture
+from .architectures import architecture
 from .plan import DENSE_REASON, Job, Kind, packing, plan
 from .tokenizer import check_tokenizer, read_vocabulary
 from .vocabulary import Vocabulary

@@ -23,7 +23,7 @@ from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
-from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
+from .architectures import Architecture, Rope, architecture, head_dim, tensor_names
 from .naming import file_name
 from .values import pack_options
 
@@ -123,7 +123,7 @@ class Job:
         kind = dense_type(self.recipe.value_type, shape[1])
         if self.kind == "portable":
             return self._dense(source, name, matrix, kind, kept, DENSE_REASON)
-        order = row_order(self.checkpoint.config, self.architecture, module, shape[0])
+        order = self.architecture.row_order(self.checkpoint.config, module, shape[0])
         mask = mask if order is None else mask[order]  # pairs of rows share a stream
         picked = packing(self.recipe, module, mask)
         size = blob_bytes(picked.layout, mask, picked.options)
@@ -142,7 +142,7 @@ class Job:
 
     def order(self, entry: Entry) -> NDArray[np.intp] | None:
         """How the rows of a tensor are reordered, None if they stay."""
-        return row_order(self.checkpoint.config, self.architecture, entry.module, entry.shape[0])
+        return self.architecture.row_order(self.checkpoint.config, entry.module, entry.shape[0])
 
 
 def packing(recipe: ExportRecipe, linear: str, mask: NDArray[np.bool_]) -> Choice:

@@ -24,7 +24,7 @@ from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
 from losa_deploy.progress import Progress
 
-from .architecture import Rope, head_dim, write_shape
+from .architectures import Rope, head_dim, write_keys
 from .naming import model_name
 from .plan import ROPE, Entry, Job
 from .values import encode
@@ -79,7 +79,8 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     weight = job.checkpoint.array(entry.source)
     order = job.order(entry)
     if len(entry.shape) == 1:
-        return np.ascontiguousarray(weight if order is None else weight[order], np.float32), None
+        vector = job.architecture.vector(entry.name, weight if order is None else weight[order])
+        return np.ascontiguousarray(vector, np.float32), None
     linear = entry.module in job.checkpoint.linears
     mask, grid = (job.mask(entry.module), job.grid(entry.module)) if linear else (None, None)
     grid = None if grid is None else grid.rows(order)
@@ -164,7 +165,7 @@ def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance
         writer.add_base_model_name(0, name.full)
         writer.add_base_model_organization(0, name.organization)
         writer.add_base_model_repo_url(0, url)
-    write_shape(writer, job.checkpoint)
+    write_keys(writer, job.architecture.keys(job.checkpoint))
     writer.add_file_type(FILE_TYPES[job.recipe.value_type])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     vocabulary.write(writer)
