@@ -211,7 +211,6 @@ def _linears(
 
 def _q8_0(weight: RandomWeight) -> NDArray[np.uint8]:
     """Blocks [out, bytes] of a dense weight with one scale per row: our i8 in llama.cpp's type."""
-    assert Q8_0.encode is not None
     packed = weight.pack(Storage("dense", "i8"))
     return Q8_0.encode(packed.arrays["values"], packed.arrays["scale"].astype(np.float16)[:, None])
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.gguf.dense import DENSE_TYPES, VALUE_TYPES, dense_type
 from losa_deploy.gguf.names import PREFIX
-from losa_deploy.gguf.types import F32, GgmlType
+from losa_deploy.gguf.types import F32, WeightType
 from losa_deploy.gguf.view import declared
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
@@ -49,7 +49,7 @@ class Entry:
     """In the file; a packed one has the prefix `losa.`."""
     shape: tuple[int, ...]
     bytes: int
-    dense: GgmlType
+    dense: WeightType
     """Type of a dense tensor."""
     choice: Choice | None
     """How it is packed; None for a dense tensor."""
@@ -136,7 +136,7 @@ class Job:
         return Entry(source, f"{PREFIX}{name}", shape, size, F32, picked, kept, picked.reason)
 
     def _dense(
-        self, source: str, name: str, shape: tuple[int, int], kind: GgmlType, kept: int, reason: str
+        self, source: str, name: str, shape: tuple[int, int], kind: WeightType, kept: int, reason: str
     ) -> Entry:
         return Entry(source, name, shape, kind.nbytes(prod(shape)), kind, None, kept, reason)
 

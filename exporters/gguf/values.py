@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.gguf.dense import VALUE_TYPES
-from losa_deploy.gguf.types import GgmlType
+from losa_deploy.gguf.types import WeightType
 from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.base import ValueType
 from losa_deploy.layouts.values import quantize
@@ -22,13 +22,14 @@ def pack_options(value_type: ValueType, group_size: int) -> PackOptions:
     return PackOptions(value_type, group_size, scale_type="f16", search=True)
 
 
-def encode(weight: NDArray[np.float32], kind: GgmlType, grid: WeightGrid | None = None) -> NDArray[np.uint8]:
+def encode(
+    weight: NDArray[np.float32], kind: WeightType, grid: WeightGrid | None = None
+) -> NDArray[np.uint8]:
     """Weight [out, in] → bytes [out, row bytes] of a tensor of type `kind`, on `grid` if that fits the type.
 
     Raises `ValueError` for values that the type cannot hold.
     """
     rows, columns = weight.shape
-    assert kind.encode is not None  # as all types of `DENSE_TYPES`
     options = pack_options(VALUE_TYPES[kind], kind.weights)
     codes, meaning = quantize(weight, options if grid is None else grid.fitted(options, columns))
     scales = meaning["scale"].astype(np.float16).reshape(rows, -1) if "scale" in meaning else None

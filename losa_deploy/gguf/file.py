@@ -2,8 +2,8 @@
 
 The only reader of files from elsewhere: the one of the `gguf` package believes the sizes that it finds, and
 makes arrays of all tokens and merges, which takes longer than llama.cpp needs to load a small model. Here
-every size is checked before it is used, and a value is skipped unless it is asked for. (Converting a GGUF
-goes through transformers, which reads the file with that package; `sources/gguf.py` shares its reading.)
+every size is checked before it is used, and a value is skipped unless it is asked for. Converting a GGUF
+goes through transformers, which reads the file with that package, once this reader has accepted it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from losa_deploy.gguf.check import check_keys
 from losa_deploy.gguf.file import MAGIC, STRING, GgufFile, Tensor, damaged, open_gguf
 from losa_deploy.gguf.names import ARCHITECTURE, PACKED, PREFIX
 from losa_deploy.gguf.packed import real_architecture
-from losa_deploy.gguf.types import F16, F32, I8, Q1_0, Q4_0, Decode, GgmlType
+from losa_deploy.gguf.types import F16, F32, I8, Q1_0, Q4_0, GgmlType, WeightType
 from losa_deploy.layouts import unpack
 from losa_deploy.layouts.blob import HEADER_BYTES, BlobHeader, from_blob, read_header
 
@@ -142,19 +142,19 @@ def expanded(file: GgufFile, tensor: Tensor) -> Iterator[NDArray[np.float32]]:
         except ValueError as error:
             raise damaged(file.path, f"{tensor.name}: {error}") from None
         return
-    count, decode = prod(tensor.dims), _decoder(file, tensor)
+    count, kind = prod(tensor.dims), _weight_type(file, tensor)
     for start in range(0, count, CHUNK):
         part = min(CHUNK, count - start)
         first = tensor.offset + tensor.bytes * start // count
         last = tensor.offset + tensor.bytes * (start + part) // count
-        yield decode(file.data[first:last])
+        yield kind.decode(file.data[first:last])
 
 
-def _decoder(file: GgufFile, tensor: Tensor) -> Decode:
-    """How a dense tensor is read; `InputError` for types that hold no weights."""
-    if tensor.type.decode is None:
+def _weight_type(file: GgufFile, tensor: Tensor) -> WeightType:
+    """Type of a dense tensor; `InputError` for one that holds no weights."""
+    if not isinstance(tensor.type, WeightType):
         raise damaged(file.path, f"{tensor.name} is stored as {tensor.type.name}")
-    return tensor.type.decode
+    return tensor.type
 
 
 def _is_blob(tensor: Tensor) -> bool:
@@ -164,7 +164,7 @@ def _is_blob(tensor: Tensor) -> bool:
 def _shown(file: GgufFile, tensor: Tensor) -> Tensor:
     """A tensor of the view, its offset left open."""
     if not _is_blob(tensor):
-        _decoder(file, tensor)
+        _weight_type(file, tensor)
         return tensor
     header = blob_header(file, tensor)
     dims = (header.shape[1], header.shape[0])

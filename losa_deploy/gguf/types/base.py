@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+Known = TypeVar("Known", bound="GgmlType")
 Encode = Callable[[NDArray[np.generic], NDArray[np.float16] | None], NDArray[np.uint8]]
 """Values, or levels, [out, in] and their scales → bytes [out, bytes of a row].
 
@@ -19,7 +21,7 @@ Decode = Callable[[bytes], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class GgmlType:
-    """One of ggml's tensor types; without `encode` and `decode` only its size is known."""
+    """One of ggml's tensor types: what its tensors take."""
 
     id: int
     """ggml's number."""
@@ -27,8 +29,6 @@ class GgmlType:
     weights: int
     """Of a block."""
     block_bytes: int
-    encode: Encode | None = None
-    decode: Decode | None = None
 
     def fits(self, columns: int) -> bool:
         """True if rows of so many weights are whole blocks."""
@@ -39,11 +39,19 @@ class GgmlType:
         return count // self.weights * self.block_bytes
 
 
+@dataclass(frozen=True)
+class WeightType(GgmlType):
+    """A type that weights are written as and read from."""
+
+    encode: Encode
+    decode: Decode
+
+
 TYPES: dict[int, GgmlType] = {}
 """ggml's number → type, of those that our files hold; filled where each is defined."""
 
 
-def register(kind: GgmlType) -> GgmlType:
+def register(kind: Known) -> Known:
     """Add a type to `TYPES`; called once at the end of the file that defines it."""
     TYPES[kind.id] = kind
     return kind

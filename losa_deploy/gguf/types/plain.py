@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gguf.types.base import GgmlType, register
+from losa_deploy.gguf.types.base import GgmlType, WeightType, register
 
 
-def _floats(number: int, name: str, kind: str) -> GgmlType:
+def _floats(number: int, name: str, kind: str) -> WeightType:
     dtype = np.dtype(kind)
 
     def encode(values: NDArray[np.generic], scales: NDArray[np.float16] | None) -> NDArray[np.uint8]:
@@ -17,7 +17,7 @@ def _floats(number: int, name: str, kind: str) -> GgmlType:
     def decode(data: bytes) -> NDArray[np.float32]:
         return np.frombuffer(data, dtype).astype(np.float32)
 
-    return GgmlType(number, name, 1, dtype.itemsize, encode, decode)
+    return WeightType(number, name, 1, dtype.itemsize, encode, decode)
 
 
 F32 = register(_floats(0, "F32", "<f4"))

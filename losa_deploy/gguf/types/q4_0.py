@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gguf.types.base import GgmlType, register, scaled_blocks
+from losa_deploy.gguf.types.base import WeightType, register, scaled_blocks
 
 WEIGHTS = 32
 HALF = WEIGHTS // 2
@@ -32,4 +32,4 @@ def decode(data: bytes) -> NDArray[np.float32]:
     return (values + np.float32(0)).reshape(-1)  # level 0 times a negative scale is -0
 
 
-Q4_0 = register(GgmlType(2, "Q4_0", WEIGHTS, BLOCK.itemsize, encode, decode))
+Q4_0 = register(WeightType(2, "Q4_0", WEIGHTS, BLOCK.itemsize, encode, decode))

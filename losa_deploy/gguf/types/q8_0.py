@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.gguf.types.base import GgmlType, register, scaled_blocks
+from losa_deploy.gguf.types.base import WeightType, register, scaled_blocks
 
 WEIGHTS = 32
 BLOCK = np.dtype([("scale", "<f2"), ("levels", "i1", WEIGHTS)])
@@ -26,4 +26,4 @@ def decode(data: bytes) -> NDArray[np.float32]:
     return values.reshape(-1)
 
 
-Q8_0 = register(GgmlType(8, "Q8_0", WEIGHTS, BLOCK.itemsize, encode, decode))
+Q8_0 = register(WeightType(8, "Q8_0", WEIGHTS, BLOCK.itemsize, encode, decode))
