@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from losa_deploy.errors import InputError
+from losa_deploy.gguf.file import open_any
+from losa_deploy.gguf.names import BLOCKS, PREFIX
 
-BLOCK = "blk."
-PACKED = "losa.blk."
+PACKED = PREFIX + BLOCKS
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,13 @@ class BlockSizes:
 
 
 def block_sizes(path: Path) -> BlockSizes:
-    """Sizes in a GGUF file; `InputError` if it cannot be read."""
-    from gguf import GGUFReader
-
-    try:
+    """Sizes in a GGUF file; `InputError` if it is damaged."""
+    with open_any(path) as file:
         tensors = [
-            t
-            for t in GGUFReader(path).tensors
-            if (t.name.startswith(BLOCK) and len(t.shape) == 2) or t.name.startswith(PACKED)
+            tensor
+            for tensor in file.tensors
+            if (tensor.name.startswith(BLOCKS) and len(tensor.dims) == 2) or tensor.name.startswith(PACKED)
         ]
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise InputError(f"{path} cannot be read as GGUF: {error}.", hint="Make the file again.") from None
-    types = Counter(tensor.tensor_type.name for tensor in tensors)
-    count = sum(int(tensor.n_elements) for tensor in tensors)
-    return BlockSizes(sum(int(tensor.n_bytes) for tensor in tensors), count, dict(sorted(types.items())))
+    types = Counter(tensor.type.name for tensor in tensors)
+    count = sum(prod(tensor.dims) for tensor in tensors)
+    return BlockSizes(sum(tensor.bytes for tensor in tensors), count, dict(sorted(types.items())))

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from losa_deploy.card import mean_bits
-from losa_deploy.gguf.view import dense_gguf_bytes
+from losa_deploy.gguf.dense import dense_gguf_bytes
 from losa_deploy.interfaces import Exporter, Runtime
 from losa_deploy.layouts.base import PackOptions
 from losa_deploy.layouts.dense import dense_size

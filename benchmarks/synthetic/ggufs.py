@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, LosaError
+from losa_deploy.gguf.names import EMBEDDING, FINAL_NORM, HEAD, PARTS, PREFIX, block_tensor
+from losa_deploy.gguf.packed import mark_packed
+from losa_deploy.gguf.types import I8, Q8_0, GgmlType
 from losa_deploy.layouts.blob import to_blob
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
@@ -43,19 +46,6 @@ PEERS: Mapping[str, float] = {
     SOURCE: 16.0,
 }
 """Name of each type → bits per weight, rounded up, for the estimate of the disk it needs."""
-ALIGNMENT = 64
-"""Of tensors in a packed file: the kernels use them in place."""
-Q8_BLOCK = 32
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Linear → what llama.cpp calls it."""
 Make = Callable[[Path], None]
 
 
@@ -142,22 +132,16 @@ def _write_ours(
     geometry: Geometry, storage: Storage, pruning: Pruning, progress: Progress, path: Path
 ) -> None:
     """A packed file as docs/formats.md describes it; embedding and head are Q8_0."""
-    from gguf import GGUFValueType
-
     writer = _writer(geometry, path)
-    writer.kv_data[0]["general.architecture"].value = "losa-packed"
-    writer.add_key_value("losa.architecture", "llama", GGUFValueType.STRING)
-    writer.add_key_value("losa.required", True, GGUFValueType.BOOL)
-    writer.add_key_value("losa.format", 1, GGUFValueType.UINT32)
-    writer.add_custom_alignment(ALIGNMENT)
+    mark_packed(writer)
     for name, weight in _tables(geometry, pruning.seed):
-        writer.add_tensor(name, _q8_0(weight), raw_dtype=_type("Q8_0"))
+        writer.add_tensor(name, _q8_0(weight), raw_dtype=_type(Q8_0))
     for name, weight in _linears(geometry, pruning, progress, "ours"):
         if storage.layout == "dense":
             writer.add_tensor(name, weight.matrix().astype(np.float16))
         else:
             blob = np.frombuffer(to_blob(weight.pack(storage)), np.int8)
-            writer.add_tensor(f"losa.{name}", blob, raw_dtype=_type("I8"))
+            writer.add_tensor(f"{PREFIX}{name}", blob, raw_dtype=_type(I8))
     _finish(geometry, writer)
 
 
@@ -196,9 +180,9 @@ def _finish(geometry: Geometry, writer: GGUFWriter) -> None:
     """Norms of one, and everything to the disk."""
     ones = np.ones(geometry.hidden, np.float32)
     for block in range(geometry.blocks):
-        writer.add_tensor(f"blk.{block}.attn_norm.weight", ones)
-        writer.add_tensor(f"blk.{block}.ffn_norm.weight", ones)
-    writer.add_tensor("output_norm.weight", ones)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            writer.add_tensor(block_tensor(block, PARTS[norm]), ones)
+    writer.add_tensor(FINAL_NORM, ones)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -207,9 +191,9 @@ def _finish(geometry: Geometry, writer: GGUFWriter) -> None:
 
 def _tables(geometry: Geometry, seed: int) -> Iterator[tuple[str, RandomWeight]]:
     shape = (geometry.vocab, geometry.hidden)
-    yield "token_embd.weight", RandomWeight(shape, 0.0, seed=seed)
+    yield EMBEDDING, RandomWeight(shape, 0.0, seed=seed)
     if not geometry.tied:
-        yield "output.weight", RandomWeight(shape, 0.0, seed=seed + 1)
+        yield HEAD, RandomWeight(shape, 0.0, seed=seed + 1)
 
 
 def _linears(
@@ -219,7 +203,7 @@ def _linears(
     for block in range(geometry.blocks):
         progress(block, geometry.blocks, f"writing {label}")
         for linear, shape in geometry.linears.items():
-            name = f"blk.{block}.{NAMES[linear]}.weight"
+            name = block_tensor(block, PARTS[linear])
             yield name, RandomWeight(shape, pruning.sparsity, pruning.pattern, seed)
             seed += 1
     progress(geometry.blocks, geometry.blocks, f"writing {label}")
@@ -228,15 +212,10 @@ def _linears(
 def _q8_0(weight: RandomWeight) -> NDArray[np.uint8]:
     """Blocks [out, bytes] of a dense weight with one scale per row: our i8 in llama.cpp's type."""
     packed = weight.pack(Storage("dense", "i8"))
-    rows, columns = packed.shape
-    levels = packed.arrays["values"].reshape(rows, columns // Q8_BLOCK, Q8_BLOCK)
-    scale = packed.arrays["scale"].astype(np.float16).reshape(rows, 1, 1)
-    scales = np.broadcast_to(scale, (rows, columns // Q8_BLOCK, 1))
-    blocks = np.concatenate([np.ascontiguousarray(scales).view(np.uint8), levels.view(np.uint8)], axis=2)
-    return blocks.reshape(rows, -1)
+    return Q8_0.encode(packed.arrays["values"], packed.arrays["scale"].astype(np.float16)[:, None])
 
 
-def _type(name: str) -> GGMLQuantizationType:
+def _type(kind: GgmlType) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType
 
-    return GGMLQuantizationType[name]
+    return GGMLQuantizationType(kind.id)

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.gguf.view import dense_gguf_bytes, dense_type, find_gguf
+from losa_deploy.gguf.dense import VALUE_TYPES, dense_gguf_bytes, dense_type, scale_group
+from losa_deploy.gguf.view import find_gguf
 from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
 from losa_deploy.layouts import PATTERNED
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
@@ -20,10 +21,9 @@ from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from . import reader
-from .architecture import architecture
+from .architectures import architecture
 from .plan import DENSE_REASON, Job, Kind, packing, plan
 from .tokenizer import check_tokenizer, read_vocabulary
-from .values import VALUE_TYPES, scale_group
 from .vocabulary import Vocabulary
 from .writer import Provenance, write_file
 

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy import layouts
-from losa_deploy.gguf.file import F32, TYPE_NAMES, dense_bytes
-from losa_deploy.gguf.view import declared, dense_type
+from losa_deploy.gguf.dense import VALUE_TYPES, dense_type, is_narrower, stock_type
+from losa_deploy.gguf.names import PREFIX
+from losa_deploy.gguf.types import F32, WeightType
+from losa_deploy.gguf.view import declared
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.layouts import Choice, choose, forced
 from losa_deploy.layouts.blob import blob_bytes
@@ -21,9 +23,9 @@ from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
-from .architecture import Architecture, Rope, architecture, head_dim, row_order, tensor_names
+from .architectures import Architecture, Rope, architecture, head_dim, tensor_names
 from .naming import file_name
-from .values import VALUE_TYPES, pack_options
+from .values import pack_options
 
 Kind = Literal["portable", "packed"]
 ROPE = "rope_freqs.weight"
@@ -45,7 +47,7 @@ class Entry:
     """In the file; a packed one has the prefix `losa.`."""
     shape: tuple[int, ...]
     bytes: int
-    dense: int
+    dense: WeightType
     """Type of a dense tensor."""
     choice: Choice | None
     """How it is packed; None for a dense tensor."""
@@ -91,8 +93,7 @@ class Job:
     def file(self) -> str:
         """Name of the file."""
         value_type = self.recipe.value_type
-        packed = self.kind == "packed"
-        label = f"LOSA-{value_type.upper()}" if packed else layouts.VALUE_TYPES[value_type].ggml
+        label = f"LOSA-{value_type.upper()}" if self.kind == "packed" else stock_type(value_type).name
         return file_name(self.model, self.parameters, label)
 
     @cached_property
@@ -121,28 +122,27 @@ class Job:
         kind = dense_type(self.recipe.value_type, shape[1])
         if self.kind == "portable":
             return self._dense(source, name, matrix, kind, kept, DENSE_REASON)
-        order = row_order(self.checkpoint.config, self.architecture, module, shape[0])
+        order = self.architecture.row_order(self.checkpoint.config, module, shape[0])
         mask = mask if order is None else mask[order]  # pairs of rows share a stream
         picked = packing(self.recipe, module, mask)
         size = blob_bytes(picked.layout, mask, picked.options)
-        if picked.layout == "dense" and self.recipe.layout != "dense":
+        blob = self.recipe.layout == "dense" or is_narrower(self.recipe.value_type)
+        if picked.layout == "dense" and not blob:
             return self._dense(source, name, matrix, kind, kept, picked.reason)
         if declared(matrix) is None:
             return self._dense(
                 source, name, matrix, kind, kept, "fewer weights than the header of a packed one"
             )
-        return Entry(source, f"losa.{name}", shape, size, F32, picked, kept, picked.reason)
+        return Entry(source, f"{PREFIX}{name}", shape, size, F32, picked, kept, picked.reason)
 
     def _dense(
-        self, source: str, name: str, shape: tuple[int, int], kind: int, kept: int, reason: str
+        self, source: str, name: str, shape: tuple[int, int], kind: WeightType, kept: int, reason: str
     ) -> Entry:
-        size = dense_bytes(kind, (shape[1], shape[0]))
-        assert size is not None  # `dense_type` looked at the columns
-        return Entry(source, name, shape, size, kind, None, kept, reason)
+        return Entry(source, name, shape, kind.nbytes(prod(shape)), kind, None, kept, reason)
 
     def order(self, entry: Entry) -> NDArray[np.intp] | None:
         """How the rows of a tensor are reordered, None if they stay."""
-        return row_order(self.checkpoint.config, self.architecture, entry.module, entry.shape[0])
+        return self.architecture.row_order(self.checkpoint.config, entry.module, entry.shape[0])
 
 
 def packing(recipe: ExportRecipe, linear: str, mask: NDArray[np.bool_]) -> Choice:
@@ -166,7 +166,7 @@ def planned(job: Job) -> Iterator[PlannedTensor]:
             )
         else:
             layout, value_type, size = "dense", VALUE_TYPES[entry.dense], entry.bytes
-        reason = entry.reason if entry.choice else f"{TYPE_NAMES[entry.dense]}; {entry.reason}"
+        reason = entry.reason if entry.choice else f"{entry.dense.name}; {entry.reason}"
         yield PlannedTensor(module, entry.shape, layout, value_type, entry.kept, size, reason)
 
 

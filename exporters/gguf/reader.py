@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf.file import GgufFile, Tensor, open_gguf
-from losa_deploy.gguf.view import PREFIX, expanded
+from losa_deploy.gguf.names import PREFIX
+from losa_deploy.gguf.view import expanded
 from losa_deploy.lazy import Lazy
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.pretrained import full_config
 
-from .architecture import ARCHITECTURES, row_order, weight_name
+from .architectures import find_architecture, weight_name
 
 
 def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> Lazy:
@@ -28,17 +29,17 @@ def decode(path: Path, folder: Path, records: Iterable[TensorRecord]) -> Lazy:
     The file is open as long as this mapping, or another made of it, lives.
     """
     config = full_config(folder)
-    family, kind = find_family(config), ARCHITECTURES[str(config["model_type"])]
+    family, kind = find_family(config), find_architecture(config)
     weights: dict[str, Callable[[], NDArray[np.float32]]] = {}
     with ExitStack() as stack:
         file = stack.enter_context(open_gguf(path))
         tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in file.tensors}
         for record in records:
-            tensor = tensors.get(weight_name(family, record.name))
+            tensor = tensors.get(weight_name(kind, family, record.name))
             if tensor is None:
                 raise InputError(f"{file.path} does not hold {record.name}.", hint="Export the model again.")
             rows, columns = record.shape
-            order = row_order(config, kind, record.name, rows)
+            order = kind.row_order(config, record.name, rows)
             weights[record.name] = partial(_matrix, file, tensor, (rows, columns), order)
         weakref.finalize(file, stack.pop_all().close)
     return Lazy(weights)

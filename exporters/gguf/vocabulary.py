@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from losa_deploy.errors import InputError
 from losa_deploy.text.pretokenizers import recognise
 
-from .architecture import ONNX_HINT
+from .architectures import ONNX_HINT
 from .sentencepiece import read_sentencepiece
 
 if TYPE_CHECKING:

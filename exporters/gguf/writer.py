@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 
 from losa_deploy import __version__, layouts
 from losa_deploy.errors import InputError
-from losa_deploy.gguf.file import I8, TYPE_NAMES
-from losa_deploy.gguf.view import ARCHITECTURE, FORMAT, PACKED
+from losa_deploy.gguf.dense import VALUE_TYPES, scale_group
+from losa_deploy.gguf.names import PREFIX
+from losa_deploy.gguf.packed import mark_packed
+from losa_deploy.gguf.types import I8
 from losa_deploy.layouts import LAYOUTS, Choice
-from losa_deploy.layouts.blob import ALIGNMENT, to_blob
+from losa_deploy.layouts.blob import to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
 from losa_deploy.progress import Progress
 
-from .architecture import Rope, head_dim, write_shape
+from .architectures import Rope, head_dim, write_keys
 from .naming import model_name
 from .plan import ROPE, Entry, Job
-from .values import VALUE_TYPES, encode, scale_group
+from .values import encode
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def write_file(
     for entry in job.entries:
         packed = entry.choice is not None
         shape = (entry.bytes,) if packed else entry.shape
-        kind = GGMLQuantizationType(I8 if packed else entry.dense)
+        kind = GGMLQuantizationType((I8 if packed else entry.dense).id)
         writer.add_tensor_info(entry.name, shape, np.dtype(np.int8), entry.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -76,7 +78,8 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     weight = job.checkpoint.array(entry.source)
     order = job.order(entry)
     if len(entry.shape) == 1:
-        return np.ascontiguousarray(weight if order is None else weight[order], np.float32), None
+        vector = job.architecture.vector(entry.name, weight if order is None else weight[order])
+        return np.ascontiguousarray(vector, np.float32), None
     linear = entry.module in job.checkpoint.linears
     mask, grid = (job.mask(entry.module), job.grid(entry.module)) if linear else (None, None)
     grid = None if grid is None else grid.rows(order)
@@ -126,7 +129,7 @@ def _dense(
 
 def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) -> TensorRecord:
     shape = (entry.shape[0], entry.shape[1])
-    reason = entry.reason if entry.choice else f"{TYPE_NAMES[entry.dense]}; {entry.reason}"
+    reason = entry.reason if entry.choice else f"{entry.dense.name}; {entry.reason}"
     return TensorRecord(
         name=entry.module,
         shape=shape,
@@ -142,7 +145,6 @@ def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) 
 
 
 def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance: Provenance) -> None:
-    from gguf import GGUFValueType
     from gguf.constants import GGML_QUANT_VERSION
 
     name = model_name(job.model, job.parameters)
@@ -162,20 +164,16 @@ def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance
         writer.add_base_model_name(0, name.full)
         writer.add_base_model_organization(0, name.organization)
         writer.add_base_model_repo_url(0, url)
-    write_shape(writer, job.checkpoint)
+    write_keys(writer, job.architecture.keys(job.checkpoint))
     writer.add_file_type(FILE_TYPES[layouts.VALUE_TYPES[job.recipe.value_type].ggml])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     vocabulary.write(writer)
     for key, value in provenance.items():
         if isinstance(value, float):
-            writer.add_float32(f"losa.{key}", value)
+            writer.add_float32(f"{PREFIX}{key}", value)
         elif key != "license":
-            writer.add_string(f"losa.{key}", value)
-    writer.add_string("losa.schema", SCHEMA)
-    writer.add_string("losa.tool_version", __version__)
+            writer.add_string(f"{PREFIX}{key}", value)
+    writer.add_string(f"{PREFIX}schema", SCHEMA)
+    writer.add_string(f"{PREFIX}tool_version", __version__)
     if job.kind == "packed":
-        writer.kv_data[0][ARCHITECTURE].value = PACKED
-        writer.add_string("losa.architecture", job.architecture.name)
-        writer.add_key_value("losa.required", True, GGUFValueType.BOOL)
-        writer.add_uint32("losa.format", FORMAT)
-        writer.add_custom_alignment(ALIGNMENT)
+        mark_packed(writer)

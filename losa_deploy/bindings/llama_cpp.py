@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.gguf.names import PACKED
 
 ERROR, CONTINUED = 4, 5
 """Levels of llama.cpp's log: errors, and the rest of the line before."""
@@ -112,7 +113,7 @@ def refusal(path: Path, lines: list[str]) -> InputError:
     hint = "Copy or download the file again." if any(word in " ".join(lines) for word in DAMAGE) else ""
     if "unknown model architecture" in reason:
         hint = "Update it with `pip install --upgrade llama-cpp-python`, or export the model to ONNX."
-    if "'losa-packed'" in reason:
+    if f"'{PACKED}'" in reason:
         reason = f"{reason} (the file is packed, which only our backend can run)"
         hint = "Use --runtime llamacpp, or the portable file of the same export."
     return InputError(

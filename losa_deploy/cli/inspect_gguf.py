@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from losa_deploy.errors import InputError
-from losa_deploy.gguf.file import MAGIC, TYPE_NAMES, GgufFile, Tensor, open_gguf
-from losa_deploy.gguf.view import PREFIX, blob_header
+from losa_deploy.gguf.file import GgufFile, Tensor, open_any
+from losa_deploy.gguf.names import ARCHITECTURE, BLOCKS, PACKED, PREFIX
+from losa_deploy.gguf.packed import REAL
+from losa_deploy.gguf.view import blob_header
 
-TEXTS = ("losa.source", "losa.revision", "losa.value_type", "losa.tool_version", "general.license")
+TEXTS = (ARCHITECTURE, REAL, "losa.source", "losa.revision", "losa.value_type", "losa.tool_version")
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,22 @@ class Stored:
 
 def document(path: Path) -> dict[str, object]:
     """The `losa.inspect/1` document of a file; `InputError` if it is damaged."""
-    keys, tensors = _read(path)
-    blocks = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+    with open_any(path) as file:
+        keys = {key: file.text(key) for key in TEXTS}
+        sparsity = file.number("losa.sparsity")
+        tensors = [_stored(file, tensor) for tensor in file.tensors]
+    blocks = [tensor for tensor in tensors if tensor.name.startswith(BLOCKS) and len(tensor.shape) > 1]
     positions = max(1, sum(prod(tensor.shape) for tensor in blocks))
     return {
         "schema": "losa.inspect/1",
         "kind": "file",
         "format": "gguf",
-        "packed": keys.get("general.architecture") == "losa-packed",
-        "architecture": keys.get("losa.architecture") or keys.get("general.architecture", ""),
-        "source": {"id": keys.get("losa.source", ""), "revision": keys.get("losa.revision", "")},
-        "sparsity_achieved": keys.get("losa.sparsity"),
-        "value_type": keys.get("losa.value_type", ""),
-        "tool_version": keys.get("losa.tool_version", ""),
+        "packed": keys[ARCHITECTURE] == PACKED,
+        "architecture": keys[REAL] or keys[ARCHITECTURE],
+        "source": {"id": keys["losa.source"], "revision": keys["losa.revision"]},
+        "sparsity_achieved": sparsity,
+        "value_type": keys["losa.value_type"],
+        "tool_version": keys["losa.tool_version"],
         "bits_per_weight": 8.0 * sum(tensor.bytes for tensor in blocks) / positions,
         "size_bytes": path.stat().st_size,
         "tensors": [
@@ -104,50 +108,10 @@ def tensor_rows(found: Mapping[str, object]) -> list[tuple[str, ...]]:
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, object], list[Stored]]:
-    """Keys of interest, and the tensors; types that our files do not use are read by the `gguf` package."""
-    try:
-        with open_gguf(path) as file:
-            keys: dict[str, object] = {key: file.text(key) for key in (*TEXTS, "general.architecture")}
-            keys |= {"losa.architecture": file.text("losa.architecture")}
-            keys["losa.sparsity"] = file.number("losa.sparsity")
-            return keys, [_stored(file, tensor) for tensor in file.tensors]
-    except InputError as error:
-        if not _is_gguf(path):
-            raise
-        return _read_any(path, error)
-
-
 def _stored(file: GgufFile, tensor: Tensor) -> Stored:
     if tensor.name.startswith(PREFIX):
         header = blob_header(file, tensor)
         name = tensor.name.removeprefix(PREFIX)
         return Stored(name, header.shape, header.layout, header.value_type, tensor.bytes, header.kept)
     shape = tuple(reversed(tensor.dims))
-    return Stored(tensor.name, shape, "dense", TYPE_NAMES[tensor.type].lower(), tensor.bytes)
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as handle:
-        return handle.read(4) == MAGIC
-
-
-def _read_any(path: Path, first: InputError) -> tuple[dict[str, object], list[Stored]]:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        tensors = [
-            Stored(
-                t.name,
-                tuple(int(n) for n in reversed(t.shape)),
-                "dense",
-                t.tensor_type.name.lower(),
-                int(t.n_bytes),
-            )
-            for t in reader.tensors
-        ]
-        field = reader.get_field("general.architecture")
-    except (ValueError, KeyError, IndexError, OSError):
-        raise first from None
-    return {"general.architecture": "" if field is None else str(field.contents())}, tensors
+    return Stored(tensor.name, shape, "dense", tensor.type.name.lower(), tensor.bytes)

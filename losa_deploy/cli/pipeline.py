@@ -172,13 +172,14 @@ def _dry_run(
 
 def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
     """Shapes (out, in) of the block linears, and of embedding and head, from headers only."""
+    from losa_deploy.gguf.names import BLOCKS
     from losa_deploy.sources.checkpoint import Checkpoint
     from losa_deploy.sources.gguf import read_header
 
     path = _located(args)
     if path.is_file():
         matrices = {n: s for n, s in read_header(path).shapes.items() if len(s) == 2}
-        linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith("blk.")}
+        linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith(BLOCKS)}
         return linears, {n: (s[0], s[1]) for n, s in matrices.items() if n not in linears}
     return checkpoint_shapes(Checkpoint.open(path))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from losa_deploy.errors import InputError
 from losa_deploy.gguf.file import GgufHeader, open_header
+from losa_deploy.gguf.names import ARCHITECTURE, BLOCKS, EMBEDDING, LINEARS, PREFIX
 
 MOST_BLOCKS = MOST_EXPERTS = 512
 """llama.cpp has room for so many."""
@@ -37,10 +38,11 @@ SIZES = (
     "vocab_size",
 )
 """Whole numbers from 1."""
-BLOCK = re.compile(r"(?:losa\.)?blk\.(\d+)\.")
+BLOCK = re.compile(rf"(?:{re.escape(PREFIX)})?{re.escape(BLOCKS)}(\d+)\.")
+QUERIES = (LINEARS["self_attn.q_proj"], "attn_qkv")
+"""What blocks with attention have one of."""
 WHOLE_HEADS = ("llama", "qwen2", "qwen3", "smollm3")
 """Architectures of which llama.cpp rotates whole heads and nothing less."""
-EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Finding:
 def check_gguf(path: Path) -> None:
     """Raise `InputError` if the numbers of a GGUF of any architecture cannot be a model's."""
     with open_header(path) as header:
-        check_keys(header, header.text("general.architecture"))
+        check_keys(header, header.text(ARCHITECTURE))
 
 
 def check_keys(header: GgufHeader, architecture: str) -> None:
@@ -139,13 +141,15 @@ def _blocks(keys: Keys) -> Iterator[Finding]:
     further = keys.number("nextn_predict_layers") or 0
     whole_model = (keys.header.number("split.count") or 1) <= 1
     if found and whole_model and not count - further <= found <= count:
-        yield keys.wrong("block_count", f"{found}, of which there are tensors (blk.0 to blk.{found - 1})")
+        yield keys.wrong(
+            "block_count", f"{found}, of which there are tensors ({BLOCKS}0 to {BLOCKS}{found - 1})"
+        )
 
 
 def _heads(keys: Keys) -> Iterator[Finding]:
     """Models without attention have no heads, and say so with 0."""
     heads, shared, width = keys.number(HEADS), keys.number(KV_HEADS), keys.number("embedding_length")
-    attends = keys.has("attn_q", "attn_qkv")
+    attends = keys.has(*QUERIES)
     for key, number in ((HEADS, heads), (KV_HEADS, shared)):
         if number is not None and not _whole(number, int(attends), MOST_SIZE):
             yield keys.wrong(key, f"a whole number from {int(attends)} to {MOST_SIZE}")

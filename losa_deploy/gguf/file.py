@@ -1,34 +1,34 @@
 """The header of a GGUF file, read without trust: keys as byte ranges, tensors with checked places.
 
-The reader of the `gguf` package makes arrays of all tokens and merges, which takes longer than llama.cpp
-needs to load a small model; here a value is skipped unless it is asked for.
+The only reader of files from elsewhere: the one of the `gguf` package believes the sizes that it finds, and
+makes arrays of all tokens and merges, which takes longer than llama.cpp needs to load a small model. Here
+every size is checked before it is used, and a value is skipped unless it is asked for. Converting a GGUF
+goes through transformers, which reads the file with that package, once this reader has accepted it.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from losa_deploy.errors import InputError
+from losa_deploy.gguf.types import GgmlType, any_type, own_type
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF number type → `struct` format."""
-F32, F16, Q4_0, Q8_0, I8 = 0, 1, 2, 8, 24
-TYPE_NAMES = {F32: "F32", F16: "F16", Q4_0: "Q4_0", Q8_0: "Q8_0", I8: "I8"}
-BLOCKS = {F32: (1, 4), F16: (1, 2), Q4_0: (32, 18), Q8_0: (32, 34), I8: (1, 1)}
-"""Tensor type → weights and bytes of a block; the types that our files use."""
 MOST = 1 << 20
 """Keys, and tensors."""
 _Described = tuple[str, tuple[int, ...], int, int]
-"""Name, dimensions, type and offset of a tensor, as they are in the header."""
+"""Name, dimensions, number of the type, and offset of a tensor, as they are in the header."""
+_Find = Callable[[int], GgmlType]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tensor:
     name: str
     dims: tuple[int, ...]
     """Innermost first: (in, out) of a weight [out, in]."""
-    type: int
+    type: GgmlType
     offset: int
     """From the start of the file."""
     bytes: int
@@ -94,7 +94,7 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class GgufFile(GgufHeader):
-    """A file whose tensors have places inside of it, and types that our files use."""
+    """A file whose tensors have known types, and places inside of it."""
 
     tensors: tuple[Tensor, ...]
     alignment: int
@@ -102,9 +102,16 @@ class GgufFile(GgufHeader):
 
 @contextmanager
 def open_gguf(path: Path) -> Iterator[GgufFile]:
-    """The file with its header read; `InputError` if it is damaged or has types not in `BLOCKS`."""
+    """The file with its header read; `InputError` if it is damaged, or has types that our files do not."""
     with _mapped(path) as data:
-        yield _read(path, data)
+        yield _read(path, data, own_type)
+
+
+@contextmanager
+def open_any(path: Path) -> Iterator[GgufFile]:
+    """The same for a file with any of ggml's types."""
+    with _mapped(path) as data:
+        yield _read(path, data, any_type)
 
 
 @contextmanager
@@ -135,12 +142,6 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 def damaged(path: Path, what: str) -> InputError:
     """The error about a GGUF file that is not as it must be."""
     return InputError(f"{path} is no sound GGUF file: {what}.", hint="Copy or download it again.")
-
-
-def dense_bytes(kind: int, dims: tuple[int, ...]) -> int | None:
-    """Bytes of a tensor; None if its rows are no whole blocks of that type."""
-    weights, size = BLOCKS[kind]
-    return None if dims[0] % weights else prod(dims) // weights * size
 
 
 class _Damage(ValueError):
@@ -208,11 +209,12 @@ class _Cursor:
         self.skip(count * struct.calcsize(SCALARS[kind]))
 
 
-def _read(path: Path, data: mmap.mmap) -> GgufFile:
+def _read(path: Path, data: mmap.mmap, find: _Find) -> GgufFile:
     cursor = _Cursor(data)
     header, described = _read_header(path, cursor)
     alignment = _alignment(data, header.keys.get("general.alignment"))
-    tensors = _placed(described, -(-cursor.at // alignment) * alignment, alignment, len(data))
+    start = -(-cursor.at // alignment) * alignment
+    tensors = _placed([_typed(*tensor, find) for tensor in described], start, alignment, len(data))
     return GgufFile(path, data, header.version, header.keys, header.shapes, tensors, alignment)
 
 
@@ -258,24 +260,28 @@ def _tensor_info(cursor: _Cursor) -> _Described:
     return name, dims, cursor.u32(), cursor.u64()
 
 
-def _placed(described: list[_Described], start: int, alignment: int, size: int) -> tuple[Tensor, ...]:
-    """Tensors one after another, none beyond the end of the file."""
+def _typed(name: str, dims: tuple[int, ...], number: int, offset: int, find: _Find) -> Tensor:
+    """A tensor whose offset counts from the first one."""
+    try:
+        kind = find(number)
+    except ValueError as error:
+        raise _Damage(f"the tensor {name} has {error}") from None
+    if min(dims) < 1 or prod(dims) > 1 << 48 or not kind.fits(dims[0]):
+        raise _Damage(f"the tensor {name} has dimensions {dims}")
+    return Tensor(name, dims, kind, offset, kind.nbytes(prod(dims)))
+
+
+def _placed(found: list[Tensor], start: int, alignment: int, size: int) -> tuple[Tensor, ...]:
+    """Tensors one after another from `start`, none beyond the end of the file."""
     tensors: list[Tensor] = []
     end = start
-    for name, dims, kind, offset in described:
-        if kind not in BLOCKS:
+    for tensor in found:
+        place = start + tensor.offset
+        if tensor.offset % alignment or place < end or place + tensor.bytes > size:
             raise _Damage(
-                f"the tensor {name} has type {kind}, expected one of {', '.join(TYPE_NAMES.values())}"
+                f"the tensor {tensor.name} should lie at {place}, {tensor.bytes} bytes long, in a file of "
+                f"{size} bytes"
             )
-        weights, block = BLOCKS[kind]
-        if min(dims) < 1 or prod(dims) > 1 << 48 or dims[0] % weights:
-            raise _Damage(f"the tensor {name} has dimensions {dims}")
-        length = prod(dims) // weights * block
-        place = start + offset
-        if offset % alignment or place < end or place + length > size:
-            raise _Damage(
-                f"the tensor {name} should lie at {place}, {length} bytes long, in a file of {size} bytes"
-            )
-        tensors.append(Tensor(name, dims, kind, place, length))
-        end = place + length
+        tensors.append(replace(tensor, offset=place))
+        end = place + tensor.bytes
     return tuple(tensors)

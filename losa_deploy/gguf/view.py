@@ -9,7 +9,7 @@ ranges.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,38 +20,16 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError
 from losa_deploy.gguf.check import check_keys
-from losa_deploy.gguf.file import (
-    BLOCKS,
-    F16,
-    F32,
-    I8,
-    MAGIC,
-    Q4_0,
-    Q8_0,
-    STRING,
-    TYPE_NAMES,
-    GgufFile,
-    Tensor,
-    damaged,
-    dense_bytes,
-    open_gguf,
-)
+from losa_deploy.gguf.file import MAGIC, STRING, GgufFile, Tensor, damaged, open_gguf
+from losa_deploy.gguf.names import ARCHITECTURE, PACKED, PREFIX
+from losa_deploy.gguf.packed import real_architecture
+from losa_deploy.gguf.types import F16, F32, I8, Q1_0, Q4_0, GgmlType, WeightType
 from losa_deploy.layouts import unpack
 from losa_deploy.layouts.blob import HEADER_BYTES, BlobHeader, from_blob, read_header
 
-ARCHITECTURE = "general.architecture"
-PACKED = "losa-packed"
-"""Architecture of a packed file: stock tools name it when they refuse the file."""
-PREFIX = "losa."
-"""Of the tensors that are blobs."""
-FORMAT = 1
-DENSE_TYPES: dict[str, int] = {"i8": Q8_0, "i4": Q4_0, "f16": F16, "f32": F32}
-"""Value type → type of a dense tensor."""
-Q1_0 = 41
-"""Declared in views only: no file of ours has it."""
-VIEW_BLOCKS = {Q1_0: (128, 18), Q4_0: BLOCKS[Q4_0], F16: BLOCKS[F16], F32: BLOCKS[F32]}
-"""Types that a view declares, smallest first → weights and bytes of a block. llama.cpp sets up memory for
-every declared byte when it loads, so the fewer the better."""
+VIEW_TYPES = (Q1_0, Q4_0, F16, F32)
+"""Types that a view declares, smallest first. llama.cpp sets up memory for every declared byte when it
+loads, so the fewer the better."""
 CHUNK = 1 << 22
 """Weights that are expanded at once."""
 
@@ -78,26 +56,13 @@ class StandardView:
     """Tensors that are packed weights."""
 
 
-def declared(shape: tuple[int, int]) -> tuple[int, int] | None:
+def declared(shape: tuple[int, int]) -> tuple[GgmlType, int] | None:
     """The smallest type as which a view can show a packed weight [out, in], and its bytes, or None."""
-    for kind, (weights, size) in VIEW_BLOCKS.items():
-        total = prod(shape) // weights * size
-        if shape[1] % weights == 0 and total >= HEADER_BYTES:
+    for kind in VIEW_TYPES:
+        total = kind.nbytes(prod(shape))
+        if kind.fits(shape[1]) and total >= HEADER_BYTES:
             return kind, total
     return None
-
-
-def dense_type(value_type: str, columns: int) -> int:
-    """Type of a dense weight in a portable file: F16 where rows are no whole blocks of 32."""
-    kind = DENSE_TYPES[value_type]
-    return kind if columns % BLOCKS[kind][0] == 0 else F16
-
-
-def dense_gguf_bytes(value_type: str, shape: tuple[int, int]) -> int:
-    """Bytes of a weight [out, in] in a portable file."""
-    size = dense_bytes(dense_type(value_type, shape[1]), (shape[1], shape[0]))
-    assert size is not None  # `dense_type` looked at the columns
-    return size
 
 
 def find_gguf(folder: Path) -> Path:
@@ -137,7 +102,7 @@ def is_packed(path: Path) -> bool:
 def standard_view(path: Path) -> StandardView:
     """The view of a packed file; `InputError` if it is none, or damaged, of a later format, or no model."""
     with open_gguf(path) as file:
-        architecture = _real_architecture(file)
+        architecture = real_architecture(file)
         check_keys(file, architecture)
         shown = [_shown(file, tensor) for tensor in file.tensors]
         header = _header(file, architecture, shown)
@@ -155,10 +120,10 @@ def write_expanded(path: Path, target: Path) -> None:
     Raises `InputError` as `standard_view` does.
     """
     with open_gguf(path) as file, target.open("wb") as out:
-        architecture = _real_architecture(file) if is_packed(path) else file.text(ARCHITECTURE)
+        architecture = real_architecture(file) if is_packed(path) else file.text(ARCHITECTURE)
         check_keys(file, architecture)
         shown = [_shown(file, tensor) if _is_blob(tensor) else tensor for tensor in file.tensors]
-        plain = [Tensor(t.name, t.dims, F32, 0, 4 * prod(t.dims)) for t in shown]
+        plain = [Tensor(t.name, t.dims, F32, 0, F32.nbytes(prod(t.dims))) for t in shown]
         header = _header(file, architecture, plain, file_type=0)
         out.write(header + bytes(-len(header) % file.alignment))
         for tensor in file.tensors:
@@ -177,63 +142,29 @@ def expanded(file: GgufFile, tensor: Tensor) -> Iterator[NDArray[np.float32]]:
         except ValueError as error:
             raise damaged(file.path, f"{tensor.name}: {error}") from None
         return
-    count = prod(tensor.dims)
+    count, kind = prod(tensor.dims), _weight_type(file, tensor)
     for start in range(0, count, CHUNK):
         part = min(CHUNK, count - start)
         first = tensor.offset + tensor.bytes * start // count
         last = tensor.offset + tensor.bytes * (start + part) // count
-        yield DECODERS[tensor.type](file.data[first:last])
+        yield kind.decode(file.data[first:last])
 
 
-def _f16(data: bytes) -> NDArray[np.float32]:
-    return np.frombuffer(data, "<f2").astype(np.float32)
-
-
-def _f32(data: bytes) -> NDArray[np.float32]:
-    return np.frombuffer(data, "<f4").astype(np.float32)
-
-
-def _q8_0(data: bytes) -> NDArray[np.float32]:
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("levels", "i1", 32)]))
-    values: NDArray[np.float32] = (
-        blocks["levels"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
-    )
-    return values.reshape(-1)
-
-
-def _q4_0(data: bytes) -> NDArray[np.float32]:
-    blocks = np.frombuffer(data, np.dtype([("scale", "<f2"), ("codes", "u1", 16)]))
-    codes = blocks["codes"]
-    levels = np.concatenate([codes & 15, codes >> 4], axis=1).astype(np.float32) - np.float32(8)
-    values: NDArray[np.float32] = levels * blocks["scale"].astype(np.float32)[:, None]
-    return (values + np.float32(0)).reshape(-1)  # level 0 times a negative scale is -0
-
-
-DECODERS: dict[int, Callable[[bytes], NDArray[np.float32]]] = {F32: _f32, F16: _f16, Q8_0: _q8_0, Q4_0: _q4_0}
+def _weight_type(file: GgufFile, tensor: Tensor) -> WeightType:
+    """Type of a dense tensor; `InputError` for one that holds no weights."""
+    if not isinstance(tensor.type, WeightType):
+        raise damaged(file.path, f"{tensor.name} is stored as {tensor.type.name}")
+    return tensor.type
 
 
 def _is_blob(tensor: Tensor) -> bool:
     return tensor.name.startswith(PREFIX)
 
 
-def _real_architecture(file: GgufFile) -> str:
-    """The architecture a packed file stands for; `InputError` if it is no packed file of this format."""
-    found, version = file.text(ARCHITECTURE), file.number("losa.format")
-    if found != PACKED:
-        raise damaged(file.path, f"its architecture is {found!r}, that of a packed one {PACKED!r}")
-    if version != FORMAT:
-        raise damaged(file.path, f"its losa.format is {version}, this version reads {FORMAT}")
-    real = file.text("losa.architecture")
-    if not real or real == PACKED:
-        raise damaged(file.path, f"its losa.architecture is {real!r}, expected e.g. 'llama'")
-    return real
-
-
 def _shown(file: GgufFile, tensor: Tensor) -> Tensor:
     """A tensor of the view, its offset left open."""
     if not _is_blob(tensor):
-        if tensor.type not in DECODERS:
-            raise damaged(file.path, f"{tensor.name} is stored as {TYPE_NAMES[tensor.type]}")
+        _weight_type(file, tensor)
         return tensor
     header = blob_header(file, tensor)
     dims = (header.shape[1], header.shape[0])
@@ -247,7 +178,7 @@ def blob_header(file: GgufFile, tensor: Tensor) -> BlobHeader:
     """Header of a packed tensor; `InputError` if it is none."""
     try:
         if tensor.type != I8 or len(tensor.dims) != 1:
-            raise ValueError(f"it is stored as {TYPE_NAMES[tensor.type]} with dimensions {tensor.dims}")
+            raise ValueError(f"it is stored as {tensor.type.name} with dimensions {tensor.dims}")
         return read_header(file.data[tensor.offset : tensor.offset + HEADER_BYTES], tensor.bytes)
     except ValueError as error:
         raise damaged(file.path, f"{tensor.name}: {error}") from None
@@ -272,7 +203,7 @@ def _header(
     offset = 0
     for tensor in tensors:
         parts += [_text(tensor.name), struct.pack("<I", len(tensor.dims))]
-        parts.append(struct.pack(f"<{len(tensor.dims)}QIQ", *tensor.dims, tensor.type, offset))
+        parts.append(struct.pack(f"<{len(tensor.dims)}QIQ", *tensor.dims, tensor.type.id, offset))
         offset += _up(tensor.bytes, file.alignment)
     return b"".join(parts)
 

@@ -14,6 +14,7 @@ from losa_deploy import __version__
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf.file import open_header
+from losa_deploy.gguf.names import ARCHITECTURE, LICENSE
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.output import remove, require_disk, sibling
 from losa_deploy.progress import Progress
@@ -56,7 +57,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read a GGUF header; `InputError` if the file is damaged or of an unsupported architecture."""
     with open_header(path) as found:
         shapes = {name: tuple(reversed(dims)) for name, dims in found.shapes.items()}
-        header = GgufHeader(found.text("general.architecture"), found.text("general.license"), shapes)
+        header = GgufHeader(found.text(ARCHITECTURE), found.text(LICENSE), shapes)
     find_family({"model_type": header.architecture})
     return header
 
@@ -164,6 +165,7 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
 def _keep_tokenizer(path: Path, folder: Path) -> None:
     """What transformers drops: the rules that split text, token types, scores and flags.
 
+    Read by the `gguf` package, because transformers has had it read the file already (`_read_once`).
     The splitting rules that llama.cpp knows by name are put into tokenizer.json, so that a text becomes
     the tokens the model was trained on; transformers takes those of GPT-2 for most models.
     """

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from losa_deploy.errors import InputError
-from losa_deploy.gguf.file import F32, open_gguf
-from losa_deploy.gguf.view import PREFIX, blob_header, is_packed
+from losa_deploy.gguf.file import open_gguf
+from losa_deploy.gguf.names import LINEARS, PREFIX
+from losa_deploy.gguf.types import F32
+from losa_deploy.gguf.view import blob_header, is_packed
 
 SUFFIX = ".gguf"
-PROJECTIONS = (".ffn_down.weight", ".ffn_up.weight", ".attn_q.weight")
+PROJECTIONS = tuple(f".{part}.weight" for part in LINEARS.values())
 
 
 def holds_gguf(path: Path) -> bool:

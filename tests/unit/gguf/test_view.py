@@ -15,7 +15,7 @@ from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
 from losa_deploy.benchmarks.synthetic.tensors import RandomWeight, Storage
 from losa_deploy.errors import InputError
 from losa_deploy.gguf import view as gguf_view
-from losa_deploy.gguf.file import F16, F32, Q4_0
+from losa_deploy.gguf.types import F16, F32, Q4_0
 from losa_deploy.layouts import unpack
 from losa_deploy.layouts.blob import HEADER_BYTES
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from losa_deploy.errors import InputError, MissingError, OfflineError, UsageError
+from losa_deploy.exporters.gguf.architectures import architecture, tensor_names
 from losa_deploy.exporters.gguf.tokenizer import read_vocabulary
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.progress import no_progress
@@ -91,44 +92,16 @@ def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    for name in checkpoint.files:
-        writer.add_tensor(gguf_name(name), gguf_rows(name, checkpoint.array(name), config))
+    kind = architecture(checkpoint)
+    for name, stored in tensor_names(checkpoint, kind).items():
+        weight = checkpoint.array(name)
+        order = kind.row_order(checkpoint.config, name.rpartition(".")[0], len(weight))
+        writer.add_tensor(stored, weight if order is None else weight[order])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def gguf_name(name: str) -> str:
-    words = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "model.layers": "blk",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "post_attention_layernorm": "ffn_norm",
-        "input_layernorm": "attn_norm",
-    }
-    for word, short in words.items():
-        name = name.replace(word, short)
-    return name
-
-
-def gguf_rows(name: str, weight: np.ndarray, config: dict[str, int]) -> np.ndarray:
-    """llama.cpp interleaves the two rotary halves of each query and key head."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for projection, count in heads.items():
-        if projection in name:
-            halves = weight.reshape(count, 2, weight.shape[0] // count // 2, weight.shape[1])
-            return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
-    return weight
 
 
 def test_what_a_gguf_file_says_about_its_tokenizer_is_kept(tiny_gguf: Path, tmp_path: Path) -> None:
