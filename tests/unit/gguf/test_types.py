@@ -88,8 +88,13 @@ def test_tensors_of_any_type_are_placed_as_gguf_places_them(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("value_type", "name", "narrower"),
-    [("f32", "F32", False), ("f16", "F16", False), ("i8", "Q8_0", False), ("i4", "Q4_0", False)]
-    + [("i3", "Q4_0", True)],
+    [
+        ("f32", "F32", False),
+        ("f16", "F16", False),
+        ("i8", "Q8_0", False),
+        ("i4", "Q4_0", False),
+        ("i3", "Q4_0", True),
+    ],
 )
 def test_value_types_have_types_of_ggml(value_type: str, name: str, narrower: bool) -> None:
     assert (stock_type(value_type).name, is_narrower(value_type)) == (name, narrower)
