@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ from losa_deploy.text.pretokenizers import rules
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+SUFFIX = ".gguf"
 STAMP = "losa-source.json"
 """Written last into a converted folder: hash of the GGUF file and versions of this program."""
 CONVERTER = 2
@@ -59,6 +61,23 @@ def read_header(path: Path) -> GgufHeader:
         header = GgufHeader(found.text("general.architecture"), found.text("general.license"), shapes)
     find_family({"model_type": header.architecture})
     return header
+
+
+def is_gguf_name(name: str) -> bool:
+    """Whether a file or hub id is called like a GGUF file."""
+    return name.lower().endswith(SUFFIX)
+
+
+def plain_name(name: str) -> str:
+    """The name of a GGUF file without suffix and type: `Model-1B` of `Model-1B.Q4_0.gguf`."""
+    return re.sub(r"(\.(I?Q\w+|B?F\d+))?\.gguf$", "", name, flags=re.IGNORECASE)
+
+
+def header_shapes(path: Path) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, tuple[int, int]]]:
+    """Shapes (out, in) of the block linears, and of embedding and head, from the header only."""
+    matrices = {name: (s[0], s[1]) for name, s in read_header(path).shapes.items() if len(s) == 2}
+    linears = {name: shape for name, shape in matrices.items() if name.startswith("blk.")}
+    return linears, {name: shape for name, shape in matrices.items() if name not in linears}
 
 
 def convert_gguf(
