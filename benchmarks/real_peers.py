@@ -13,6 +13,7 @@ from losa_deploy.gguf.view import find_gguf
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.output import remove
+from losa_deploy.planned import export_planned
 from losa_deploy.plugins import load_exporter, load_runtime
 from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import CalibrationRecipe, ExportRecipe, Recipe
@@ -84,10 +85,10 @@ def _write_ours(source: Checkpoint, target: Path, folder: Path, progress: Progre
         model = whole_model(source, place / "model")
         recipe = ExportRecipe(layout="dense", value_type="i4", packed=True)
         exporter = load_exporter("gguf")
-        exporter.check(model, recipe)
+        plan = exporter.plan(model, recipe)
         out = place / "out"
         out.mkdir()
-        exporter.export(model, recipe, out, progress)
+        export_planned(exporter, model, plan, out, progress)
         find_gguf(out).rename(target)
     finally:
         remove(place)

@@ -47,7 +47,7 @@ class RivalFile:
 def rival_file(
     source: Checkpoint | None,
     exported: Path,
-    dense_gguf: Path | None,
+    dense: Path | None,
     kind: str,
     work: Path,
     threads: int,
@@ -56,9 +56,9 @@ def rival_file(
 ) -> RivalFile:
     """`work/rival-<kind>/<kind>.gguf`, reused if it is intact and of the same source.
 
-    It is made of the file `dense_gguf`, or of `source` if there is none. The manifest of the artifact
-    `exported` says where the source came from. What stands in the way is a reason, never an error: a run
-    does not fail because its rival cannot be had.
+    It is made of the GGUF file in the folder `dense`, or of `source` if there is none. The manifest of the
+    artifact `exported` says where the source came from. What stands in the way is a reason, never an error: a
+    run does not fail because its rival cannot be had.
     """
     if kind == "none":
         return RivalFile(kind, reason="switched off with --rival none")
@@ -68,7 +68,8 @@ def rival_file(
         return RivalFile(kind, reason="llama-cpp-python is not installed")
     try:
         load_package()
-        path = _file(source, exported, dense_gguf, kind, work, threads, warn, progress)
+        found = sorted(dense.glob("*.gguf")) if dense else []
+        path = _file(source, exported, found[0] if found else None, kind, work, threads, warn, progress)
         return RivalFile(kind, path, block_sizes(path).bits_per_weight)
     except LosaError as error:
         message = error.message if not isinstance(error, MissingError) else str(error)

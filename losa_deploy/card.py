@@ -16,7 +16,22 @@ from losa_deploy.manifest import Manifest
 CARD_FILE = "README.md"
 BEGIN = "<!-- losa-deploy: your own text starts here and survives a re-run -->"
 END = "<!-- losa-deploy: your own text ends here -->"
-LIBRARIES = {"onnx": "onnx", "gguf": "gguf", "safetensors": "transformers"}
+
+
+@dataclass(frozen=True)
+class FormatNotes:
+    """What a card says about the format of the files."""
+
+    library: str
+    """The hub's name of the library that opens them."""
+    needs: str
+    """Sentences on what opens them."""
+    limits: tuple[str, ...] = ()
+    """Sentences on what to expect there."""
+
+
+PLAIN = FormatNotes(library="transformers", needs="It opens in transformers like any other model.")
+"""Of a merged folder."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,16 @@ class CardNumbers:
 
 
 def write_card(
-    folder: Path, manifest: Manifest, numbers: CardNumbers | None, previous: Path | None = None
+    folder: Path,
+    manifest: Manifest,
+    numbers: CardNumbers | None,
+    notes: FormatNotes = PLAIN,
+    previous: Path | None = None,
 ) -> None:
     """Write `README.md` into `folder`, keeping the reader's own text of an earlier card.
 
-    The earlier card is the one in `folder`, else the one in `previous` (the output to be replaced).
+    `notes` are about the format, see `Exporter.card`. The earlier card is the one in `folder`, else the one
+    in `previous` (the output to be replaced).
     """
     own = ""
     for place in (folder, previous):
@@ -46,7 +66,7 @@ def write_card(
                 own = own_text((place / CARD_FILE).read_text("utf-8"))
             except (OSError, UnicodeDecodeError):
                 continue
-    (folder / CARD_FILE).write_text(render_card(manifest, numbers, own), "utf-8")
+    (folder / CARD_FILE).write_text(render_card(manifest, numbers, notes, own), "utf-8")
 
 
 def own_text(card: str) -> str:
@@ -56,22 +76,24 @@ def own_text(card: str) -> str:
     return text.strip("\n") if begin and end else ""
 
 
-def render_card(manifest: Manifest, numbers: CardNumbers | None, own: str = "") -> str:
+def render_card(
+    manifest: Manifest, numbers: CardNumbers | None, notes: FormatNotes = PLAIN, own: str = ""
+) -> str:
     """The whole card."""
     sections = [
-        _head(manifest),
+        _head(manifest, notes),
         f"# {_title(manifest)}",
         _done(manifest),
         _measured(numbers) if numbers else "## Numbers\n\nNot measured.",
-        _use(manifest),
-        _limits(manifest),
+        _use(notes),
+        _limits(notes),
         _provenance(manifest),
         f"{BEGIN}\n{own}\n{END}" if own else f"{BEGIN}\n{END}",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _head(manifest: Manifest) -> str:
+def _head(manifest: Manifest, notes: FormatNotes) -> str:
     """YAML front matter as the hub reads it; a field without a known value is left out."""
     head: dict[str, object] = {}
     if "/" in manifest.source.id and not Path(manifest.source.id).is_absolute():
@@ -79,7 +101,7 @@ def _head(manifest: Manifest) -> str:
         head["base_model_relation"] = "quantized"
     if manifest.source.license:
         head["license"] = manifest.source.license
-    head["library_name"] = LIBRARIES.get(manifest.format, manifest.format)
+    head["library_name"] = notes.library
     head["pipeline_tag"] = "text-generation"
     head["tags"] = ["losa", "sparse", manifest.format]
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
@@ -152,45 +174,19 @@ def _measured(numbers: CardNumbers) -> str:
     )
 
 
-def _use(manifest: Manifest) -> str:
-    needs = {
-        "onnx": "Any ONNX Runtime from 1.24 on opens `model.onnx`: its packed weights come with their own "
-        "decoder in standard operators, and no library of ours is needed.",
-        "gguf": _gguf_needs(manifest),
-        "safetensors": "It opens in transformers like any other model.",
-    }.get(manifest.format, f"A runtime for {manifest.format} files.")
+def _use(notes: FormatNotes) -> str:
     return (
         "## How to run\n\n```sh\npip install losa-deploy\nlosa-deploy chat -m .\n```\n\n"
-        f"## What it needs\n\n{needs}"
+        f"## What it needs\n\n{notes.needs}"
     )
 
 
-def _gguf_needs(manifest: Manifest) -> str:
-    """Which of the two kinds of file is there, and what opens it."""
-    export = manifest.recipe.export
-    packed = (
-        "The file with `LOSA` in its name is packed: it holds no zeros, and llama.cpp opens it through the "
-        'backend of losa-deploy (`pip install "losa-deploy[llamacpp]"`); stock tools refuse it.'
-    )
-    portable = (
-        "{} is portable: every tool for GGUF opens it. It keeps its zeros, so it is not smaller than "
-        "an unpruned model of the same type."
-    )
-    if not export.packed:
-        return portable.format("The `.gguf` file")
-    return packed + (" " + portable.format("The other one") if export.portable else "")
-
-
-def _limits(manifest: Manifest) -> str:
+def _limits(notes: FormatNotes) -> str:
     lines = [
         "- Pruning costs quality: the perplexities above say how much, on one text; tasks may lose more.",
         "- The limits, biases and licence terms of the source model apply to this one.",
+        *(f"- {line}" for line in notes.limits),
     ]
-    if manifest.format == "onnx":
-        lines.append(
-            "- ONNX Runtime without the operators of losa-deploy opens this folder too, but expands packed "
-            "weights when it loads them: memory and speed are then those of dense f32."
-        )
     return "## Limits\n\n" + "\n".join(lines)
 
 

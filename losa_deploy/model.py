@@ -116,6 +116,17 @@ class SparseModel:
         with safe_open(self.folder / MASK_FILE, framework="numpy") as handle:
             return frozenset(handle.keys())
 
+    def check_masks(self) -> None:
+        """Raise `InputError` naming a mask that is not one of a block linear."""
+        from losa_deploy.errors import InputError
+
+        unknown = sorted(self.masked - set(self.linears))
+        if unknown:
+            raise InputError(
+                f"{MASK_FILE} has a mask for {unknown[0]}, which is no block linear of this model.",
+                hint="Merge the model again.",
+            )
+
     def weight(self, linear: str) -> NDArray[np.float32]:
         """Weight [out, in] of a linear (or of embedding/head by module name), as f32."""
         return self.checkpoint.array(f"{linear}.weight")

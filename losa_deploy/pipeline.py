@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 """Hears a line that the user should know of."""
 WORK = ".work"
-PREFERRED_RUNTIMES = ("ort", "genai", "llamacpp", "reference")
-"""Which runtime opens a folder when several can and none is named."""
 
 
 def silent(line: str) -> None:
@@ -200,24 +198,25 @@ def export(
     merged folder that is damaged.
     """
     from losa_deploy import plugins
+    from losa_deploy.planned import export_planned
 
     output, recipe = Path(output), recipe or model.manifest.recipe
     exporter = plugins.load_exporter(format)
-    exporter.check(model, recipe.export)
-    require_intact(model)
     planned = exporter.plan(model, recipe.export)
+    require_intact(model)
     require_disk(output, planned.total_bytes, "The exported model")
     with staged_output(output, overwrite=overwrite) as folder:
-        exported = exporter.export(model, recipe.export, folder, progress)
+        exported = export_planned(exporter, model, planned, folder, progress)
         stamp_recipe(folder, recipe)
     return dataclasses.replace(exported, folder=output)
 
 
 def require_intact(model: SparseModel) -> None:
     """Raise `GateError` if a file of a merged model is not the one that its `losa.json` has the hash of."""
+    from losa_deploy.plugins import weight_suffixes
     from losa_deploy.verify.stored import check_files
 
-    findings = check_files(model.folder, model.manifest)
+    findings = check_files(model.folder, model.manifest, weight_suffixes())
     if findings:
         raise GateError(
             f"{model.folder} is damaged: {findings[0]}.",
@@ -236,7 +235,7 @@ def stamp_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def pick_runtime(folder: Path, name: str | None = None) -> Runtime:
-    """The runtime called `name`, or the first preferred one that can open `folder` (or a GGUF file)."""
+    """The runtime called `name`, or of those that can open `folder` (or a file) the preferred one."""
     from losa_deploy import plugins
 
     if name is not None:
@@ -247,23 +246,20 @@ def pick_runtime(folder: Path, name: str | None = None) -> Runtime:
     if not folder.exists():
         raise InputError(
             f"There is no folder {folder}.",
-            hint="Give the output folder of an export or merge, or a GGUF file.",
+            hint="Give the output of an export or merge.",
         )
-    installed = plugins.runtimes()
-    ordered = [n for n in PREFERRED_RUNTIMES if n in installed]
-    ordered += [n for n in installed if n not in PREFERRED_RUNTIMES]
-    for candidate in ordered:
-        runtime = plugins.load_runtime(candidate)
+    installed = plugins.usable_runtimes()
+    for runtime in installed:
         if runtime.supports(folder):
             return runtime
     raise InputError(
-        f"No installed runtime ({', '.join(ordered)}) can open {folder}.",
-        hint="Give a folder with model.onnx, a GGUF file or safetensors weights.",
+        f"No installed runtime ({', '.join(runtime.name for runtime in installed)}) can open {folder}.",
+        hint=f"Give {' or '.join(dict.fromkeys(runtime.opens for runtime in installed))}.",
     )
 
 
 def open_session(path: str | Path, *, runtime: str | None = None, threads: int = 0) -> Session:
-    """Open an exported or merged folder, or a GGUF file; close the session when done."""
+    """Open an exported or merged folder, or a model file; close the session when done."""
     return pick_runtime(Path(path), runtime).open(Path(path), threads=threads)
 
 

@@ -40,6 +40,33 @@ def load_runtime(name: str) -> Runtime:
     return cast("Runtime", _load(RUNTIMES, name, "runtime", "--runtime"))
 
 
+def usable_runtimes() -> tuple[Runtime, ...]:
+    """The runtimes that open a folder without being named, best first; broken packages are left out."""
+    loaded = []
+    for name in runtimes():
+        try:
+            loaded.append(load_runtime(name))
+        except MissingError:  # `losa-deploy formats` says why
+            continue
+    return tuple(sorted((r for r in loaded if r.preference >= 0), key=lambda r: (-r.preference, r.name)))
+
+
+def usable_exporters() -> tuple[Exporter, ...]:
+    """All exporters, by name; broken packages are left out."""
+    loaded = []
+    for name in exporters():
+        try:
+            loaded.append(load_exporter(name))
+        except MissingError:  # `losa-deploy formats` says why
+            continue
+    return tuple(loaded)
+
+
+def weight_suffixes() -> tuple[str, ...]:
+    """How the names of weight files of any installed format end."""
+    return tuple(dict.fromkeys(suffix for exporter in usable_exporters() for suffix in exporter.suffixes))
+
+
 def _entry_points(group: str) -> EntryPoints:
     # Imported late: this takes a third of the time of `--help`.
     from importlib import metadata

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.interfaces import Runtime
 
 from .facts import ModelFacts, check_step, check_tokens
 
@@ -21,22 +22,15 @@ if TYPE_CHECKING:
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-class ReferenceRuntime:
+class ReferenceRuntime(Runtime):
     """Opens Hugging Face folders with torch; slow and exact."""
 
     name = "reference"
+    opens = "a folder with config.json and safetensors weights"
 
     def supports(self, folder: Path) -> bool:
         """True for a folder with config.json and safetensors weights."""
         return (folder / "config.json").is_file() and any((folder / n).is_file() for n in WEIGHT_FILES)
-
-    def exact(self) -> ReferenceRuntime:
-        """Itself: torch rounds nothing."""
-        return self
-
-    def baseline(self) -> ReferenceRuntime:
-        """Itself."""
-        return self
 
     def open(self, folder: Path, *, threads: int) -> ReferenceSession:
         """Load all weights as f32; raises `InputError` if transformers cannot read the folder."""

@@ -8,10 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from losa_deploy.card import mean_bits
-from losa_deploy.gguf.dense import dense_gguf_bytes
 from losa_deploy.interfaces import Exporter, Runtime
-from losa_deploy.layouts.base import PackOptions
-from losa_deploy.layouts.dense import dense_size
 from losa_deploy.manifest import Manifest
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import Recipe
@@ -93,7 +90,7 @@ def assemble(job: Job, found: Found, parity: Parity | None) -> Report:
     exported_numbers = _measured("exported", job.runtime.name, exported_bytes, mean_bits(exported), found)
     rival = rival_part(found)
     quality = found.quality["exported"]
-    same_type = dense_same_type_bytes(exported_bytes, exported)
+    same_type = dense_same_type_bytes(exported_bytes, exported, job.exporter)
     return Report(
         model=merged.source.id,
         revision=merged.source.revision,
@@ -143,17 +140,13 @@ def rival_part(found: Found) -> RivalPart:
     )
 
 
-def dense_same_type_bytes(exported_bytes: int, manifest: Manifest) -> int:
+def dense_same_type_bytes(exported_bytes: int, manifest: Manifest, exporter: Exporter) -> int:
     """The exported folder if each linear were dense in its own value type, from shapes."""
     group_size = manifest.recipe.export.group_size
     total = exported_bytes
     for record in manifest.linears:
         shape = (record.shape[0], record.shape[1])
-        value_type = record.value_type
-        dense = dense_size(shape, PackOptions(value_type=value_type, group_size=group_size))
-        if manifest.format == "gguf":
-            dense = dense_gguf_bytes(value_type, shape)
-        total += dense - record.bytes
+        total += exporter.dense_bytes(shape, record.value_type, group_size) - record.bytes
     return total
 
 
@@ -213,7 +206,7 @@ def _kernels(job: Job) -> str:
     """Native kernels that the runtime uses; a runtime that is its own exact form uses none."""
     from losa_deploy import _native
 
-    unused = job.runtime.exact() is job.runtime or bool(getattr(job.runtime, "fallback", ""))
+    unused = job.runtime.exact() is job.runtime or bool(job.runtime.fallback)
     return "" if unused else _native.target_name()
 
 
@@ -229,7 +222,7 @@ def _evidence(
         dense_bytes=found.dense.bytes,
         block_bits_per_weight=exported_numbers.bits_per_weight,
         packed=any(record.layout != "dense" for record in exported.linears),
-        packed_at_load=exported.format == "gguf" and bool(_kernels(job)),
+        packed_at_load=job.runtime.packs_at_load and bool(_kernels(job)),
         runtime=job.runtime.name,
         dense_runtime=job.runtime.baseline().name,
         kernels=_kernels(job),

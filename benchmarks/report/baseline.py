@@ -9,9 +9,9 @@ from pathlib import Path
 
 from losa_deploy.card import mean_bits
 from losa_deploy.errors import InputError
-from losa_deploy.gguf.view import find_gguf
 from losa_deploy.interfaces import Exporter
-from losa_deploy.manifest import MANIFEST_FILE, Manifest, TensorRecord, hash_files
+from losa_deploy.manifest import MANIFEST_FILE, Manifest, hash_files
+from losa_deploy.plugins import exporters, load_exporter
 from losa_deploy.progress import Progress
 from losa_deploy.seal import damage, seal
 from losa_deploy.sources.checkpoint import Checkpoint
@@ -47,6 +47,11 @@ class DenseBaseline:
         return cls(size, BITS.get(kind, 32.0), kind.lower(), None, reason)
 
 
+def baseline_name(format_name: str) -> str:
+    """Of the folder in a work folder that `dense_baseline` writes for artifacts of a format."""
+    return f"dense-{format_name}"
+
+
 def dense_baseline(
     source: Checkpoint,
     exported: Path,
@@ -70,15 +75,14 @@ def dense_baseline(
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     dense = exporter.export_dense(source, exported, partial, progress)
-    records = [TensorRecord.model_validate(record) for record in dense.tensors]
     Manifest(
         kind="dense",
         format=exporter.name,
         source=manifest.source,
         recipe=manifest.recipe,
         sparsity_achieved=0.0,
-        linears=tuple(record for record in records if record.name in source.linears),
-        other_tensors=tuple(record for record in records if record.name not in source.linears),
+        linears=tuple(record for record in dense.tensors if record.name in source.linears),
+        other_tensors=tuple(record for record in dense.tensors if record.name not in source.linears),
         files=hash_files(partial),
     ).write(partial)
     partial.rename(folder)
@@ -99,10 +103,9 @@ def _is_current(folder: Path, manifest: Manifest) -> bool:
 def folder_bytes(folder: Path, manifest: Manifest) -> int:
     """Bytes of the files of the manifest: the model without reports and card.
 
-    Of a packed and a portable GGUF only the one that is opened counts.
+    Of two forms of the model in one folder only the one that is opened counts.
     """
-    names = list(manifest.files)
-    if manifest.format == "gguf":
-        opened = find_gguf(folder).name
-        names = [name for name in names if not name.endswith(".gguf") or name == opened]
-    return sum((folder / name).stat().st_size for name in names)
+    beside: tuple[str, ...] = ()
+    if manifest.format in exporters():
+        beside = load_exporter(manifest.format).files_beside(folder)
+    return sum((folder / name).stat().st_size for name in manifest.files if name not in beside)

@@ -24,7 +24,7 @@ from ..latency import Open, measure_latency
 from ..memory import measure_footprint
 from ..rival import RivalFile, rival_file
 from .assemble import Found, Job, assemble
-from .baseline import DenseBaseline, dense_baseline
+from .baseline import DenseBaseline, baseline_name, dense_baseline
 from .document import Report
 
 STEPS = 10
@@ -76,16 +76,15 @@ def _dense(job: Job) -> DenseBaseline:
     if needed > memory:
         gigabytes = f"{needed / 1e9:.1f} GB of memory in f32, {memory / 1e9:.1f} GB can be had"
         return DenseBaseline.of_source(source, f"it needs {gigabytes}")
-    name = f"dense-{job.exporter.name}" if job.source else f"merged-dense-{job.exporter.name}"
+    name = baseline_name(job.exporter.name) if job.source else f"merged-{baseline_name(job.exporter.name)}"
     folder = dense_baseline(source, job.exported, job.exporter, job.work / name, no_progress, job.warn)
     return DenseBaseline.of_folder(folder)
 
 
 def _rival(job: Job, dense_folder: Path | None) -> RivalFile:
-    """The file that people would run otherwise; the dense baseline is what it is made of if it is a GGUF."""
-    dense = next(iter(sorted(dense_folder.glob("*.gguf"))), None) if dense_folder else None
+    """The file that people would run otherwise; made of the dense baseline if that has the same format."""
     kind = job.recipe.verify.rival
-    return rival_file(job.source, job.exported, dense, kind, job.work, job.threads, job.warn)
+    return rival_file(job.source, job.exported, dense_folder, kind, job.work, job.threads, job.warn)
 
 
 def _models(job: Job, found: Found) -> dict[str, tuple[Runtime, Path]]:

@@ -33,6 +33,8 @@ from .tensors import Storage
 
 OURS = Ours.name
 LLAMACPP = "llamacpp"
+ONNX_RUNTIME = "ort"
+"""Where models are measured unless another runtime is named."""
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
 """Of the free memory that open models may fill together."""
@@ -125,6 +127,11 @@ def build_contenders(
         size = build(geometry, kind, place, pruning, progress=progress)
         contenders.append(Contender(kind.name, place, size, runtime))
     return contenders
+
+
+def stores_head(runtime: str) -> bool:
+    """Whether our head can be stored in a type of choice for this runtime: llama.cpp computes its own."""
+    return runtime == ONNX_RUNTIME
 
 
 def known_peers(runtime: str) -> tuple[str, ...]:

@@ -9,20 +9,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.errors import InputError, UsageError
+from losa_deploy.card import FormatNotes
+from losa_deploy.errors import UsageError
 from losa_deploy.gguf.dense import VALUE_TYPES, dense_gguf_bytes, dense_type, scale_group
 from losa_deploy.gguf.view import find_gguf
-from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
-from losa_deploy.layouts import PATTERNED
+from losa_deploy.interfaces import (
+    ExportedModel,
+    Exporter,
+    ExportPlan,
+    MaskOf,
+    PlannedTensor,
+    SecondForm,
+    Shapes,
+    StoredFile,
+)
 from losa_deploy.manifest import Manifest, TensorRecord, hash_files
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
-from losa_deploy.recipe import ExportRecipe
+from losa_deploy.recipe import ExportRecipe, ValueType
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
 from . import reader
 from .architectures import architecture
-from .plan import DENSE_REASON, Job, Kind, packing, plan
+from .describe import SUFFIX, describe
+from .plan import DENSE_REASON, Job, Kind, estimate, plan
 from .tokenizer import check_tokenizer, read_vocabulary
 from .vocabulary import Vocabulary
 from .writer import Provenance, write_file
@@ -31,18 +41,28 @@ PORTABLE_NOTE = (
     "{file} is portable: dense with exact zeros, so it is not smaller than an unpruned model of the same "
     "type. --packed writes a file without the zeros."
 )
+PACKED_NEEDS = (
+    "The file with `LOSA` in its name is packed: it holds no zeros, and llama.cpp opens it through the "
+    'backend of losa-deploy (`pip install "losa-deploy[llamacpp]"`); stock tools refuse it.'
+)
+PORTABLE_NEEDS = (
+    "{} is portable: every tool for GGUF opens it. It keeps its zeros, so it is not smaller than "
+    "an unpruned model of the same type."
+)
 
 
-class GgufExporter:
+class GgufExporter(Exporter):
     """`--format gguf`."""
 
     name = "gguf"
-    building_bytes = 0.0
-    judge = "llamacpp-f32"
+    runtime = "llamacpp"
+    suffixes = (SUFFIX,)
 
-    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+    def estimate(
+        self, linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf
+    ) -> Mapping[str, tuple[PlannedTensor, ...]]:
         """One file or two."""
-        return {f"{kind} .gguf": kind == "portable" for kind in _kinds(recipe)}
+        return estimate(linears, others, recipe, mask, _kinds(recipe))
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         """Raise before any work if llama.cpp cannot run this model, or GGUF cannot hold what is asked for."""
@@ -59,38 +79,24 @@ class GgufExporter:
                 hint="Add --packed, or use --layout auto.",
             )
 
-    def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
-        """Raise also if a forced layout does not fit a mask, or a masked linear is unknown."""
-        self.check_source(model.checkpoint, recipe)
-        unknown = sorted(model.masked - set(model.linears))
-        if unknown:
-            raise InputError(
-                f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
-                hint="Merge the model again.",
-            )
-        if recipe.layout in PATTERNED:
-            for linear in model.linears:
-                packing(recipe, linear, model.mask(linear))
-
     def plan(self, model: SparseModel, recipe: ExportRecipe) -> ExportPlan:
-        """What `export` would write, from headers and masks only."""
+        """Layouts from the masks, sizes from headers; raises also if a masked linear is unknown."""
+        self.check_source(model.checkpoint, recipe)
+        model.check_masks()
         return plan(_jobs(model, recipe))
 
-    def export(
-        self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
-    ) -> ExportedModel:
+    def export(self, model: SparseModel, plan: ExportPlan, folder: Path, progress: Progress) -> ExportedModel:
         """Write one or two GGUF files, the side files and `losa.json` into `folder`."""
-        self.check(model, recipe)
         vocabulary = _vocabulary(model.checkpoint)
-        manifest = model.manifest
+        manifest, recipe = model.manifest, plan.recipe
         provenance = _provenance(manifest, recipe.value_type, manifest.sparsity_achieved)
         jobs = _jobs(model, recipe)
-        total = sum(len(job.entries) for job in jobs)
         records = []
         for index, job in enumerate(jobs):
-            start = sum(len(earlier.entries) for earlier in jobs[:index])
-            step = partial(_shifted, progress, start, total)
-            records.append(write_file(job, vocabulary, provenance, folder, step))
+            # The second file is portable, where the recipe decides all.
+            tensors = job.planned() if index else plan.tensors
+            step = partial(_shifted, progress, index, len(jobs))
+            records.append(write_file(job, tensors, vocabulary, provenance, folder, step))
         copy_side_files(model.folder, folder)
         linears, others = _split(model.checkpoint, records[0])
         changes = {
@@ -115,7 +121,7 @@ class GgufExporter:
         recipe = ExportRecipe.model_validate({"layout": "dense", "value_type": value_type})
         job = Job(source, recipe, lambda linear: _ones(source, linear), "portable", manifest.source.id)
         provenance = _provenance(manifest, value_type, 0.0)
-        records = write_file(job, _vocabulary(source), provenance, folder, progress)
+        records = write_file(job, job.planned(), _vocabulary(source), provenance, folder, progress)
         copy_side_files(source.folder, folder)
         return _exported(folder, records, ())
 
@@ -125,14 +131,34 @@ class GgufExporter:
 
     def decode_beside(self, folder: Path) -> SecondForm | None:
         """The portable file beside a packed one; embedding and head are the same in both."""
-        primary = find_gguf(folder)
-        portable = [path for path in folder.glob("*.gguf") if path != primary]
+        portable = self.files_beside(folder)
         if not portable:
             return None
         manifest = Manifest.read(folder)
         value_type = manifest.recipe.export.value_type
         linears = tuple(_portable(record, value_type) for record in manifest.linears)
-        return SecondForm(linears, _decode(portable[0], folder))
+        return SecondForm(linears, _decode(folder / portable[0], folder))
+
+    def files_beside(self, folder: Path) -> tuple[str, ...]:
+        """Name of the portable file beside a packed one."""
+        primary = find_gguf(folder)
+        return tuple(path.name for path in sorted(folder.glob(f"*{SUFFIX}")) if path != primary)
+
+    def dense_bytes(self, shape: tuple[int, int], value_type: ValueType, group_size: int) -> int:
+        """Of a tensor of llama.cpp's own type."""
+        del group_size
+        return dense_gguf_bytes(value_type, shape)
+
+    def describe(self, file: Path) -> StoredFile | None:
+        """Keys and tensors of any GGUF file."""
+        return describe(file)
+
+    def card(self, recipe: ExportRecipe) -> FormatNotes:
+        """Which of the two kinds of file is there, and what opens it."""
+        needs = PACKED_NEEDS if recipe.packed else PORTABLE_NEEDS.format("The `.gguf` file")
+        if recipe.packed and recipe.portable:
+            needs += " " + PORTABLE_NEEDS.format("The other one")
+        return FormatNotes(library="gguf", needs=needs)
 
 
 def _decode(path: Path, folder: Path) -> Mapping[str, NDArray[np.float32]]:
@@ -157,9 +183,9 @@ def _portable(record: TensorRecord, value_type: str) -> TensorRecord:
     return record.model_copy(update=changes)
 
 
-def _shifted(progress: Progress, start: int, total: int, done: int, _: int, label: str) -> None:
-    """The progress of one file as a part of that of all files."""
-    progress(start + done, total, label)
+def _shifted(progress: Progress, index: int, files: int, done: int, total: int, label: str) -> None:
+    """The progress of one file as a part of that of all files, which have as many tensors."""
+    progress(index * total + done, files * total, label)
 
 
 def _jobs(model: SparseModel, recipe: ExportRecipe) -> tuple[Job, ...]:
@@ -205,5 +231,4 @@ def _split(
 
 def _exported(folder: Path, records: tuple[TensorRecord, ...], notes: tuple[str, ...]) -> ExportedModel:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    tensors = tuple(record.model_dump(mode="json") for record in records)
-    return ExportedModel(folder, "gguf", files, tensors, notes)
+    return ExportedModel(folder, "gguf", files, records, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,9 @@ from losa_deploy.errors import InputError
 from losa_deploy.gguf.dense import VALUE_TYPES, scale_group
 from losa_deploy.gguf.names import PREFIX
 from losa_deploy.gguf.packed import mark_packed
-from losa_deploy.gguf.types import I8
-from losa_deploy.layouts import LAYOUTS, Choice
+from losa_deploy.gguf.types import WeightType
+from losa_deploy.interfaces import PlannedTensor
+from losa_deploy.layouts import LAYOUTS, PackOptions
 from losa_deploy.layouts.blob import to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
@@ -41,30 +42,35 @@ FILE_TYPES: Mapping[str, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 
 
 def write_file(
-    job: Job, vocabulary: Vocabulary, provenance: Provenance, folder: Path, progress: Progress
+    job: Job,
+    tensors: Iterable[PlannedTensor],
+    vocabulary: Vocabulary,
+    provenance: Provenance,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[TensorRecord, ...]:
-    """Write `folder/<job.file>`; returns the records of its linears, then of embedding and head."""
+    """Write `folder/<job.file>`, its matrices as planned; the records of its linears, then of the tables."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(folder / job.file, job.architecture.name)
     _write_keys(writer, job, vocabulary, provenance)
-    for entry in job.entries:
-        packed = entry.choice is not None
-        shape = (entry.bytes,) if packed else entry.shape
-        kind = GGMLQuantizationType((I8 if packed else entry.dense).id)
+    entries = job.entries({tensor.name: tensor for tensor in tensors})
+    for entry in entries:
+        shape = (entry.bytes,) if entry.options else entry.shape
+        kind = GGMLQuantizationType(entry.type.id)
         writer.add_tensor_info(entry.name, shape, np.dtype(np.int8), entry.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     records: dict[str, TensorRecord] = {}
-    for done, entry in enumerate(job.entries):
-        progress(done, len(job.entries), f"writing {job.file}")
+    for done, entry in enumerate(entries):
+        progress(done, len(entries), f"writing {job.file}")
         data, record = _tensor(job, entry)
         writer.write_tensor_data(data)
         if record is not None:
             records[record.name] = record
     writer.close()
-    progress(len(job.entries), len(job.entries), f"writing {job.file}")
+    progress(len(entries), len(entries), f"writing {job.file}")
     linears = [records[name] for name in job.checkpoint.linears]
     return (*linears, *(r for name, r in records.items() if name not in job.checkpoint.linears))
 
@@ -76,8 +82,9 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
         assert factors is not None
         return factors, None
     weight = job.checkpoint.array(entry.source)
-    order = job.order(entry)
-    if len(entry.shape) == 1:
+    order = job.order(entry.module, entry.shape[0])
+    planned = entry.planned
+    if planned is None:
         vector = job.architecture.vector(entry.name, weight if order is None else weight[order])
         return np.ascontiguousarray(vector, np.float32), None
     linear = entry.module in job.checkpoint.linears
@@ -86,9 +93,9 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     if order is not None:
         weight, mask = weight[order], None if mask is None else mask[order]
     try:
-        if entry.choice is not None and mask is not None:
-            return _packed(entry, entry.choice, weight, mask, grid)
-        return _dense(entry, weight, mask, grid)
+        if entry.options is not None and mask is not None:
+            return _packed(planned, entry.options, weight, mask, grid)
+        return _dense(entry, planned, weight, mask, grid)
     except ValueError as error:
         raise InputError(
             f"{entry.module} cannot be stored: {error}.", hint="Use another --value-type, e.g. f32."
@@ -96,25 +103,37 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
 
 
 def _packed(
-    entry: Entry,
-    choice: Choice,
+    planned: PlannedTensor,
+    options: PackOptions,
     weight: NDArray[np.float32],
     mask: NDArray[np.bool_],
     grid: WeightGrid | None,
 ) -> tuple[NDArray[np.generic], TensorRecord]:
-    options = choice.options if grid is None else grid.fitted(choice.options, weight.shape[1])
-    packed = LAYOUTS[choice.layout].pack(weight, mask, options)
-    blob = np.frombuffer(to_blob(packed), np.int8)
-    return blob, _record(entry, packed.layout, packed.value_type, packed.nbytes, packed.sha256)
+    options = options if grid is None else grid.fitted(options, weight.shape[1])
+    packed = LAYOUTS[planned.layout].pack(weight, mask, options)
+    record = TensorRecord(
+        name=planned.name,
+        shape=packed.shape,
+        layout=packed.layout,
+        value_type=packed.value_type,
+        nnz=packed.nnz,
+        bytes=packed.nbytes,
+        bits_per_weight=round(packed.bits_per_weight, 6),
+        sha256=packed.sha256,
+        reason=planned.reason,
+    )
+    return np.frombuffer(to_blob(packed), np.int8), record
 
 
 def _dense(
     entry: Entry,
+    planned: PlannedTensor,
     weight: NDArray[np.float32],
     mask: NDArray[np.bool_] | None,
     grid: WeightGrid | None,
 ) -> tuple[NDArray[np.generic], TensorRecord]:
     """Row after row, because rounding takes several copies and a table can have a billion weights."""
+    assert isinstance(entry.type, WeightType)  # only blobs have another
     rows, columns = weight.shape
     data = np.empty((rows, entry.bytes // rows), np.uint8)
     step = max(1, CHUNK // columns)
@@ -122,26 +141,20 @@ def _dense(
         part = slice(start, start + step)
         kept = weight[part] if mask is None else np.where(mask[part], weight[part], np.float32(0))
         of_part = None if grid is None else replace(grid, scales=grid.scales[part])
-        data[part] = encode(kept, entry.dense, of_part)
-    digest = hashlib.sha256(data.data).hexdigest()
-    return data, _record(entry, "dense", VALUE_TYPES[entry.dense], data.nbytes, digest)
-
-
-def _record(entry: Entry, layout: str, value_type: str, size: int, digest: str) -> TensorRecord:
-    shape = (entry.shape[0], entry.shape[1])
-    reason = entry.reason if entry.choice else f"{entry.dense.name}; {entry.reason}"
-    return TensorRecord(
-        name=entry.module,
-        shape=shape,
-        layout=layout,
-        value_type=value_type,
-        nnz=entry.kept,
-        bytes=size,
-        bits_per_weight=round(8.0 * size / (shape[0] * shape[1]), 6),
-        sha256=digest,
-        reason=reason,
-        group_size=scale_group(entry.dense) if entry.choice is None else 0,
+        data[part] = encode(kept, entry.type, of_part)
+    record = TensorRecord(
+        name=planned.name,
+        shape=(rows, columns),
+        layout="dense",
+        value_type=VALUE_TYPES[entry.type],
+        nnz=weight.size if mask is None else int(mask.sum()),
+        bytes=data.nbytes,
+        bits_per_weight=round(8.0 * data.nbytes / weight.size, 6),
+        sha256=hashlib.sha256(data.data).hexdigest(),
+        reason=planned.reason,
+        group_size=scale_group(entry.type),
     )
+    return data, record
 
 
 def _write_keys(writer: GGUFWriter, job: Job, vocabulary: Vocabulary, provenance: Provenance) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ from onnx import helper
 
 from losa_deploy import __version__
 from losa_deploy.bindings.libraries import library_name, library_path
+from losa_deploy.card import FormatNotes
 from losa_deploy.errors import InputError, UsageError
-from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
-from losa_deploy.layouts import PATTERNED
+from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.layouts.operator_names import DOMAIN
 from losa_deploy.manifest import SCHEMA, Manifest, hash_files
 from losa_deploy.model import SparseModel
@@ -28,23 +28,30 @@ from .attention import rope_kind
 from .functions import VERSION
 from .graph import LOG_FILE, MODEL_FILE, DenseGraph, dense_graph
 from .pack import Packing, pack_graph
-from .plan import Job, choice, plan
+from .plan import Job, estimate, plan, planned
 from .restore import restored_graph
-from .writer import DATA_FILE, Writer
+from .writer import Writer
 
 GENAI_FILE = "genai_config.json"
+STOCK_LIMIT = (
+    "ONNX Runtime without the operators of losa-deploy opens this folder too, but expands packed weights "
+    "when it loads them: memory and speed are then those of dense f32."
+)
 
 
-class OnnxExporter:
+class OnnxExporter(Exporter):
     """`--format onnx`."""
 
     name = "onnx"
+    runtime = "ort"
+    suffixes = (".onnx", ".data")
     building_bytes = 12.0
-    judge = "ort-stock"
 
-    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
+    def estimate(
+        self, linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf
+    ) -> Mapping[str, tuple[PlannedTensor, ...]]:
         """The data file; the graph is small."""
-        return {DATA_FILE: recipe.portable}
+        return estimate(linears, others, recipe, mask)
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         """Raise before any work if no graph can be right, or the recipe asks for what only GGUF has."""
@@ -55,33 +62,18 @@ class OnnxExporter:
             )
         rope_kind(source)
 
-    def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
-        """Raise before any work if a forced layout does not fit a mask, or a masked linear is unknown."""
-        self.check_source(model.checkpoint, recipe)
-        unknown = sorted(model.masked - set(model.linears))
-        if unknown:
-            raise InputError(
-                f"masks.safetensors has a mask for {unknown[0]}, which is no block linear of this model.",
-                hint="Merge the model again.",
-            )
-        if recipe.layout in PATTERNED:
-            job = _job(model, recipe)
-            for linear in model.linears:
-                choice(job, linear, model.mask(linear))
-
     def plan(self, model: SparseModel, recipe: ExportRecipe) -> ExportPlan:
-        """What `export` would write, from headers and masks only."""
+        """Layouts from the masks, sizes from headers; raises also if a masked linear is unknown."""
+        self.check_source(model.checkpoint, recipe)
+        model.check_masks()
         return plan(_job(model, recipe))
 
-    def export(
-        self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
-    ) -> ExportedModel:
+    def export(self, model: SparseModel, plan: ExportPlan, folder: Path, progress: Progress) -> ExportedModel:
         """Write the artifact and its `losa.json` into `folder`."""
-        self.check(model, recipe)
         source = model.manifest.source
         properties = {"losa.source": source.id, "losa.revision": source.revision}
-        packing = _write(_job(model, recipe), folder, properties, progress)
-        effective = model.manifest.recipe.model_copy(update={"export": recipe})
+        packing = _write(_job(model, plan.recipe), plan.tensors, folder, properties, progress)
+        effective = model.manifest.recipe.model_copy(update={"export": plan.recipe})
         manifest = model.manifest.model_copy(
             update={
                 "kind": "exported",
@@ -103,12 +95,7 @@ class OnnxExporter:
         linears = source.linears
         job = Job(source, recipe, lambda linear: np.ones(linears[linear], np.bool_))
         graph = restored_graph(exported, source)
-        return _exported(folder, write_graph(job, graph, folder, {}, progress))
-
-    def decode_beside(self, folder: Path) -> SecondForm | None:
-        """None: a folder holds one model."""
-        del folder
-        return None
+        return _exported(folder, write_graph(job, planned(job), graph, folder, {}, progress))
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         """Linear, embedding, head → weight [out, in], unpacked from the bytes of the artifact.
@@ -127,25 +114,46 @@ class OnnxExporter:
         tables = reader.decode_tables(folder, manifest.other_tensors, group_size)
         return weights.only(linears).joined(tables)
 
+    def card(self, recipe: ExportRecipe) -> FormatNotes:
+        """What opens the folder, and what it is without our operators."""
+        del recipe
+        return FormatNotes(
+            library="onnx",
+            needs=f"Any ONNX Runtime from 1.24 on opens `{MODEL_FILE}`: its packed weights come with their "
+            "own decoder in standard operators, and no library of ours is needed.",
+            limits=(STOCK_LIMIT,),
+        )
+
 
 def _job(model: SparseModel, recipe: ExportRecipe) -> Job:
     return Job(model.checkpoint, recipe, model.mask, model.grid)
 
 
-def _write(job: Job, folder: Path, properties: Mapping[str, str], progress: Progress) -> Packing:
+def _write(
+    job: Job,
+    tensors: Iterable[PlannedTensor],
+    folder: Path,
+    properties: Mapping[str, str],
+    progress: Progress,
+) -> Packing:
     """Graph, data and side files."""
     total = len(job.checkpoint.linears) + 1
     progress(0, total, "building the graph")
     with dense_graph(job.checkpoint, folder, plain=job.recipe.portable) as graph:
-        return write_graph(job, graph, folder, properties, progress)
+        return write_graph(job, tensors, graph, folder, properties, progress)
 
 
 def write_graph(
-    job: Job, graph: DenseGraph, folder: Path, properties: Mapping[str, str], progress: Progress
+    job: Job,
+    tensors: Iterable[PlannedTensor],
+    graph: DenseGraph,
+    folder: Path,
+    properties: Mapping[str, str],
+    progress: Progress,
 ) -> Packing:
-    """Everything but `losa.json`, from a dense graph of the job's checkpoint, which is used up."""
+    """Everything but `losa.json`: planned `tensors` in a dense graph of the checkpoint, which is used up."""
     config = json.loads((graph.folder / GENAI_FILE).read_text("utf-8"))
-    packing = pack_graph(job, graph, Writer(folder), progress)
+    packing = pack_graph(job, tensors, graph, Writer(folder), progress)
     _save(packing, folder, properties)
     copy_side_files(job.checkpoint.folder, folder)
     config["model"]["decoder"]["session_options"].pop("custom_ops_library", None)
@@ -176,5 +184,4 @@ def _save(packing: Packing, folder: Path, properties: Mapping[str, str]) -> None
 
 def _exported(folder: Path, packing: Packing) -> ExportedModel:
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != LOG_FILE}
-    records = tuple(record.model_dump(mode="json") for record in (*packing.linears, *packing.others))
-    return ExportedModel(folder, "onnx", files, records)
+    return ExportedModel(folder, "onnx", files, (*packing.linears, *packing.others))

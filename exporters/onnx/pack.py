@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from losa_deploy.errors import InputError
+from losa_deploy.interfaces import PlannedTensor
 from losa_deploy.layouts import LAYOUTS, PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.manifest import TensorRecord
@@ -19,8 +20,8 @@ from losa_deploy.sources.checkpoint import Checkpoint
 from .functions import function
 from .graph import DenseGraph
 from .lookup import lookup
-from .plan import Job, choice
-from .rewrite import Site, find_embedding, find_head, find_linears, replace, unpack_siblings
+from .plan import Job, linear_options, table_options
+from .rewrite import Site, find_embedding, find_head, find_linears, replace_node, unpack_siblings
 from .writer import Writer
 
 MOST_WEIGHTS = 3
@@ -46,25 +47,27 @@ class Packing:
         ]
 
 
-def pack_graph(job: Job, graph: DenseGraph, writer: Writer, progress: Progress) -> Packing:
-    """Rewrite the graph in place; packed arrays go to the writer as they are made."""
+def pack_graph(
+    job: Job, tensors: Iterable[PlannedTensor], graph: DenseGraph, writer: Writer, progress: Progress
+) -> Packing:
+    """Rewrite the graph in place, each of `tensors` as planned; packed arrays go to the writer when made."""
     packing = Packing(graph, writer)
     unpack_siblings(graph)
     checkpoint = job.checkpoint
-    linears = checkpoint.linears
+    linears, planned = checkpoint.linears, {tensor.name: tensor for tensor in tensors}
     sites = find_linears(graph, linears, lambda name: checkpoint.array(f"{name}.weight"))
     done = 0
     for group in _siblings(checkpoint):
         stored: list[Stored] = []
         for name in group:
             progress(done, len(linears) + 1, f"packing {name}")
-            packed, reason = _packed(job, name)
+            packed = _packed(job, planned[name])
             stored.append(Stored(name, sites[name], packed))
-            packing.linears.append(_record(name, packed, reason))
+            packing.linears.append(_record(planned[name], packed))
             done += 1
         _place(packing, stored)
     progress(len(linears), len(linears) + 1, "packing embedding and head")
-    _pack_ends(job, packing)
+    _pack_ends(job, planned, packing)
     _keep_rest(packing)
     progress(len(linears) + 1, len(linears) + 1, "packed")
     return packing
@@ -92,21 +95,20 @@ def _siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
             yield tuple(prefix + name for name in names)
 
 
-def _packed(job: Job, name: str) -> tuple[PackedTensor, str]:
-    """A linear as it will be stored, and why so."""
-    mask = job.mask(name)
-    picked = choice(job, name, mask)
-    grid = job.grid(name)
-    options = picked.options if grid is None else grid.fitted(picked.options, mask.shape[1])
+def _packed(job: Job, tensor: PlannedTensor) -> PackedTensor:
+    """A linear in the planned layout."""
+    name, mask, grid = tensor.name, job.mask(tensor.name), job.grid(tensor.name)
+    options = replace(linear_options(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
+    if grid is not None:
+        options = grid.fitted(options, mask.shape[1])
     try:
-        packed = LAYOUTS[picked.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, options)
+        return LAYOUTS[tensor.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, options)
     except ValueError as error:
         raise InputError(
-            f"{name} cannot be stored as {picked.options.value_type}: {error}.",
+            f"{name} cannot be stored as {tensor.value_type}: {error}.",
             hint="Choose another --value-type, e.g. f32.",
             details={"tensor": name},
         ) from None
-    return packed, picked.reason
 
 
 def _place(packing: Packing, group: list[Stored]) -> None:
@@ -133,8 +135,8 @@ def _place(packing: Packing, group: list[Stored]) -> None:
                     helper.make_node("Add", [_target(stored), bias], [output], name=f"{stored.name}.bias_add")
                 )
         for stored in members[1:]:
-            replace(packing.graph, stored.site.node, [])
-        replace(packing.graph, members[0].site.node, nodes)
+            replace_node(packing.graph, stored.site.node, [])
+        replace_node(packing.graph, members[0].site.node, nodes)
 
 
 def _bias(node: onnx.NodeProto) -> str:
@@ -174,35 +176,35 @@ def _packed_node(
     return node
 
 
-def _pack_ends(job: Job, packing: Packing) -> None:
-    """Store embedding and head in the head's value type; a tied pair shares one set of initializers."""
-    checkpoint, options = job.checkpoint, job.head_options
-    for name, (tensor, shape) in job.other.items():
-        table = checkpoint.array(tensor)
+def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing) -> None:
+    """Store embedding and head as planned; a tied pair shares one set of initializers."""
+    checkpoint = job.checkpoint
+    for name, (stored_as, shape) in job.other.items():
+        tensor, table = planned[name], checkpoint.array(stored_as)
+        options = replace(table_options(job.recipe), value_type=tensor.value_type)
         gather = find_embedding(packing.graph, table) if name == checkpoint.family.embedding else None
         is_head = checkpoint.tied or name == checkpoint.family.head
         head = find_head(packing.graph, table) if is_head else None
         if (gather is None and name == checkpoint.family.embedding) or (head is None and is_head):
             raise InputError(
-                f"The ONNX graph of this model does not use {tensor} as expected.",
+                f"The ONNX graph of this model does not use {stored_as} as expected.",
                 hint="Report this with the model's config.json.",
             )
         try:
-            packed = LAYOUTS["dense"].pack(table, np.ones(shape, np.bool_), options)
+            packed = LAYOUTS[tensor.layout].pack(table, np.ones(shape, np.bool_), options)
         except ValueError as error:
             raise InputError(f"{name} cannot be stored as {options.value_type}: {error}.") from None
-        reason = "shared by embedding and head" if checkpoint.tied else "embedding and head stay dense"
-        packing.others.append(_record(name, packed, reason))
+        packing.others.append(_record(tensor, packed))
         if options.value_type == "f32":
             _name_nodes(checkpoint, gather, head)
             continue
         stored = [packing.writer.add(f"{name}.{part}", array) for part, array in packed.arrays.items()]
         if gather is not None:
-            replace(packing.graph, gather, lookup(packing.writer, name, packed, stored, gather))
+            replace_node(packing.graph, gather, lookup(packing.writer, name, packed, stored, gather))
         if head is not None:
             node, head_name = head.node, checkpoint.family.head
             by = _packed_node(packing, head_name, packed, [node.input[0], *stored], [node.output[0]])
-            replace(packing.graph, node, [by])
+            replace_node(packing.graph, node, [by])
 
 
 def _name_nodes(checkpoint: Checkpoint, gather: onnx.NodeProto | None, head: Site | None) -> None:
@@ -236,9 +238,10 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     graph.node.extend(reversed(kept))
 
 
-def _record(name: str, packed: PackedTensor, reason: str) -> TensorRecord:
+def _record(tensor: PlannedTensor, packed: PackedTensor) -> TensorRecord:
+    """What was stored, and why so."""
     return TensorRecord(
-        name=name,
+        name=tensor.name,
         shape=packed.shape,
         layout=packed.layout,
         value_type=packed.value_type,
@@ -246,5 +249,5 @@ def _record(name: str, packed: PackedTensor, reason: str) -> TensorRecord:
         bytes=packed.nbytes,
         bits_per_weight=round(packed.bits_per_weight, 6),
         sha256=packed.sha256,
-        reason=reason,
+        reason=tensor.reason,
     )

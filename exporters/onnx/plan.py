@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.interfaces import ExportPlan, PlannedTensor
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, Choice, PackOptions, choose, forced
+from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
+from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
-from losa_deploy.recipe import ExportRecipe
+from losa_deploy.recipe import ExportRecipe, ValueType
 from losa_deploy.sources.checkpoint import Checkpoint
 
+from .graph import MODEL_FILE
 from .writer import DATA_FILE, INLINE_BYTES, padded
 
 GRAPH_BYTES = 3000
@@ -37,18 +38,6 @@ class Job:
     """Linear → the grid that it was trained on, if any."""
 
     @property
-    def options(self) -> PackOptions:
-        """How block values are stored; `portable` means f32."""
-        value_type: str = "f32" if self.recipe.portable else self.recipe.value_type
-        return PackOptions(value_type, self.recipe.group_size, search=True)
-
-    @property
-    def head_options(self) -> PackOptions:
-        """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
-        chosen = VALUE_TYPES[self.options.value_type].head if self.recipe.head == "same" else self.recipe.head
-        return PackOptions("f32" if self.recipe.portable else chosen, self.recipe.group_size)
-
-    @property
     def other(self) -> Mapping[str, tuple[str, tuple[int, int]]]:
         """Module name → (tensor, shape (rows, columns)) of embedding and head; tied, they are one."""
         family, checkpoint = self.checkpoint.family, self.checkpoint
@@ -60,31 +49,68 @@ class Job:
         return result
 
 
-def choice(job: Job, linear: str, mask: NDArray[np.bool_]) -> Choice:
+def linear_options(recipe: ExportRecipe) -> PackOptions:
+    """How block values are stored; `portable` means f32."""
+    value_type: ValueType = "f32" if recipe.portable else recipe.value_type
+    return PackOptions(value_type, recipe.group_size, search=True)
+
+
+def table_options(recipe: ExportRecipe) -> PackOptions:
+    """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
+    chosen = VALUE_TYPES[recipe.value_type].head if recipe.head == "same" else recipe.head
+    return PackOptions("f32" if recipe.portable else chosen, recipe.group_size)
+
+
+def linear_tensor(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> PlannedTensor:
     """Layout of one linear; raises `UsageError` naming it if a forced layout cannot represent it."""
-    layout, options = job.recipe.layout, job.options
-    if job.recipe.portable:
+    picked = _choice(recipe, name, mask)
+    return PlannedTensor(
+        name,
+        (mask.shape[0], mask.shape[1]),
+        picked.layout,
+        picked.options.value_type,
+        int(mask.sum()),
+        picked.bytes,
+        picked.reason,
+        picked.options.pattern,
+    )
+
+
+def _choice(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> Choice:
+    options = linear_options(recipe)
+    if recipe.portable:
         return Choice(
             "dense", options, LAYOUTS["dense"].size(mask, options), "portable: standard operators only"
         )
-    if layout == "auto":
+    if recipe.layout == "auto":
         return choose(mask, options)
-    return forced(layout, linear, mask, options)
+    return forced(recipe.layout, name, mask, options)
+
+
+def table_tensor(recipe: ExportRecipe, name: str, shape: tuple[int, int], *, tied: bool) -> PlannedTensor:
+    """The embedding or the head; `tied`: it is both."""
+    options = table_options(recipe)
+    reason = "shared by embedding and head" if tied else "embedding and head stay dense"
+    size = dense_size(shape, options)
+    return PlannedTensor(name, shape, "dense", options.value_type, shape[0] * shape[1], size, reason)
 
 
 def planned(job: Job) -> Iterator[PlannedTensor]:
     """Every linear in block order, then embedding and head."""
-    for name, shape in job.checkpoint.linears.items():
-        mask = job.mask(name)
-        picked = choice(job, name, mask)
-        kept = int(mask.sum())
-        value_type = picked.options.value_type
-        yield PlannedTensor(name, shape, picked.layout, value_type, kept, picked.bytes, picked.reason)
+    for name in job.checkpoint.linears:
+        yield linear_tensor(job.recipe, name, job.mask(name))
     for name, (_, shape) in job.other.items():
-        options = job.head_options
-        reason = "embedding, shared with the head" if job.checkpoint.tied else "embedding and head stay dense"
-        size = dense_size(shape, options)
-        yield PlannedTensor(name, shape, "dense", options.value_type, shape[0] * shape[1], size, reason)
+        yield table_tensor(job.recipe, name, shape, tied=job.checkpoint.tied)
+
+
+def estimate(
+    linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf
+) -> Mapping[str, tuple[PlannedTensor, ...]]:
+    """The data file of a model with these shapes; the graph is small."""
+    tensors = [linear_tensor(recipe, name, mask(shape)) for name, shape in linears.items()]
+    tied = len(others) == 1
+    tensors += [table_tensor(recipe, name, shape, tied=tied) for name, shape in others.items()]
+    return {DATA_FILE: tuple(tensors)}
 
 
 def plan(job: Job) -> ExportPlan:
@@ -99,8 +125,8 @@ def plan(job: Job) -> ExportPlan:
     graph = GRAPH_BASE + GRAPH_BYTES * len(job.checkpoint.linears)
     graph += sum(min(tensor.bytes, INLINE_BYTES) for tensor in tensors if tensor.bytes <= INLINE_BYTES)
     dense = sum(4 * int(np.prod(job.checkpoint.shape(name))) for name in job.checkpoint.files)
-    files = {"model.onnx": graph, DATA_FILE: data}
+    files = {MODEL_FILE: graph, DATA_FILE: data}
     for path in sorted(job.checkpoint.folder.glob("*.json")):
         if path.name.startswith(("tokenizer", "config", "generation", "special", "vocab", "added")):
             files[path.name] = path.stat().st_size
-    return ExportPlan("onnx", files, tensors, 3 * dense + RUNTIME_BYTES)
+    return ExportPlan("onnx", job.recipe, files, tensors, 3 * dense + RUNTIME_BYTES)

@@ -99,7 +99,7 @@ def find_embedding(graph: DenseGraph, table: NDArray[np.float32]) -> onnx.NodePr
     return None
 
 
-def replace(graph: DenseGraph, node: onnx.NodeProto, by: list[onnx.NodeProto]) -> None:
+def replace_node(graph: DenseGraph, node: onnx.NodeProto, by: list[onnx.NodeProto]) -> None:
     """Put other nodes in the place of one."""
     nodes = graph.model.graph.node
     index = next(i for i, other in enumerate(nodes) if other is node)

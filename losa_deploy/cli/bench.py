@@ -174,17 +174,27 @@ def _check_flags(args: argparse.Namespace, mode: str) -> None:
 
 def models_to_measure(paths: list[Path], baseline: Path | None) -> dict[str, Path]:
     """Label → folder, the dense baseline first; `UsageError` for a folder given twice."""
-    from losa_deploy.pipeline import work_folder
-
-    kind = "onnx" if (paths[0] / "model.onnx").is_file() else "gguf"
-    dense = baseline or work_folder(paths[0] if paths[0].is_dir() else paths[0].parent) / f"dense-{kind}"
-    chosen = ([dense] if baseline or dense.is_dir() else []) + paths
+    dense = baseline or _kept_baseline(paths[0] if paths[0].is_dir() else paths[0].parent)
+    chosen = ([dense] if dense else []) + paths
     labels = [str(path) for path in chosen]
     if len(set(labels)) < len(labels):
         raise UsageError("A model folder is given twice.", hint="Name every folder once.")
     return {
         ("dense " if path == dense else "") + label: path for label, path in zip(labels, chosen, strict=True)
     }
+
+
+def _kept_baseline(artifact: Path) -> Path | None:
+    """The dense baseline in the work folder of an artifact; None if there is none."""
+    from losa_deploy.benchmarks.report.baseline import baseline_name
+    from losa_deploy.manifest import Manifest
+    from losa_deploy.pipeline import work_folder
+
+    try:
+        dense = work_folder(artifact) / baseline_name(Manifest.read(artifact).format)
+    except InputError:
+        return None
+    return dense if dense.is_dir() else None
 
 
 def _run_folders(args: argparse.Namespace, console: Console) -> None:

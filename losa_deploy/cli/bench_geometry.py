@@ -29,10 +29,15 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
     from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
-    from losa_deploy.benchmarks.synthetic.peers import build_contenders, known_peers, measure_contenders
+    from losa_deploy.benchmarks.synthetic.peers import (
+        ONNX_RUNTIME,
+        build_contenders,
+        known_peers,
+        measure_contenders,
+    )
 
     geometry: Geometry = pick(args.geometry, GEOMETRIES, "geometry", "--geometry")
-    runtime, threads = plugins.load_runtime(args.runtime or "ort"), thread_count(args)
+    runtime, threads = plugins.load_runtime(args.runtime or ONNX_RUNTIME), thread_count(args)
     storage, load = chosen_storage(args), chosen_load(args, runtime.name)
     head = chosen_head(args, runtime.name)
     peers = chosen_peers(args.peers, known_peers(runtime.name))
@@ -103,10 +108,12 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
 
 def chosen_head(args: argparse.Namespace, runtime: str) -> str:
     """Value type of our head; `UsageError` where llama.cpp computes it."""
-    if args.head and runtime != "ort":
+    from losa_deploy.benchmarks.synthetic.peers import ONNX_RUNTIME, stores_head
+
+    if args.head and not stores_head(runtime):
         raise UsageError(
             f"--head chooses our head in ONNX Runtime; {runtime} computes its own.",
-            hint="Leave out --head, or add --runtime ort.",
+            hint=f"Leave out --head, or add --runtime {ONNX_RUNTIME}.",
         )
     return args.head or "i8"
 

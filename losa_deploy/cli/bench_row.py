@@ -104,13 +104,14 @@ def _recipe(row: RecipeRow, source: Checkpoint, record: SourceRecord, job: RowJo
     from losa_deploy import plugins
     from losa_deploy.benchmarks.report.baseline import folder_bytes
     from losa_deploy.card import mean_bits
-    from losa_deploy.cli import pipeline
+    from losa_deploy.cli import all_stages
     from losa_deploy.manifest import Manifest
 
     recipe, folder = row.effective(), Path(job.folder)
     if row.format != "none":
         plugins.load_exporter(row.format).check_source(source, recipe.export)
-    model = pipeline.merged_model(source, record, recipe, folder, {}, console, texts=Path(job.shared))
+    texts = Path(job.shared)
+    model = all_stages.merged_model(source, record, recipe, folder, {}, console, texts=texts)
     place = model.folder if row.format == "none" else _exported(row.format, model, recipe, folder, console)
     manifest = Manifest.read(place)
     return Made(
@@ -150,12 +151,12 @@ def grid_bits(model: SparseModel) -> float | None:
 def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, console: Console) -> Path:
     from losa_deploy import plugins
     from losa_deploy.output import staged_output
+    from losa_deploy.planned import export_planned
 
     exporter = plugins.load_exporter(name)
-    exporter.check(model, recipe.export)
-    output = folder / name
+    plan, output = exporter.plan(model, recipe.export), folder / name
     with staged_output(output, overwrite=True) as place, console.stage("export") as progress:
-        exporter.export(model, recipe.export, place, progress)
+        export_planned(exporter, model, plan, place, progress)
         stamp_recipe(place, recipe)
     return output
 

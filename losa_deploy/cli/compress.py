@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     recipe = make_recipe(args)
     if printed_recipe(args, recipe, console):
         return
-    from losa_deploy.cli import expect, pipeline, stages
+    from losa_deploy.cli import all_stages, expect, stages
     from losa_deploy.compress.team import joined
 
     output = args.output or stages.default_output(args.model, recipe, "adapted")
@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     room = expect.room(args)
     work = work_folder(output)
     if args.dry_run:
-        found = expect.expected(args, *pipeline.source_shapes(args), recipe)
+        found = expect.expected(args, *all_stages.source_shapes(args), recipe)
         expect.show(found, output, expect.budget(args), console, as_json=args.json)
         return
     console.info(f"Output: {output}")
@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         source, record = team.after_the_first(lambda: stages.open_source(args, work, console))
         complete = team.after_the_first(lambda: _complete(args, output, record, recipe))
         if not complete:
-            found = expect.expected(args, *pipeline.checkpoint_shapes(source), recipe)
+            found = expect.expected(args, *all_stages.checkpoint_shapes(source), recipe)
             console.info(expect.line(found))
             expect.require(found, output, room.bytes)
         adapted = stages.run_compress(source, record, recipe, output, console, room=room)

@@ -38,9 +38,9 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     recipe = make_recipe(args)
     if printed_recipe(args, recipe, console):
         return
-    from losa_deploy.cli import pipeline
+    from losa_deploy.cli import all_stages
 
-    pipeline.compress_and_export(args, recipe, console)
+    all_stages.compress_and_export(args, recipe, console)
 
 
 COMMAND = Command(

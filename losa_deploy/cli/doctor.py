@@ -38,7 +38,7 @@ def collect() -> dict[str, object]:
         "logical_cores": machine.logical_cores,
         "native_library": _native(),
         **_kernels(),
-        **_ggml(),
+        **_runtimes(),
         "memory_bytes": machine.ram_bytes,
         "memory_available_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": free_bytes(Path.cwd()),
@@ -64,44 +64,23 @@ def _native() -> str:
 
 
 def _kernels() -> dict[str, object]:
-    """Which kernels run here and why, which could, and whether ONNX Runtime can use them."""
+    """Which kernels run here and why, and which could."""
     try:
         from losa_deploy import _native
     except ImportError:
-        return {
-            "kernel_target": "none",
-            "kernel_reason": "",
-            "kernel_targets": [],
-            "onnxruntime_operators": "",
-        }
-    from losa_deploy.bindings.libraries import library_path
-    from losa_deploy.errors import MissingError
-    from losa_deploy.runtimes.ort.library import refusal
-
-    try:
-        operators = refusal() or str(library_path())
-    except (ImportError, MissingError) as error:
-        operators = f"not usable: {error}"
+        return {"kernel_target": "none", "kernel_reason": "", "kernel_targets": []}
     return {
         "kernel_target": _native.target_name(),
         "kernel_reason": _native.target_reason(),
         "kernel_targets": _native.targets(),
-        "onnxruntime_operators": operators,
     }
 
 
-def _ggml() -> dict[str, object]:
-    """Version of llama-cpp-python, and how our backend runs in it or why it cannot."""
-    from losa_deploy.bindings.llama_cpp import version
-    from losa_deploy.errors import MissingError
-    from losa_deploy.runtimes.llamacpp.backend import attach
+def _runtimes() -> dict[str, str]:
+    """What each runtime says about this machine."""
+    from losa_deploy import plugins
 
-    try:
-        backend = attach()
-        state = backend.plugin.status if backend.plugin else f"not usable: {backend.reason}"
-    except MissingError as error:
-        state = f"not usable: {error}"
-    return {"llama_cpp_python": version() or "not installed", "ggml_backend": state}
+    return {key: value for runtime in plugins.usable_runtimes() for key, value in runtime.facts().items()}
 
 
 def _default_model() -> str:

@@ -33,7 +33,6 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     recipe = revise_recipe(model.manifest.recipe, args)
     if printed_recipe(args, recipe, console):
         return
-    exporter.check(model, recipe.export)
     output = args.output or sibling(args.path.absolute(), f"-{args.format}")
     planned = exporter.plan(model, recipe.export)
     if args.dry_run:
@@ -41,12 +40,13 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         return
     check_output(output, overwrite=args.overwrite)
     require_intact(model)
-    require_runtime(exporter.name, recipe.export.packed)
+    require_runtime(exporter, recipe.export)
     plan.require_resources(planned, output)
     console.info(plan.line(planned, output))
     work = work_folder(output)
     with console.captured(work / finish.LOG):
-        job = finish.Job(exporter, model, recipe, output, work, thread_count(args), args.overwrite)
+        threads = thread_count(args)
+        job = finish.Job(exporter, model, planned, recipe, output, work, threads, args.overwrite)
         report = finish.export_and_measure(job, console)
     finish.show(report, output, console, as_json=args.json)
 

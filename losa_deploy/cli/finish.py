@@ -16,7 +16,7 @@ from losa_deploy.pipeline import pick_runtime, stamp_recipe
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.report.assemble import Job as Measurement
     from losa_deploy.benchmarks.report.document import Report
-    from losa_deploy.interfaces import Exporter, Runtime
+    from losa_deploy.interfaces import Exporter, ExportPlan, Runtime
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
     from losa_deploy.sources.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ class Job:
 
     exporter: Exporter
     model: SparseModel
+    plan: ExportPlan
     recipe: Recipe
     output: Path
     work: Path
@@ -53,10 +54,11 @@ def export_and_measure(job: Job, console: Console) -> Report:
     from losa_deploy.benchmarks.report.measure import measure
     from losa_deploy.card import write_card
     from losa_deploy.manifest import Manifest
+    from losa_deploy.planned import export_planned
 
     with staged_output(job.output, overwrite=job.overwrite) as folder:
         with stages.timed(job.timings, "export"), console.stage("export") as progress:
-            exported = job.exporter.export(job.model, job.recipe.export, folder, progress)
+            exported = export_planned(job.exporter, job.model, job.plan, folder, progress)
         for note in exported.notes:
             console.info(note)
         stamp_recipe(folder, job.recipe)
@@ -70,7 +72,8 @@ def export_and_measure(job: Job, console: Console) -> Report:
                 _measurement(job, folder, runtime, console), parity, timings=job.timings, progress=progress
             )
         report.write(folder)
-        write_card(folder, Manifest.read(folder), report.card(), previous=job.output)
+        notes = job.exporter.card(job.recipe.export)
+        write_card(folder, Manifest.read(folder), report.card(), notes, previous=job.output)
         log = job.work / LOG
         if log.is_file():
             shutil.copyfile(log, folder / LOG)

@@ -40,7 +40,7 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def add_format(parser: argparse.ArgumentParser) -> None:
     """The artifact format; see `losa-deploy formats`."""
     parser.add_argument(
-        "-f", "--format", required=True, metavar="FORMAT", help="artifact format, e.g. onnx (see `formats`)"
+        "-f", "--format", required=True, metavar="FORMAT", help="artifact format (see `losa-deploy formats`)"
     )
 
 

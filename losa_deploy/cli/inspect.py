@@ -37,17 +37,17 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _file(args: argparse.Namespace, console: Console) -> None:
-    """What a GGUF file says of itself."""
-    from losa_deploy.cli import inspect_gguf
+    """What a single file says of itself."""
+    from losa_deploy.cli import inspect_file
 
-    found = inspect_gguf.document(args.path)
+    found = inspect_file.described(args.path)
     if args.json:
-        console.result_json(found)
+        console.result_json(inspect_file.document(found, args.path))
         return
-    console.result(table((), inspect_gguf.rows(found, args.path)))
+    console.result(table((), inspect_file.rows(found, args.path)))
     console.result("")
     header = ("tensor", "shape", "layout", "values", "sparsity", "bytes", "bits/weight")
-    console.result(table(header, inspect_gguf.tensor_rows(found)))
+    console.result(table(header, inspect_file.tensor_rows(found)))
 
 
 def document(manifest: Manifest, folder: Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,13 @@ from losa_deploy.errors import MissingError, ResourceError
 from losa_deploy.output import free_bytes, require_disk
 
 if TYPE_CHECKING:
-    from losa_deploy.compress.estimate import Estimate
-    from losa_deploy.interfaces import Exporter, ExportPlan, PlannedTensor
-    from losa_deploy.recipe import Recipe
+    import numpy as np
+    from numpy.typing import NDArray
 
-Shapes = Mapping[str, tuple[int, int]]
+    from losa_deploy.compress.estimate import Estimate
+    from losa_deploy.interfaces import Exporter, ExportPlan, PlannedTensor, Shapes
+    from losa_deploy.recipe import Recipe, SparsityRecipe
+
 LIBRARY_BYTES = 1_000_000_000
 """What torch, transformers and ONNX Runtime take before a model is loaded."""
 RIVAL_BYTES = 0.6
@@ -31,15 +33,8 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
     """
     from losa_deploy.interfaces import ExportPlan
 
-    def planned(*, dense: bool) -> tuple[PlannedTensor, ...]:
-        found = [_planned(n, shape, recipe, pruned=True, dense=dense) for n, shape in linears.items()]
-        return (
-            *found,
-            *(_planned(n, shape, recipe, pruned=False, dense=True) for n, shape in others.items()),
-        )
-
     export = recipe.export
-    files = {name: planned(dense=dense) for name, dense in exporter.parts(export).items()}
+    files = exporter.estimate(linears, others, export, partial(expected_mask, recipe.sparsity))
     parameters = sum(rows * columns for rows, columns in (*linears.values(), *others.values()))
     sizes = {file: sum(tensor.bytes for tensor in tensors) for file, tensors in files.items()}
     compared = max(sizes.values()) + RIVAL_BYTES * parameters
@@ -47,52 +42,28 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
     loaded = _loading_bytes(exporter) * parameters
     exact = loaded if recipe.verify.level != "off" and LIBRARY_BYTES + loaded <= memory else 0
     peak = LIBRARY_BYTES + int(max(compared, judged, exact, exporter.building_bytes * parameters))
-    return ExportPlan(exporter.name, sizes, next(iter(files.values())), peak)
+    return ExportPlan(exporter.name, export, sizes, next(iter(files.values())), peak)
 
 
-def _loading_bytes(exporter: Exporter) -> int:
-    """Per parameter, of the runtime without our kernels that judges an export where it fits."""
-    from losa_deploy import plugins
-    from losa_deploy.verify.check import EXACT_BYTES
-
-    try:
-        judge = plugins.load_runtime(exporter.judge)
-    except MissingError:  # an export will say so; a plan needs no runtime
-        return EXACT_BYTES
-    return int(getattr(judge, "loading_bytes", EXACT_BYTES))
-
-
-def _planned(
-    name: str, shape: tuple[int, int], recipe: Recipe, *, pruned: bool, dense: bool
-) -> PlannedTensor:
+def expected_mask(sparsity: SparsityRecipe, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask [out, in] of the recipe's pattern and rate: the first columns (of each group) are kept."""
     import numpy as np
 
-    from losa_deploy.interfaces import PlannedTensor
-    from losa_deploy.layouts import LAYOUTS, PackOptions, choose
+    columns = np.arange(shape[1])
+    group = sparsity.group
+    kept = columns % group[1] < group[0] if group else columns < round(shape[1] * (1 - sparsity.target))
+    return np.ascontiguousarray(np.broadcast_to(kept, shape))
 
-    export = recipe.export
-    value_type = export.value_type
-    mask = np.ones(shape, np.bool_)
-    if pruned:
-        columns = np.arange(shape[1])
-        group = recipe.sparsity.group
-        kept = (
-            columns % group[1] < group[0]
-            if group
-            else columns < round(shape[1] * (1 - recipe.sparsity.target))
-        )
-        mask[:] = kept
-    elif export.head == "same":
-        value_type = "i8" if value_type == "i4" else value_type
-    else:
-        value_type = export.head
-    options = PackOptions(value_type=value_type, group_size=export.group_size)
-    choice = choose(mask, options)
-    layout, size, reason = choice.layout, choice.bytes, choice.reason
-    if dense or export.layout == "dense":
-        layout, size = "dense", LAYOUTS["dense"].size(mask, options)
-        reason = "embedding or head" if not pruned else "portable" if dense else "asked for"
-    return PlannedTensor(name, shape, layout, value_type, int(mask.sum()), size, reason)
+
+def _loading_bytes(exporter: Exporter) -> float:
+    """Per parameter, of the runtime without our kernels that judges an export where it fits."""
+    from losa_deploy import plugins
+    from losa_deploy.interfaces import Runtime
+
+    try:
+        return plugins.load_runtime(exporter.runtime).exact().loading_bytes
+    except MissingError:  # an export will say so; a plan needs no runtime
+        return Runtime.loading_bytes
 
 
 def line(plan: ExportPlan, output: Path) -> str:

@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         tokenizer = load_tokenizer(args.model)
         engine = _engine(runtime, args, console)
         try:
-            name = args.model_name or args.model.absolute().name.removesuffix(".gguf")
+            name = args.model_name or _name(args.model.absolute())
             model = Model(name, tokenizer, engine, _modified(args.model))
             app = create_app(model, key=key, log=console.warn, access=console.detail)
             run(
@@ -107,6 +107,11 @@ def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Eng
     session = runtime.open(args.model, threads=threads)
     warn_of_fallback(runtime, console)
     return QueueEngine(runtime.name, session, queue=args.queue, context=args.context, log=console.warn)
+
+
+def _name(path: Path) -> str:
+    """Of a folder, or of a file without its suffix."""
+    return path.stem if path.is_file() else path.name
 
 
 def _modified(path: Path) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from losa_deploy.interfaces import Exporter, Runtime
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
-    from losa_deploy.recipe import Recipe
+    from losa_deploy.recipe import ExportRecipe, Recipe
     from losa_deploy.sources.checkpoint import Checkpoint
     from losa_deploy.verify.check import Parity
 
@@ -135,26 +135,15 @@ def is_intact(folder: Path, again: str, console: Console) -> bool:
 
 def warn_of_fallback(runtime: Runtime, console: Console) -> None:
     """Say if the model that `runtime` opened last runs without our kernels."""
-    reason = getattr(runtime, "fallback", "")
-    if reason:
-        console.warn(f"{runtime.name} runs without our kernels: {reason}")
+    if runtime.fallback:
+        console.warn(f"{runtime.name} runs without our kernels: {runtime.fallback}")
 
 
-def require_runtime(exporter: str, packed: bool) -> None:
+def require_runtime(exporter: Exporter, recipe: ExportRecipe) -> None:
     """Raise `MissingError` if this machine cannot open what is to be exported; called before any work."""
-    if exporter != "gguf":
-        return
-    from losa_deploy.bindings.llama_cpp import load
-    from losa_deploy.errors import MissingError
-    from losa_deploy.runtimes.llamacpp.backend import attach
+    from losa_deploy import plugins
 
-    load()
-    backend = attach()
-    if packed and backend.reason:
-        raise MissingError(
-            f"A packed GGUF cannot be checked here, because our backend cannot be used: {backend.reason}",
-            hint="Leave --packed out, or see `losa-deploy doctor`.",
-        )
+    plugins.load_runtime(exporter.runtime).require(packed=recipe.packed)
 
 
 def run_verify(

@@ -56,9 +56,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 def _merged(args: argparse.Namespace) -> tuple[dict[str, object], tuple[str, ...]]:
     from losa_deploy.model import SparseModel
+    from losa_deploy.plugins import weight_suffixes
     from losa_deploy.verify.check import verify_merged
 
-    check = verify_merged(SparseModel.open(args.path))
+    check = verify_merged(SparseModel.open(args.path), weight_suffixes())
     return dataclasses.asdict(check), check.reasons
 
 

@@ -323,9 +323,8 @@ def _model_phases(
         steps = phase.steps(*tokens.shape, last=last)
         trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
         if sharded:
-            losses = _sharded_phase(
-                run, partial, number, phase, (step, tokens, steps, _teacher(run, phase, dense))
-            )
+            work = _PhaseWork(step, number, phase, tokens, steps, _teacher(run, phase, dense))
+            losses = _sharded_phase(run, partial, work)
             records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
             continue
         linears = [run.student.masked(name) for name in run.student.names]
@@ -350,23 +349,36 @@ def _model_phases(
     return records
 
 
-def _sharded_phase(
-    run: _Run, partial: Partial, number: int, phase: PhaseRecipe, work: tuple[int, Tensor, int, Tensor | None]
-) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class _PhaseWork:
+    """One phase through the whole model in one schedule step."""
+
+    step: int
+    number: int
+    """Of the phase, from 0."""
+    phase: PhaseRecipe
+    tokens: Tensor
+    """[sequences, length]"""
+    steps: int
+    """Of the optimizer."""
+    teacher: Tensor | None
+    """What the dense model's head reads, where that is known."""
+
+
+def _sharded_phase(run: _Run, partial: Partial, work: _PhaseWork) -> tuple[float, ...]:
     """A phase whose parameters the processes share out; its losses. What an interrupted run has is taken."""
-    step, tokens, steps, teacher = work
-    known = take_up(run.student, partial, number)
+    known = take_up(run.student, partial, work.number)
     if known is not None:
         return known
-    trained = shared_out(run.student, phase, run.team)
+    trained = shared_out(run.student, work.phase, run.team)
     task = ModelTask(
-        trained, run.dense, tuple(n for n in trained.names if n in run.masked), tokens, phase, steps,
-        run.recipe.precision, run.recipe.seed, ("tune", step, number),
-        recompute=True, teacher=teacher, team=run.team, sharded=True,
+        trained, run.dense, tuple(n for n in trained.names if n in run.masked), work.tokens, work.phase,
+        work.steps, run.recipe.precision, run.recipe.seed, ("tune", work.step, work.number),
+        recompute=True, teacher=work.teacher, team=run.team, sharded=True,
     )  # fmt: skip
-    label = f"step {step}/{run.recipe.schedule.steps}: phase {number}"
-    losses = tune(task, partial, _reporter(run, steps, label))
-    collect(trained, run.student, partial, run.team, number, losses)
+    label = f"step {work.step}/{run.recipe.schedule.steps}: phase {work.number}"
+    losses = tune(task, partial, _reporter(run, work.steps, label))
+    collect(trained, run.student, partial, run.team, work.number, losses)
     return losses
 
 

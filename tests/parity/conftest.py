@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from losa_deploy.interfaces import ExportedModel, Exporter
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
-from losa_deploy.recipe import Recipe
+from losa_deploy.planned import export_planned
+from losa_deploy.progress import no_progress
+from losa_deploy.recipe import ExportRecipe, Recipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files, write_weights
 
 SHAPE = {
@@ -53,6 +56,11 @@ def prune(source: Path, folder: Path) -> SparseModel:
         folder
     )
     return SparseModel.open(folder)
+
+
+def export_as(exporter: Exporter, model: SparseModel, recipe: ExportRecipe, folder: Path) -> ExportedModel:
+    """What the commands do: plan, write by the plan, compare."""
+    return export_planned(exporter, model, exporter.plan(model, recipe), folder, no_progress)
 
 
 @pytest.fixture(scope="session")

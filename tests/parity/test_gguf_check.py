@@ -18,9 +18,10 @@ from losa_deploy.gguf.check import check_gguf
 from losa_deploy.gguf.file import SCALARS, open_header
 from losa_deploy.gguf.view import is_packed, standard_view, write_expanded
 from losa_deploy.model import SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.locate import default_model
+
+from .conftest import export_as
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -30,7 +31,7 @@ def files(merged_llama: SparseModel, tmp_path_factory: pytest.TempPathFactory) -
     """`packed` and `portable`: both files of an export."""
     folder = tmp_path_factory.mktemp("both")
     recipe = ExportRecipe(value_type="i8", packed=True, portable=True)
-    GgufExporter().export(merged_llama, recipe, folder, no_progress)
+    export_as(GgufExporter(), merged_llama, recipe, folder)
     return {"packed" if is_packed(path) else "portable": path for path in folder.glob("*.gguf")}
 
 

@@ -29,7 +29,7 @@ from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 from losa_deploy.verify.check import Parity, _check_weights, verify_export
 
-from .conftest import GATED, Make
+from .conftest import GATED, Make, export_as
 
 TOKENS = (5, 17, 200, 3, 44, 260, 8, 99)
 
@@ -69,7 +69,7 @@ def export(model: SparseModel, folder: Path, **recipe: object) -> Path:
     """The folder of an export, checked as `verify` does."""
     folder.mkdir()
     exporter = GgufExporter()
-    exporter.export(model, ExportRecipe.model_validate(recipe), folder, no_progress)
+    export_as(exporter, model, ExportRecipe.model_validate(recipe), folder)
     reasons, _ = _check_weights(Manifest.read(folder), model, exporter.decode(folder))
     assert reasons == []
     return folder
@@ -336,11 +336,11 @@ def test_sizes_in_a_report_are_of_the_file_that_is_opened(merged_llama: SparseMo
     packed, portable = find_gguf(folder), next(p for p in folder.glob("*.gguf") if "LOSA" not in p.name)
     side = sum(p.stat().st_size for p in folder.iterdir() if p.suffix != ".gguf" and p.name in manifest.files)
     assert folder_bytes(folder, manifest) == packed.stat().st_size + side
-    same = dense_same_type_bytes(folder_bytes(folder, manifest), manifest)
+    same = dense_same_type_bytes(folder_bytes(folder, manifest), manifest, GgufExporter())
     assert abs(same - portable.stat().st_size - side) < 256 * len(manifest.linears)  # headers of the blobs
     alone = export(merged_llama, tmp_path / "alone", value_type="i8")
     size = folder_bytes(alone, Manifest.read(alone))
-    assert dense_same_type_bytes(size, Manifest.read(alone)) == size
+    assert dense_same_type_bytes(size, Manifest.read(alone), GgufExporter()) == size
 
 
 def test_same_input_same_bytes(merged_llama: SparseModel, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_the_dense_baseline_is_f16_or_f32(merged_llama: SparseModel, tmp_path: P
         folder = tmp_path / f"dense-{value_type}"
         folder.mkdir()
         dense = exporter.export_dense(merged_llama.checkpoint, exported, folder, no_progress)
-        assert {str(t["layout"]) for t in dense.tensors} == {"dense"}
+        assert {record.layout for record in dense.tensors} == {"dense"}
         (path,) = folder.glob(f"*-{kind}.gguf")
         found, expected = llama_logits(path, list(TOKENS)), torch_logits(merged_llama, {})
         tolerance = 1e-5 if kind == "F32" else 5e-3

@@ -27,7 +27,7 @@ def test_flags_of_other_formats_are_refused(merged_llama: SparseModel) -> None:
     ]
     for exporter, recipe, message in cases:
         with pytest.raises(UsageError, match=message):
-            exporter.check(merged_llama, ExportRecipe.model_validate(recipe))
+            exporter.plan(merged_llama, ExportRecipe.model_validate(recipe))
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.values import VALUE_TYPES, dequantize, quantize
 from losa_deploy.manifest import TensorRecord
 from losa_deploy.model import GRID_FILE, GRID_KEY, SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import write_weights
 from losa_deploy.verify.stored import check_decoded, check_grid
+
+from .conftest import export_as
 
 
 def on_grid(model: SparseModel, folder: Path, kind: GridKind, dtype: torch.dtype) -> SparseModel:
@@ -73,7 +74,7 @@ def test_exports_hold_exactly_the_trained_values(
     for exporter, chosen in ((OnnxExporter(), recipe), (GgufExporter(), packed)):
         folder = tmp_path / exporter.name
         folder.mkdir()
-        exporter.export(model, chosen, folder, no_progress)
+        export_as(exporter, model, chosen, folder)
         decoded = exporter.decode(folder)
         beside = exporter.decode_beside(folder)
         for name in model.linears:

@@ -17,7 +17,6 @@ from losa_deploy.errors import InputError
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.interfaces import Session
 from losa_deploy.model import SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.llamacpp.backend import attach
 from losa_deploy.runtimes.llamacpp.runtime import (
@@ -31,7 +30,7 @@ from losa_deploy.verify.check import _overrides
 from losa_deploy.verify.distance import greedy, kl_divergence
 from losa_deploy.verify.oracle import Oracle, Question
 
-from .conftest import prune
+from .conftest import export_as, prune
 
 STEPS = 60
 
@@ -50,7 +49,7 @@ def exported(merged: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> d
     for value_type in kinds:
         folder = tmp_path_factory.mktemp(f"exported_{value_type}")
         recipe = ExportRecipe(value_type=value_type, group_size=32, packed=True, portable=True)
-        GgufExporter().export(merged, recipe, folder, no_progress)
+        export_as(GgufExporter(), merged, recipe, folder)
         folders[value_type] = folder
     return folders
 

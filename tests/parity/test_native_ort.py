@@ -21,9 +21,10 @@ from losa_deploy.exporters.onnx.functions import OPSET, VERSION
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.model import SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort import register
+
+from .conftest import export_as
 
 SIZES = ((5, 1), (3, 7), (9, 64), (4, 65), (67, 172), (33, 576))
 LAYOUT_NAMES = (
@@ -415,7 +416,7 @@ def test_the_command_refuses_a_model_that_claims_two_billion_rows(
 ) -> None:
     folder = tmp_path / "hostile"
     folder.mkdir()
-    OnnxExporter().export(merged_llama, ExportRecipe(layout="bitmask"), folder, no_progress)
+    export_as(OnnxExporter(), merged_llama, ExportRecipe(layout="bitmask"), folder)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     positions = next(t for t in model.graph.initializer if t.name.endswith("positions"))
     positions.ClearField("external_data")

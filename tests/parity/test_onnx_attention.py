@@ -15,7 +15,6 @@ from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.interfaces import Runtime
 from losa_deploy.manifest import Manifest, hash_files
 from losa_deploy.model import SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe, VerifyRecipe
 from losa_deploy.runtimes.ort.genai import GenaiRuntime
 from losa_deploy.runtimes.ort.session import OrtRuntime, StockOrtRuntime
@@ -25,7 +24,7 @@ from losa_deploy.text.tokenizer import load_tokenizer
 from losa_deploy.verify.check import Parity, verify_export
 from losa_deploy.verify.questions import BEYOND, Questions
 
-from .conftest import GATED, Make
+from .conftest import GATED, Make, export_as
 
 CONTEXT = 128
 WINDOW = 24
@@ -93,7 +92,7 @@ def windowed(make_merged: Make) -> SparseModel:
 def export(model: SparseModel, folder: Path, **recipe: object) -> Path:
     folder.mkdir(exist_ok=True)
     chosen = ExportRecipe.model_validate({"value_type": "f32", **recipe})
-    OnnxExporter().export(model, chosen, folder, no_progress)
+    export_as(OnnxExporter(), model, chosen, folder)
     return folder
 
 

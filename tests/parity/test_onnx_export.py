@@ -19,7 +19,7 @@ from losa_deploy.bindings.libraries import library_name
 from losa_deploy.errors import UsageError
 from losa_deploy.exporters.onnx.exporter import OnnxExporter, write_graph
 from losa_deploy.exporters.onnx.graph import DenseGraph, dense_graph
-from losa_deploy.exporters.onnx.plan import Job
+from losa_deploy.exporters.onnx.plan import Job, planned, table_options
 from losa_deploy.exporters.onnx.reader import decode
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.operator_names import DOMAIN
@@ -30,7 +30,7 @@ from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort.session import StockOrtRuntime
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
-from .conftest import GATED, Make
+from .conftest import GATED, Make, export_as
 
 TOKENS = (5, 17, 200, 3, 44, 260, 8, 99)
 STEPS = 6
@@ -90,7 +90,7 @@ def tables_of(job: Job) -> dict[str, NDArray[np.float32]]:
     result = {}
     for name, (tensor, shape) in job.other.items():
         packed = LAYOUTS["dense"].pack(
-            job.checkpoint.array(tensor), np.ones(shape, np.bool_), job.head_options
+            job.checkpoint.array(tensor), np.ones(shape, np.bool_), table_options(job.recipe)
         )
         result[name] = unpack(packed).weight
     return result
@@ -128,7 +128,7 @@ def test_llama_equals_torch_on_the_decoded_weights(
     )
     job = Job(merged_llama.checkpoint, recipe, masks.__getitem__ if layout == "nm" else merged_llama.mask)
     graph = DenseGraph(copy.deepcopy(llama_graph.model), llama_graph.folder)
-    packing = write_graph(job, graph, tmp_path, {}, no_progress)
+    packing = write_graph(job, planned(job), graph, tmp_path, {}, no_progress)
     assert {record.layout for record in packing.linears} == {layout}
     weights = {name: w for name, w in decode(tmp_path).items() if name in merged_llama.linears}
     assert set(weights) == set(merged_llama.linears)
@@ -151,7 +151,7 @@ def test_tiles_equal_torch_on_the_decoded_weights(make_merged: Make, tmp_path: P
     recipe = ExportRecipe(value_type=value_type, group_size=32)
     job = Job(model.checkpoint, recipe, masks.__getitem__)
     with dense_graph(model.checkpoint, tmp_path) as graph:
-        packing = write_graph(job, graph, tmp_path, {}, no_progress)
+        packing = write_graph(job, planned(job), graph, tmp_path, {}, no_progress)
     assert {record.layout for record in packing.linears} == {"tiled"}
     weights = {name: w for name, w in decode(tmp_path).items() if name in model.linears}
     for name, mask in masks.items():
@@ -168,7 +168,7 @@ def six_of_sixteen(shape: tuple[int, int]) -> NDArray[np.bool_]:
 @pytest.fixture(scope="module")
 def llama_folder(merged_llama: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama-onnx")
-    exported = OnnxExporter().export(merged_llama, ExportRecipe(), folder, no_progress)
+    exported = export_as(OnnxExporter(), merged_llama, ExportRecipe(), folder)
     assert exported.files["model.onnx.data"] == (folder / "model.onnx.data").stat().st_size
     return folder
 
@@ -204,7 +204,7 @@ def test_runtimes_agree_on_greedy_tokens(merged_llama: SparseModel, llama_folder
 def test_same_input_gives_the_same_bytes(
     merged_llama: SparseModel, llama_folder: Path, tmp_path: Path
 ) -> None:
-    OnnxExporter().export(merged_llama, ExportRecipe(), tmp_path, no_progress)
+    export_as(OnnxExporter(), merged_llama, ExportRecipe(), tmp_path)
     assert Manifest.read(tmp_path).files == Manifest.read(llama_folder).files
 
 
@@ -212,16 +212,20 @@ def test_plan_tells_what_export_writes(merged_llama: SparseModel, llama_folder: 
     plan = OnnxExporter().plan(merged_llama, ExportRecipe())
     manifest = Manifest.read(llama_folder)
     records = (*manifest.linears, *manifest.other_tensors)
-    for planned, record in zip(plan.tensors, records, strict=True):
-        assert (planned.name, planned.layout, planned.bytes) == (record.name, record.layout, record.bytes)
-        assert (planned.value_type, planned.nnz) == (record.value_type, record.nnz)
+    for tensor, record in zip(plan.tensors, records, strict=True):
+        assert (tensor.name, tensor.layout, tensor.bytes) == (record.name, record.layout, record.bytes)
+        assert (tensor.value_type, tensor.nnz, tensor.reason) == (
+            record.value_type,
+            record.nnz,
+            record.reason,
+        )
 
 
 @pytest.mark.parametrize("family", ["merged_qwen2", "merged_qwen3", "merged_opt"])
 def test_other_families(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model: SparseModel = request.getfixturevalue(family)
     exporter = OnnxExporter()
-    exporter.export(model, ExportRecipe(), tmp_path, no_progress)
+    export_as(exporter, model, ExportRecipe(), tmp_path)
     weights = exporter.decode(tmp_path)
     untied = {"lm_head"} if family == "merged_qwen2" else set()
     assert set(weights) == {*model.linears, model.family.embedding, *untied}
@@ -239,7 +243,7 @@ def test_dense_baseline_is_the_source_in_the_graph_of_the_artifact(
     for folder in (exported, dense):
         folder.mkdir()
     exporter, recipe = OnnxExporter(), ExportRecipe(value_type=value_type, bundle_runtime=True)
-    exporter.export(model, recipe, exported, no_progress)
+    export_as(exporter, model, recipe, exported)
     source = _rescaled(model.checkpoint, tmp_path / "source")
     exporter.export_dense(source, exported, dense, no_progress)
     graph = onnx.load(dense / "model.onnx", load_external_data=False).graph
@@ -262,19 +266,16 @@ def _rescaled(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 def test_bundled_operators_are_found_by_genai_alone(merged_llama: SparseModel, tmp_path: Path) -> None:
     """The folder names its own library: onnxruntime-genai runs the kernels without this package."""
     recipe = ExportRecipe(value_type="f32", bundle_runtime=True)
-    exported = OnnxExporter().export(merged_llama, recipe, tmp_path, no_progress)
+    exported = export_as(OnnxExporter(), merged_llama, recipe, tmp_path)
     assert library_name() in exported.files
     config = json.loads((tmp_path / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == library_name()
     assert genai_tokens(tmp_path) == check_session(tmp_path, torch_model(merged_llama, {}))
 
 
-def test_nm_layout_is_refused_for_other_masks_before_any_work(
-    merged_llama: SparseModel, tmp_path: Path
-) -> None:
+def test_nm_layout_is_refused_for_other_masks_before_any_work(merged_llama: SparseModel) -> None:
     with pytest.raises(UsageError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        OnnxExporter().export(merged_llama, ExportRecipe(layout="nm"), tmp_path, no_progress)
-    assert not list(tmp_path.iterdir())
+        OnnxExporter().plan(merged_llama, ExportRecipe(layout="nm"))
 
 
 def reference_logits(folder: Path, tokens: list[int], heads: int, size: int) -> NDArray[np.float32]:
@@ -301,9 +302,10 @@ def test_standard_operators_only_and_the_reference_evaluator(
     with dense_graph(merged_llama.checkpoint, tmp_path / "packed", plain=True) as graph:
         original = copy.deepcopy(graph.model)
         packed = Job(merged_llama.checkpoint, ExportRecipe(), merged_llama.mask)
-        write_graph(packed, graph, tmp_path / "packed", {}, no_progress)
+        write_graph(packed, planned(packed), graph, tmp_path / "packed", {}, no_progress)
         portable = Job(merged_llama.checkpoint, ExportRecipe(portable=True), merged_llama.mask)
-        write_graph(portable, DenseGraph(original, graph.folder), tmp_path / "portable", {}, no_progress)
+        plain = DenseGraph(original, graph.folder)
+        write_graph(portable, planned(portable), plain, tmp_path / "portable", {}, no_progress)
     config = json.loads((tmp_path / "packed" / "genai_config.json").read_text())["model"]["decoder"]
     heads, size = config["num_key_value_heads"], config["head_size"]
     weights = decode(tmp_path / "packed")

@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.reference import ReferenceRuntime
 from losa_deploy.runtimes.server.app import create_app
@@ -26,7 +25,7 @@ from losa_deploy.runtimes.server.run import bind, configuration, url
 from losa_deploy.runtimes.server.sequential import QueueEngine
 from losa_deploy.text.tokenizer import Tokenizer, load_tokenizer
 
-from ..parity.conftest import prune  # noqa: TID252
+from ..parity.conftest import export_as, prune  # noqa: TID252
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,6 @@ def gguf_models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     merged = prune(tiny_llama, tmp_path_factory.mktemp("merged"))
     folder = tmp_path_factory.mktemp("gguf")
     recipe = ExportRecipe(value_type="f32", packed=True, portable=True)
-    GgufExporter().export(merged, recipe, folder, no_progress)
+    export_as(GgufExporter(), merged, recipe, folder)
     packed = next(folder.glob("*LOSA*.gguf"))
     return {True: packed, False: next(p for p in folder.glob("*.gguf") if p != packed)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.interfaces import ExportedModel, ExportPlan, SecondForm
+from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.manifest import Manifest, MergeProof, SourceRecord, TensorRecord, hash_files
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.progress import Progress
@@ -80,28 +80,24 @@ def merged_half(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-class FolderExporter:
+class FolderExporter(Exporter):
     """The smallest format: the merged Hugging Face folder itself, opened by the reference runtime."""
 
     name = "folder"
-    building_bytes = 0.0
-    judge = "reference"
+    runtime = "reference"
 
-    def parts(self, recipe: ExportRecipe) -> Mapping[str, bool]:
-        return {"model.safetensors": True}
+    def estimate(
+        self, linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf
+    ) -> Mapping[str, tuple[PlannedTensor, ...]]:
+        return {"model.safetensors": ()}
 
     def check_source(self, source: Checkpoint, recipe: ExportRecipe) -> None:
         pass
 
-    def check(self, model: SparseModel, recipe: ExportRecipe) -> None:
-        pass
-
     def plan(self, model: SparseModel, recipe: ExportRecipe) -> ExportPlan:
-        return ExportPlan("folder", {}, (), 0)
+        return ExportPlan("folder", recipe, {}, (), 0)
 
-    def export(
-        self, model: SparseModel, recipe: ExportRecipe, folder: Path, progress: Progress
-    ) -> ExportedModel:
+    def export(self, model: SparseModel, plan: ExportPlan, folder: Path, progress: Progress) -> ExportedModel:
         copy_side_files(model.folder, folder)
         for path in model.folder.glob("*.safetensors"):
             shutil.copyfile(path, folder / path.name)
@@ -116,10 +112,6 @@ class FolderExporter:
         for path in source.folder.glob("*.safetensors"):
             shutil.copyfile(path, folder / path.name)
         return ExportedModel(folder, "folder", {}, ())
-
-    def decode_beside(self, folder: Path) -> SecondForm | None:
-        del folder
-        return None
 
     def decode(self, folder: Path) -> Mapping[str, NDArray[np.float32]]:
         checkpoint = Checkpoint.open(folder)
@@ -140,5 +132,7 @@ def exported_half(
     from losa_deploy.progress import no_progress
 
     folder = tmp_path_factory.mktemp("exported_half")
-    folder_exporter.export(SparseModel.open(merged_half), ExportRecipe(), folder, no_progress)
+    model = SparseModel.open(merged_half)
+    plan = folder_exporter.plan(model, ExportRecipe())
+    folder_exporter.export(model, plan, folder, no_progress)
     return folder

@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 
 from losa_deploy.card import BEGIN, END, CardNumbers, mean_bits, own_text, render_card, write_card
+from losa_deploy.exporters.gguf.exporter import GgufExporter
+from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.manifest import Manifest, SourceRecord
 
 NUMBERS = CardNumbers(
@@ -35,7 +37,7 @@ def test_the_head_inherits_the_license_and_names_the_base_model(merged_half: Pat
         "tags": ["losa", "sparse", "safetensors"],
     }
     local = manifest.model_copy(update={"source": SourceRecord(id="my-model"), "format": "onnx"})
-    found = head(render_card(local, NUMBERS))
+    found = head(render_card(local, NUMBERS, OnnxExporter().card(local.recipe.export)))
     assert "license" not in found and "base_model" not in found
     assert found["library_name"] == "onnx"
 
@@ -61,8 +63,7 @@ def test_a_gguf_card_says_what_opens_which_file(merged_half: Path) -> None:
 
     def card(**export: bool) -> str:
         changed = manifest.recipe.export.model_copy(update=export)
-        recipe = manifest.recipe.model_copy(update={"export": changed})
-        return render_card(manifest.model_copy(update={"recipe": recipe}), NUMBERS)
+        return render_card(manifest, NUMBERS, GgufExporter().card(changed))
 
     assert "stock tools refuse it" not in card() and "it is not smaller than an unpruned model" in card()
     assert "stock tools refuse it" in card(packed=True) and "is portable" not in card(packed=True)

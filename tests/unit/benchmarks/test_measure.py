@@ -230,12 +230,14 @@ def test_bars() -> None:
     assert bar(1.0, 0.0) == "░" * 30
 
 
-def test_dense_bytes_of_the_same_type_come_from_shapes(exported_half: Path) -> None:
+def test_dense_bytes_of_the_same_type_come_from_shapes(
+    exported_half: Path, folder_exporter: Exporter
+) -> None:
     manifest = Manifest.read(exported_half)
-    assert dense_same_type_bytes(1000, manifest) == 1000
+    assert dense_same_type_bytes(1000, manifest, folder_exporter) == 1000
     packed = manifest.linears[0].model_copy(update={"value_type": "i8", "bytes": 100, "shape": (10, 20)})
     changed = manifest.model_copy(update={"linears": (packed,)})
-    assert dense_same_type_bytes(1000, changed) == 1000 - 100 + 10 * 20 + 10 * 4
+    assert dense_same_type_bytes(1000, changed, folder_exporter) == 1000 - 100 + 10 * 20 + 10 * 4
 
 
 def test_a_real_probe_in_a_fresh_process(merged_half: Path) -> None:

@@ -14,7 +14,7 @@ from losa_deploy.pipeline import stamp_recipe, work_folder
 
 if TYPE_CHECKING:
     from losa_deploy.compress.device import Room
-    from losa_deploy.interfaces import Exporter
+    from losa_deploy.interfaces import Exporter, Shapes
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.model import SparseModel
     from losa_deploy.recipe import Recipe
@@ -33,7 +33,7 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         _dry_run(args, exporter, recipe, output, console)
         return
     room = expect.room(args)
-    stages.require_runtime(exporter.name, recipe.export.packed)
+    stages.require_runtime(exporter, recipe.export)
     console.info(f"Output: {output} (work in {work})")
     threads = thread_count(args)
     timings: dict[str, float] = {}
@@ -45,12 +45,11 @@ def compress_and_export(args: argparse.Namespace, recipe: Recipe, console: Conso
         known = _compressed_before(work, record, recipe)
         _require(args, exporter, source, recipe, output, console, known=known)
         model = merged_model(source, record, recipe, work, timings, console, room=room)
-        exporter.check(model, recipe.export)
         planned = exporter.plan(model, recipe.export)
         console.info(plan.line(planned, output))
         plan.require_resources(planned, output)
         job = finish.Job(
-            exporter, model, recipe, output, work, threads, args.overwrite,
+            exporter, model, planned, recipe, output, work, threads, args.overwrite,
             source=source, memory=args.memory if room.device.type == "cpu" else None, timings=timings,
         )  # fmt: skip
         report = finish.export_and_measure(job, console)
@@ -155,7 +154,6 @@ def _dry_run(
     merged = work_folder(output) / "merged"
     if merged.is_dir() and stages.merged_before(merged, Manifest.read(merged).source, recipe):
         model = SparseModel.open(merged)
-        exporter.check(model, recipe.export)
         plan.show(exporter.plan(model, recipe.export), output, console, as_json=args.json)
         return
     path = _located(args)
@@ -170,17 +168,14 @@ def _dry_run(
     expect.require(first, output, expect.budget(args))
 
 
-def source_shapes(args: argparse.Namespace) -> tuple[plan.Shapes, plan.Shapes]:
+def source_shapes(args: argparse.Namespace) -> tuple[Shapes, Shapes]:
     """Shapes (out, in) of the block linears, and of embedding and head, from headers only."""
-    from losa_deploy.gguf.names import BLOCKS
     from losa_deploy.sources.checkpoint import Checkpoint
-    from losa_deploy.sources.gguf import read_header
+    from losa_deploy.sources.locate import file_shapes
 
     path = _located(args)
     if path.is_file():
-        matrices = {n: s for n, s in read_header(path).shapes.items() if len(s) == 2}
-        linears = {n: (s[0], s[1]) for n, s in matrices.items() if n.startswith(BLOCKS)}
-        return linears, {n: (s[0], s[1]) for n, s in matrices.items() if n not in linears}
+        return file_shapes(path)
     return checkpoint_shapes(Checkpoint.open(path))
 
 
@@ -194,7 +189,7 @@ def _located(args: argparse.Namespace) -> Path:
     ).path
 
 
-def checkpoint_shapes(checkpoint: Checkpoint) -> tuple[plan.Shapes, plan.Shapes]:
+def checkpoint_shapes(checkpoint: Checkpoint) -> tuple[Shapes, Shapes]:
     """Shapes (out, in) of the block linears, and of embedding and head (once if tied)."""
     names = [checkpoint.family.embedding] + ([] if checkpoint.tied else [checkpoint.family.head])
     shapes = {name: checkpoint.shape(f"{name}.weight") for name in names}
