@@ -7,9 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 NAMES = ("Anna", "Ben", "Carla", "Dora", "Emil", "Fred", "Greta", "Hugo")
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
@@ -20,6 +23,8 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
+RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+"""(rows, columns, (N, M) or None, seed) → mask."""
 
 # A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +39,29 @@ def made_up_text(sentences: int, seed: int) -> str:
         lines.append(f"{NAMES[index]} has {index + 2} {COLOURS[index]} {THINGS[(3 * index) % 8]}.")
         index = (index + 1) % len(NAMES) if rng.random() < 0.85 else rng.randrange(len(NAMES))
     return " ".join(lines)
+
+
+@pytest.fixture(scope="session")
+def random_mask() -> RandomMask:
+    """A function that makes masks: N of every M (of a short last group at most N), or rows of any density.
+
+    Without a pattern the first row is empty, and the last one, which may be the same, full.
+    """
+
+    def make(rows: int, columns: int, pattern: tuple[int, int] | None, seed: int) -> NDArray[np.bool_]:
+        rng = np.random.default_rng((rows, columns, seed))
+        if pattern is None:
+            mask = rng.random((rows, columns)) < rng.random((rows, 1))
+            mask[0] = False
+            mask[-1] = True
+            return mask
+        n, m = pattern
+        order = rng.random((rows, -(-columns // m), m))
+        order.reshape(rows, -1)[:, columns:] = 2.0  # what a short last group lacks comes last
+        kept = order.argsort(axis=2).argsort(axis=2) < n
+        return np.ascontiguousarray(kept.reshape(rows, -1)[:, :columns])
+
+    return make
 
 
 @pytest.fixture(scope="session")
