@@ -50,10 +50,10 @@ WEIGHTS = {
     "loss": {"kl": 1.0, "ce": 0.2},
 }
 ADAPTERS = {"train": ["adapters"], "where": "model", "tokens": 400}
-ON_GRID, ELSEWHERE = 0.08, 0.002
+ON_GRID, CHOSEN, UNMOVED_BY_SUMS = 0.08, 0.002, 0.0002
 """What may differ: on a grid the last bit of a sum can decide between two levels, or the sign of a scale;
-elsewhere the way that AdamW moves a weight whose gradient is near zero (up to 4e-4 seen).
-What is added up is compared more closely, before the first step of an optimizer."""
+where activations choose the mask, which of two weights is kept (1e-4 seen). Elsewhere it is rounding (4e-6
+seen). What is added up is compared more closely, before the first step of an optimizer."""
 UNMOVED = {"prune.method": "magnitude"}
 """The mask does not hang on sums: SparseGPT can choose otherwise by their last bits, which counts 0.02."""
 RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
@@ -65,7 +65,7 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     ),
     "no grid": (
         2,
-        ELSEWHERE,
+        UNMOVED_BY_SUMS,
         {
             **UNMOVED,
             "phases": [{"train": ["weights", "norms"], "tokens": 600}, {"where": "model", "tokens": 400}],
@@ -78,7 +78,7 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     ),
     "weights shared out, no grid": (
         2,
-        ELSEWHERE,
+        UNMOVED_BY_SUMS,
         {
             **UNMOVED,
             "phases": [
@@ -89,7 +89,7 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     ),
     "mixed 2:4, ranks, two steps": (
         2,
-        ELSEWHERE,
+        CHOSEN,
         {
             "sparsity.pattern": "2:4",
             "prune.method": "wanda",
