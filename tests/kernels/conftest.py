@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from losa_deploy import _native
@@ -19,6 +20,7 @@ from losa_deploy.layouts.base import COMPONENTS
 from losa_deploy.layouts.blob import LAYOUT_IDS, VALUE_TYPE_IDS, scale_type_id, to_blob
 
 ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g"
 Matrix = NDArray[np.float32]
 Case = tuple[PackedTensor, Matrix, int]
 """Weight, x [tokens, in], rows at a time."""
@@ -48,19 +50,33 @@ def opened(packed: PackedTensor) -> _native.Tensor:
     )
 
 
-def build(target: str, folder: Path, *options: str) -> Path:
-    """Configure and build a program of native/tests; returns its path."""
+def build(target: str, name: str, *options: str) -> Path:
+    """Configure and build a program of native/tests in build/tests/NAME, where later runs find what they can
+    use; returns its path.
+    """
+    folder = ROOT / "build" / "tests" / name
+    folder.mkdir(parents=True, exist_ok=True)
     tool = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
-    configure = [tool, "-S", str(ROOT), "-B", str(folder), *options]
-    for command in (configure, [tool, "--build", str(folder), "--target", target, "-j", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    configure = [tool, "-S", str(ROOT), "-B", str(folder), "-DLOSA_BUILD_TESTS=ON", *options]
+    with FileLock(folder.with_suffix(".lock")):  # of workers of pytest-xdist one builds
+        for command in (configure, [tool, "--build", str(folder), "--target", target, "-j", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder / target
 
 
-def cmake(folder: Path, *options: str) -> Path:
-    """Build `run_cases`."""
-    return build("run_cases", folder, "-DLOSA_BUILD_TESTS=ON", *options)
+def build_sanitized(target: str) -> Path:
+    """A program with the address and undefined-behaviour sanitizers, and AVX-512 in plain C++.
+
+    With clang its objects are also those of the fuzzer. Without, the flags replace those of a release, whose
+    -O3 takes minutes.
+    """
+    clang = shutil.which("clang++")
+    if clang is not None:
+        options = (f"-DCMAKE_CXX_COMPILER={clang}", "-DLOSA_BUILD_FUZZER=ON")
+        return build(target, "sanitized-clang", "-DLOSA_EMULATE_AVX512=ON", *options)
+    flags = f"-DCMAKE_CXX_FLAGS_RELEASE={SANITIZERS}"
+    return build(target, "sanitized", "-DLOSA_EMULATE_AVX512=ON", flags)
 
 
 def parsed(data: bytes) -> list[Answer]:
@@ -99,31 +115,26 @@ def open_tensor() -> Callable[[PackedTensor], _native.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def build_run_cases() -> Callable[..., Path]:
-    """(build folder, CMake options …) → program."""
-    return cmake
+def sanitized() -> Callable[[str], Path]:
+    """A function: program of native/tests → a build of it with sanitizers."""
+    return build_sanitized
 
 
 @pytest.fixture(scope="session")
-def build_program() -> Callable[..., Path]:
-    """(program, build folder, CMake options …) → program."""
-    return build
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated() -> Path:
     """run_cases with the AVX-512 targets in plain C++."""
-    return cmake(tmp_path_factory.mktemp("emulated"), "-DLOSA_EMULATE_AVX512=ON")
+    return build("run_cases", "emulated", "-DLOSA_EMULATE_AVX512=ON")
 
 
 @pytest.fixture(scope="session")
-def arm(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def arm() -> tuple[str, ...]:
     """run_cases for 64-bit ARM, and the emulator that runs it."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
-    program = cmake(
-        tmp_path_factory.mktemp("arm"),
+    program = build(
+        "run_cases",
+        "arm",
         "-DCMAKE_SYSTEM_NAME=Linux",
         "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_CXX_COMPILER={compiler}",

@@ -23,16 +23,13 @@ from losa_deploy.layouts.blob import to_blob
 pytestmark = pytest.mark.slow
 RunCases = Callable[..., list[tuple[int, NDArray[np.float32]]]]
 Statuses = Callable[..., list[int]]
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g"
 ROWS, COLUMNS, TOKENS = 11, 172, 2
 OK, NULL_POINTER, BAD_HEADER, BAD_PARAMETER, BAD_SIZE, BAD_POSITIONS, BAD_RANGE = range(7)
 
 
 @pytest.fixture(scope="session")
-def sanitized(tmp_path_factory: pytest.TempPathFactory, build_run_cases: object) -> Path:
-    """run_cases with sanitizers, and with the AVX-512 targets in plain C++."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    return build_run_cases(folder, f"-DCMAKE_CXX_FLAGS={SANITIZERS}", "-DLOSA_EMULATE_AVX512=ON")  # type: ignore[operator, no-any-return]
+def program(sanitized: Callable[[str], Path]) -> Path:
+    return sanitized("run_cases")
 
 
 def blob_of(layout: str, value_type: ValueType, columns: int = COLUMNS) -> bytes:
@@ -49,19 +46,19 @@ def blob_of(layout: str, value_type: ValueType, columns: int = COLUMNS) -> bytes
 
 
 @pytest.fixture
-def statuses(sanitized: Path, run_cases: RunCases) -> Statuses:
+def statuses(program: Path, run_cases: RunCases) -> Statuses:
     """A function: target, blobs, width → the status of each; a sanitizer's report fails the test."""
 
     def run(target: str, blobs: Sequence[bytes], columns: int = COLUMNS) -> list[int]:
         x = np.ones((TOKENS, columns), np.float32)
-        return [status for status, _ in run_cases([str(sanitized)], target, [(b, x, 16) for b in blobs])]
+        return [status for status, _ in run_cases([str(program)], target, [(b, x, 16) for b in blobs])]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def targets(sanitized: Path) -> list[str]:
-    return subprocess.check_output([str(sanitized), "list"], text=True).split()
+def targets(program: Path) -> list[str]:
+    return subprocess.check_output([str(program), "list"], text=True).split()
 
 
 def damaged(blob: bytes) -> Iterator[bytes]:
