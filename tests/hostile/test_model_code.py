@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import os
 import shutil
@@ -41,17 +40,38 @@ def set_trap(folder: Path, mark: Path, *, unknown: bool = False) -> None:
         path.write_text(json.dumps(document))
 
 
-def run(*words: str | Path, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """A command as a user types it, with somebody who says yes to everything."""
     return subprocess.run(
         [sys.executable, "-m", "losa_deploy", *map(str, words)],
         input="y\n" * 50,
         capture_output=True,
         text=True,
-        timeout=seconds,
+        timeout=300,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT},
     )
+
+
+def serve_until_ready(*words: str | Path) -> tuple[bool, str]:
+    """Whether a server came to its ready document, and what it said otherwise; it is ended then."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "losa_deploy", *map(str, words), "--json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("y\n" * 50)
+    process.stdin.flush()
+    ready = any(line == "}\n" for line in process.stdout)
+    process.kill()
+    return ready, process.communicate()[1]
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +125,9 @@ def test_no_command_with_a_model_runs_code(
     set_trap(folder, mark, unknown=unknown)
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     if words[0] == "serve":
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it serves until it is ended
-            run(*words, "-m", folder, seconds=15)
+        ready, said = serve_until_ready(*words, "-m", folder)
+        assert ready or unknown, said
+        assert "Traceback" not in said
     else:
         done = run(*words, "-m", folder)
         assert done.returncode in (0, 3), done.stderr

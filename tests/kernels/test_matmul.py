@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -30,35 +30,29 @@ PATTERNS = (
     (8, 16),
     (1, 32),
     (3, 5),
+    (2, 5),
+    (4, 16),
 )
 WIDE_TABLE = (0, 9, 18, 31, 47, 66, 90, 127, -127, -90, -66, -47, -31, -18, -9, -4)
 Floats = NDArray[np.float64]
 Matrix = NDArray[np.float32]
-Multiply = Callable[[PackedTensor, Matrix, int], Matrix]
+Case = tuple[PackedTensor, Matrix, int]
+MultiplyAll = Callable[[Sequence[Case]], list[Matrix]]
+RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 ALL = 1 << 30
 
 
-def mask_of(layout: str, rows: int, columns: int, pattern: tuple[int, int] | None) -> NDArray[np.bool_]:
-    rng = np.random.default_rng(rows * 1000 + columns)
-    if pattern is None:
-        mask = rng.random((rows, columns)) < rng.random((rows, 1))
-        mask[0] = False
-        mask[-1] = True
-        return mask | (layout == "dense")
-    n, m = pattern
-    mask = np.zeros((rows, columns), np.bool_)
-    for row in range(rows):
-        for start in range(0, columns, m):
-            width = min(m, columns - start)
-            mask[row, start + rng.permutation(width)[: min(n, width)]] = True
-    return mask
+@pytest.fixture(scope="module")
+def packed_of(random_mask: RandomMask) -> Callable[..., PackedTensor]:
+    """A function: layout, value type, rows, columns, options of `PackOptions` → a random packed tensor."""
 
+    def make(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
+        mask = random_mask(rows, columns, options.get("pattern"), 0)  # type: ignore[arg-type]
+        weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
+        mask |= layout == "dense"
+        return LAYOUTS[layout].pack(weight, mask, PackOptions(value_type, **options))  # type: ignore[arg-type]
 
-def packed_of(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
-    pattern = options.get("pattern")
-    mask = mask_of(layout, rows, columns, pattern)  # type: ignore[arg-type]
-    weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
-    return LAYOUTS[layout].pack(weight, mask, PackOptions(value_type, **options))  # type: ignore[arg-type]
+    return make
 
 
 def inputs(tokens: int, columns: int) -> NDArray[np.float32]:
@@ -81,8 +75,16 @@ def rounded(x: NDArray[np.float32], group: int) -> Floats:
     return (levels * (peak / np.float32(127))).reshape(tokens, -1)[:, :columns]
 
 
-def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL) -> None:
-    x = inputs(tokens, packed.shape[1])
+def case(packed: PackedTensor, tokens: int, step: int = ALL) -> Case:
+    return packed, inputs(tokens, packed.shape[1]), step
+
+
+def check(multiply_all: MultiplyAll, cases: Sequence[Case]) -> None:
+    for (packed, x, _), y in zip(cases, multiply_all(cases), strict=True):
+        compare(packed, x, y)
+
+
+def compare(packed: PackedTensor, x: Matrix, y: Matrix) -> None:
     group = packed.params.get("group_size", 64)
     exact = rounded(x, group) if packed.value_type in ("i8", "i4", "i3") else x.astype(np.float64)
     weight = unpack(packed).weight.astype(np.float64)
@@ -92,105 +94,146 @@ def check(multiply: Multiply, packed: PackedTensor, tokens: int, step: int = ALL
     # of up to 127, which the sum of |x| * largest weight of the row covers.
     magnitude = np.abs(exact) @ np.abs(weight.T) + np.abs(exact).sum(1)[:, None] * 2 * np.abs(weight).max(1)
     tolerance = np.finfo(np.float32).eps * (np.sqrt(packed.shape[1]) + 4) * magnitude + 1e-30
-    y = multiply(packed, x, step)
-    assert y.shape == expected.shape
+    label = (packed.layout, packed.value_type, packed.shape, dict(packed.params), len(x))
+    assert y.shape == expected.shape, label
     worst = (np.abs(y - expected) / tolerance).max()
-    assert worst <= 1, (packed.layout, packed.value_type, packed.shape, dict(packed.params), tokens, worst)
+    assert worst <= 1, (*label, worst)
 
 
-DENSE_AND_BITMASK = [(layout, kind) for layout in ("dense", "bitmask") for kind in ("f32", "f16", "i8", "i4")]
+LAYOUTS_AND_TYPES = tuple(
+    (layout, kind) for layout in ("dense", "bitmask") for kind in ("f32", "f16", "i8", "i4")
+)
+QUADS = ((1, 4), (2, 4))
+TILES = tuple(
+    (pattern, kind)
+    for pattern in (*QUADS, *((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15)))
+    for kind in ("i8", "i4")
+)
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*DENSE_AND_BITMASK, ("dense", "i3")])
-def test_dense_and_bitmask(multiply: Multiply, layout: str, value_type: str) -> None:
-    for rows, columns in SHAPES:
-        packed = packed_of(layout, value_type, rows, columns)
-        for tokens in TOKENS:
-            check(multiply, packed, tokens)
+@pytest.mark.parametrize(("layout", "value_type"), [*LAYOUTS_AND_TYPES, ("dense", "i3")])
+def test_dense_and_bitmask(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], layout: str, value_type: str
+) -> None:
+    weights = [packed_of(layout, value_type, *shape) for shape in SHAPES]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in TOKENS])
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}of{p[1]}")
-def test_n_of_m(multiply: Multiply, pattern: tuple[int, int], value_type: str) -> None:
-    for rows, columns in ((3, 64), (5, 65), (9, 200), (4, 333)):
-        packed = packed_of("nm", value_type, rows, columns, pattern=pattern)
-        for tokens in (1, 3):
-            check(multiply, packed, tokens)
-
-
-QUADS = ((1, 4), (2, 4))
-WIDE = tuple((n, 16) for n in (1, 2, 3, 4, 6, 8, 11, 15))
-TILES = [(pattern, kind) for pattern in (*QUADS, *WIDE) for kind in ("i8", "i4")]
+def test_n_of_m(
+    multiply_all: MultiplyAll,
+    packed_of: Callable[..., PackedTensor],
+    pattern: tuple[int, int],
+    value_type: str,
+) -> None:
+    shapes = ((5, 1), (3, 7), (3, 64), (5, 65), (9, 200), (4, 333), (33, 576))
+    weights = [packed_of("nm", value_type, *shape, pattern=pattern) for shape in shapes]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 3, 17)])
 
 
 @pytest.mark.parametrize(("pattern", "value_type"), [*TILES, *((pattern, "i3") for pattern in QUADS)])
-def test_tiles(multiply: Multiply, pattern: tuple[int, int], value_type: str) -> None:
-    for rows, columns in ((16, 16), (32, 64), (48, 176), (16, 336)):
-        packed = packed_of("tiled", value_type, rows, columns, pattern=pattern)
-        for tokens in (*TOKENS, PROMPT):
-            check(multiply, packed, tokens)
-    check(multiply, packed_of("tiled", value_type, 80, 160, pattern=pattern, scale_type="f16"), 5, 32)
+def test_tiles(
+    multiply_all: MultiplyAll,
+    packed_of: Callable[..., PackedTensor],
+    pattern: tuple[int, int],
+    value_type: str,
+) -> None:
+    shapes = ((16, 16), (32, 64), (48, 176), (16, 336))
+    weights = [packed_of("tiled", value_type, *shape, pattern=pattern) for shape in shapes]
+    cases = [case(weight, tokens) for weight in weights for tokens in (*TOKENS, PROMPT)]
+    short = packed_of("tiled", value_type, 80, 160, pattern=pattern, scale_type="f16")
+    check(multiply_all, [*cases, case(short, 5, 32)])
 
 
 @pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 16), (8, 16), (15, 16)])
-def test_groups_and_tables_of_tiles(multiply: Multiply, pattern: tuple[int, int]) -> None:
+def test_groups_and_tables_of_tiles(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], pattern: tuple[int, int]
+) -> None:
     tables = {
         "linear": LINEAR_TABLE,
         "wide": WIDE_TABLE,
         # As narrow as the linear one, but the highest bit of a code is not the sign of its level.
         "alternating": (0, -1, 2, -3, 4, -5, 6, -7, 8, -8, 7, -6, 5, -4, 3, -2),
     }
-    for group_size in (32, 64, 128):
-        for table in tables.values():
-            options = {"pattern": pattern, "group_size": group_size, "table": table}
-            packed = packed_of("tiled", "i4", 32, 304, **options)
-            for tokens in (1, 5, 18, PROMPT):
-                check(multiply, packed, tokens)
+    weights = [
+        packed_of("tiled", "i4", 32, 304, pattern=pattern, group_size=group_size, table=table)
+        for group_size in (32, 64, 128)
+        for table in tables.values()
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5, 18, PROMPT)])
 
 
-@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+@pytest.mark.parametrize("pattern", [None, *QUADS])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_groups_and_tables_of_i4(multiply: Multiply, layout: str, group_size: int) -> None:
-    for rows, columns in SHAPES:
-        for tokens in (1, 5):
-            check(multiply, packed_of(layout, "i4", rows, columns, group_size=group_size), tokens)
-            check(
-                multiply,
-                packed_of(layout, "i4", rows, columns, group_size=group_size, table=WIDE_TABLE),
-                tokens,
-            )
+def test_groups_and_tables_of_i3(
+    multiply_all: MultiplyAll,
+    packed_of: Callable[..., PackedTensor],
+    pattern: tuple[int, int] | None,
+    group_size: int,
+) -> None:
+    """Tables: the linear one, one that is wide, one whose codes are no two's complement."""
+    tables = (None, (0, 20, 60, 127, -127, -60, -20, -5), (0, -1, 2, -3, 4, -4, 3, 1))
+    shapes = SHAPES if pattern is None else ((16, 16), (16, 48), (32, 304), (48, 160))
+    layout = "dense" if pattern is None else "tiled"
+    weights = [
+        packed_of(layout, "i3", *shape, group_size=group_size, table=table, pattern=pattern)
+        for shape in shapes
+        for table in tables
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5, 18, PROMPT)])
+
+
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_and_tables_of_i4(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], layout: str, group_size: int
+) -> None:
+    pattern = {"pattern": (2, 5)} if layout == "nm" else {}
+    weights = [
+        packed_of(layout, "i4", *shape, group_size=group_size, **pattern, **table)
+        for shape in SHAPES
+        for table in ({}, {"table": WIDE_TABLE})
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5)])
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-def test_f16_row_scales_and_row_ranges(multiply: Multiply, value_type: str) -> None:
-    for layout in ("dense", "bitmask"):
-        packed = packed_of(layout, value_type, 43, 300, scale_type="f16")
-        for step in (16, 32):
-            check(multiply, packed, 1, step)
-            check(multiply, packed, 6, step)
+def test_f16_row_scales_and_row_ranges(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], value_type: str
+) -> None:
+    weights = [packed_of(layout, value_type, 43, 300, scale_type="f16") for layout in ("dense", "bitmask")]
+    ranges = [case(weight, tokens, step) for weight in weights for step in (16, 32) for tokens in (1, 6)]
+    check(multiply_all, ranges)
 
 
-def test_levels_at_their_limits_do_not_saturate(multiply: Multiply) -> None:
+def test_levels_at_their_limits_do_not_saturate(multiply_all: MultiplyAll) -> None:
     """All weights and activations at +-127: the largest sums that int8 products can make."""
     weight = np.where(np.arange(256) % 3 == 0, -1.0, 1.0).astype(np.float32)[None].repeat(4, 0)
     mask = np.ones((4, 256), np.bool_)
-    for layout in ("dense", "bitmask"):
-        packed = LAYOUTS[layout].pack(weight, mask, PackOptions("i8"))
-        for tokens in (1, 4):
-            x = np.repeat(np.where(weight[:1] < 0, -3.0, 3.0).astype(np.float32), tokens, 0)
-            assert np.allclose(multiply(packed, x, ALL), 3.0 * 256, rtol=1e-5)
+    x = np.where(weight[:1] < 0, -3.0, 3.0).astype(np.float32)
+    cases = [
+        (LAYOUTS[layout].pack(weight, mask, PackOptions("i8")), np.repeat(x, tokens, 0), ALL)
+        for layout in ("dense", "bitmask")
+        for tokens in (1, 4)
+    ]
+    for (packed, asked, _), y in zip(cases, multiply_all(cases), strict=True):
+        assert np.allclose(y, 3.0 * 256, rtol=1e-5), (packed.layout, len(asked))
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_tiles_at_their_limits_do_not_saturate(multiply: Multiply, value_type: str) -> None:
+def test_tiles_at_their_limits_do_not_saturate(multiply_all: MultiplyAll, value_type: str) -> None:
     """All kept weights at the widest level, all activations at 127: up to 15 of 16, groups of 128."""
     weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
-    for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3):
-        packed = LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128))
-        for tokens in (1, 4, 16, PROMPT):
-            for sign in (-3.0, 3.0):
-                x = np.full((tokens, 256), sign, np.float32)
-                assert np.allclose(multiply(packed, x, ALL), -sign * mask[0].sum(), rtol=1e-3)
+    cases = [
+        (LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128)), np.full((tokens, 256), x), ALL)
+        for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3)
+        for tokens in (1, 4, 16, PROMPT)
+        for x in (np.float32(-3), np.float32(3))
+    ]
+    for (packed, x, _), y in zip(cases, multiply_all(cases), strict=True):
+        kept = packed.nnz // packed.shape[0]
+        assert np.allclose(y, -x[0, 0] * kept, rtol=1e-3), (kept, len(x), x[0, 0])
 
 
 def test_targets_can_be_forced() -> None:

@@ -201,6 +201,7 @@ def test_runtimes_agree_on_greedy_tokens(merged_llama: SparseModel, llama_folder
     assert check_session(llama_folder, torch_model(merged_llama, weights)) == genai_tokens(llama_folder)
 
 
+@pytest.mark.usefixtures("cold_graphs")
 def test_same_input_gives_the_same_bytes(
     merged_llama: SparseModel, llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,6 +16,8 @@ from losa_deploy.exporters.onnx.functions import OPSET, VERSION, function
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 
+Pack = Callable[..., PackedTensor]
+RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 SIZES = ((5, 1), (3, 7), (8, 64), (4, 65), (64, 172), (6, 576), (5, 256))
 
 
@@ -42,20 +46,21 @@ def one_node_model(packed: PackedTensor, *, unpadded: bool) -> onnx.ModelProto:
     return model
 
 
-def mask_of(layout: str, rows: int, columns: int) -> NDArray[np.bool_]:
-    rng = np.random.default_rng(rows * columns)
-    if not layout.startswith("nm"):
-        mask = rng.random((rows, columns)) < 0.4
-        mask[0] = False
-        mask[-1] = True
-        return mask
-    n, m = map(int, layout.split()[1].split(":"))
-    mask = np.zeros((rows, columns), np.bool_)
-    for row in range(rows):
-        for start in range(0, columns, m):
-            width = min(m, columns - start)
-            mask[row, start + rng.permutation(width)[: min(n, width)]] = True
-    return mask
+@pytest.fixture(scope="module")
+def pack(random_mask: RandomMask) -> Pack:
+    """A function: layout, value type, rows, columns, options of `PackOptions` → a random packed tensor."""
+
+    def make(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
+        name, _, words = layout.partition(" ")
+        pattern = None
+        if words:
+            n, m = map(int, words.split(":"))
+            pattern = n, m
+        weight = np.random.default_rng(columns + rows).standard_normal((rows, columns), np.float32)
+        mask = random_mask(rows, columns, pattern, 0)
+        return LAYOUTS[name].pack(weight, mask, PackOptions(value_type, pattern=pattern, **options))  # type: ignore[arg-type]
+
+    return make
 
 
 def unpadded(packed: PackedTensor) -> bool:
@@ -86,26 +91,20 @@ def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool
 @pytest.mark.parametrize(
     "layout", ["dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32"]
 )
-def test_operator_equals_the_unpacked_weight(layout: str, value_type: str) -> None:
+def test_operator_equals_the_unpacked_weight(layout: str, value_type: str, pack: Pack) -> None:
     for rows, columns in SIZES:
-        mask = mask_of(layout, rows, columns)
-        pattern = None
-        if layout.startswith("nm"):
-            n, m = layout.split()[1].split(":")
-            pattern = int(n), int(m)
-        weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
-        options = PackOptions(value_type, group_size=32 if columns < 100 else 128, pattern=pattern)
-        packed = LAYOUTS[layout.split()[0]].pack(weight, mask, options)
-        check(packed, reference=True)
+        group_size = 32 if columns < 100 else 128
+        check(pack(layout, value_type, rows, columns, group_size=group_size), reference=True)
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
 @pytest.mark.parametrize("pattern", [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)])
-def test_operator_of_tiles_equals_the_unpacked_weight(pattern: tuple[int, int], value_type: str) -> None:
+def test_operator_of_tiles_equals_the_unpacked_weight(
+    pattern: tuple[int, int], value_type: str, pack: Pack
+) -> None:
+    layout = f"tiled {pattern[0]}:{pattern[1]}"
     for rows, columns in ((16, 16), (48, 80), (32, 304)):
-        weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
-        mask = mask_of(f"nm {pattern[0]}:{pattern[1]}", rows, columns)
-        check(LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, group_size=64)), reference=True)
+        check(pack(layout, value_type, rows, columns, group_size=64), reference=True)
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
@@ -118,10 +117,8 @@ def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4"])
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-def test_decoding_is_folded_at_load(layout: str, value_type: str, tmp_path: object) -> None:
-    mask = mask_of(layout, 64, 172)
-    weight = np.random.default_rng(2).standard_normal((64, 172)).astype(np.float32)
-    packed = LAYOUTS[layout.split()[0]].pack(weight, mask, PackOptions(value_type))
+def test_decoding_is_folded_at_load(layout: str, value_type: str, pack: Pack, tmp_path: object) -> None:
+    packed = pack(layout, value_type, 64, 172)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = f"{tmp_path}/folded.onnx"
@@ -133,14 +130,9 @@ def test_decoding_is_folded_at_load(layout: str, value_type: str, tmp_path: obje
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
-def test_one_operator_of_three_weights(layout: str, value_type: str) -> None:
+def test_one_operator_of_three_weights(layout: str, value_type: str, pack: Pack) -> None:
     """As q, k and v: different numbers of rows, one input, three outputs."""
-    n_of_m = tuple(map(int, layout.split()[1].split(":"))) if " " in layout else None
-    options = PackOptions(value_type, pattern=n_of_m)  # type: ignore[arg-type]
-    weights = []
-    for rows in (9, 4, 3):
-        weight = np.random.default_rng(rows).standard_normal((rows, 172)).astype(np.float32)
-        weights.append(LAYOUTS[layout.split()[0]].pack(weight, mask_of(layout, rows, 172), options))
+    weights = [pack(layout, value_type, rows, 172) for rows in (9, 4, 3)]
     first = weights[0]
     inputs = {f"w{i}.{name}": array for i, w in enumerate(weights) for name, array in w.arrays.items()}
     node = helper.make_node(

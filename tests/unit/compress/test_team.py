@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from losa_deploy.compress.device import CPU
+from losa_deploy.compress.device import CPU, Room
 from losa_deploy.compress.schedule import compress
 from losa_deploy.compress.team import ALONE, Team, joined
 from losa_deploy.errors import UsageError
@@ -23,6 +26,8 @@ from losa_deploy.sources.checkpoint import Checkpoint
 
 Stored = Callable[[Path], dict[str, torch.Tensor]]
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
+FirstStep = Callable[[Path, Recipe, Room, Path], dict[str, torch.Tensor]]
+FIRST_STEP = Path(__file__).with_name("first_step.py")
 TOGETHER = Path(__file__).with_name("together.py")
 BASE = {"calibration.samples": 14, "calibration.sequence_length": 24, "precision": "f32"}
 BLOCKS = {
@@ -45,8 +50,12 @@ WEIGHTS = {
     "loss": {"kl": 1.0, "ce": 0.2},
 }
 ADAPTERS = {"train": ["adapters"], "where": "model", "tokens": 400}
-ON_GRID, ELSEWHERE = 0.08, 0.0002
-"""What may differ: on a grid the last bit of a sum can decide between two levels, or the sign of a scale."""
+ON_GRID, CHOSEN, UNMOVED_BY_SUMS = 0.08, 0.002, 0.0002
+"""What may differ: on a grid the last bit of a sum can decide between two levels, or the sign of a scale;
+where activations choose the mask, which of two weights is kept (1e-4 seen). Elsewhere it is rounding (4e-6
+seen). What is added up is compared more closely, before the first step of an optimizer."""
+UNMOVED = {"prune.method": "magnitude"}
+"""The mask does not hang on sums: SparseGPT can choose otherwise by their last bits, which counts 0.02."""
 RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     "quick": (2, ON_GRID, {"phases": [BLOCKS, NORMS]}),
     "three processes, batches of two, weights": (
@@ -56,8 +65,11 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     ),
     "no grid": (
         2,
-        ELSEWHERE,
-        {"phases": [{"train": ["weights", "norms"], "tokens": 600}, {"where": "model", "tokens": 400}]},
+        UNMOVED_BY_SUMS,
+        {
+            **UNMOVED,
+            "phases": [{"train": ["weights", "norms"], "tokens": 600}, {"where": "model", "tokens": 400}],
+        },
     ),
     "weights shared out, three processes": (
         3,
@@ -66,12 +78,18 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
     ),
     "weights shared out, no grid": (
         2,
-        ELSEWHERE,
-        {"phases": [{"where": "model", "tokens": 400, "batch_size": 5}, {"where": "model", "tokens": 200}]},
+        UNMOVED_BY_SUMS,
+        {
+            **UNMOVED,
+            "phases": [
+                {"where": "model", "tokens": 400, "batch_size": 5},
+                {"where": "model", "tokens": 200},
+            ],
+        },
     ),
     "mixed 2:4, ranks, two steps": (
         2,
-        ELSEWHERE,
+        CHOSEN,
         {
             "sparsity.pattern": "2:4",
             "prune.method": "wanda",
@@ -82,6 +100,24 @@ RECIPES: Mapping[str, tuple[int, float, Mapping[str, object]]] = {
         },
     ),
 }
+
+CLIP = 0.001
+"""Far below any gradient, so that its length is compared too."""
+FIRST_STEPS: Mapping[str, tuple[int | None, Mapping[str, object], Mapping[str, object]]] = {
+    "shared out": (1, {}, {"where": "model", "batch_size": 5}),
+    "shared out, on a grid, one process idle": (
+        1,
+        UNMOVED,
+        {**WEIGHTS, "train": ["weights", "scales", "norms"], "batch_size": 2, "rate": "relative"},
+    ),
+    "whole": (None, {}, {"where": "model", "train": ["weights", "norms"], "batch_size": 5}),
+    "norms": (None, UNMOVED, NORMS),
+    "adapters": (None, {}, {**ADAPTERS, "batch_size": 5}),
+    "blocks": (None, UNMOVED, {**BLOCKS, "batch_size": 5}),
+}
+"""Memory of each of three processes, changes of the recipe, and the phase."""
+ADDED_UP = {"squares": 2e-5, "hessian": 2e-5, "raw": 1e-3, "gradient": 1e-3}
+"""What may differ: sums in another order, by 2e-6; gradients of weights that SparseGPT updated, by 4e-5."""
 
 
 def torchrun(count: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +138,36 @@ def together(source: Path, chosen: Recipe, folder: Path, count: int, **environme
     done = torchrun(count, str(TOGETHER), str(source), str(path), str(folder), **environment)
     assert done.returncode == 0 or "DIES" in environment, done.stderr[-3000:]
     return done.returncode
+
+
+def chosen_for(name: str) -> Recipe:
+    _, changes, phase = FIRST_STEPS[name]
+    return load_recipe(overrides={**BASE, **changes, "phases": [{**phase, "clip": CLIP}]}.items())
+
+
+@pytest.fixture(scope="module")
+def first_steps(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what three processes, started once, have together before the first step of each case."""
+    folder = tmp_path_factory.mktemp("first_steps")
+    cases = [
+        {"memory": memory, "recipe": chosen_for(name).model_dump(mode="json")}
+        for name, (memory, _, _) in FIRST_STEPS.items()
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases), "utf-8")
+    done = torchrun(3, str(FIRST_STEP), str(tiny_llama), str(folder / "cases.json"), str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_step() -> FirstStep:
+    """The function that the processes run."""
+    spec = importlib.util.spec_from_file_location("first_step", FIRST_STEP)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: FirstStep = module.first_step
+    return function
 
 
 def counted(folder: Path) -> list[int]:
@@ -142,6 +208,27 @@ def test_processes_give_what_one_gives(
     for key, value in expected.items():
         assert found[key].shape == value.shape
         assert distance(unsigned(key, found[key]), unsigned(key, value)) < most, key
+
+
+@pytest.mark.parametrize("name", FIRST_STEPS)
+def test_what_is_added_up_is_what_one_process_has(
+    name: str,
+    first_step: FirstStep,
+    first_steps: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    distance: Distance,
+) -> None:
+    """Input moments, and the gradients of the first step, as they are and as an optimizer gets them."""
+    expected = first_step(tiny_llama, chosen_for(name), Room(), tmp_path / "one")
+    found = load_file(first_steps / f"{list(FIRST_STEPS).index(name)}.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].shape == value.shape
+        assert distance(found[key], value) < ADDED_UP[key.split()[0]], key
+    gradients = [value for key, value in expected.items() if key.startswith("gradient")]
+    length = float(torch.stack([value.square().sum() for value in gradients]).sum().sqrt())
+    assert length == pytest.approx(CLIP, rel=1e-3)
 
 
 SAMPLING = 24
