@@ -137,7 +137,17 @@ def test_each_lie_is_named(statuses: Statuses) -> None:
     assert statuses("scalar", [codes, outside]) == [OK, BAD_POSITIONS]
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_planes_of_i3_end_in_zeros(statuses: Statuses) -> None:
+    blob = blob_of("tiled 1:4", "i3", 48)  # six steps: two lines of lower bits, then one of the highest
+    values = struct.unpack_from("<QQQ", blob, 32)[2]
+    lies = [
+        blob[:at] + bytes([blob[at] | wrong]) + blob[at + 1 :]
+        for at, wrong in ((values + 32, 0x10), (values + 64, 0x40), (values + 95, 0x80))
+    ]
+    assert statuses("scalar", [blob, *lies], 48) == [OK, *[BAD_POSITIONS] * 3]
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
 def test_positions_of_quads_ascend_and_free_bits_are_zero(statuses: Statuses, value_type: str) -> None:
     for pattern, at, wrong in (("2:4", 0, 0x01), ("1:4", 32, 0x10)):  # 48 columns: a line and a half of 1:4
         blob = blob_of(f"tiled {pattern}", value_type, 48)

@@ -221,13 +221,14 @@ def test_levels_at_their_limits_do_not_saturate(multiply_all: MultiplyAll) -> No
         assert np.allclose(y, 3.0 * 256, rtol=1e-5), (packed.layout, len(asked))
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
 def test_tiles_at_their_limits_do_not_saturate(multiply_all: MultiplyAll, value_type: str) -> None:
     """All kept weights at the widest level, all activations at 127: up to 15 of 16, groups of 128."""
     weight, positions = np.full((16, 256), -1.0, np.float32), np.arange(256)[None].repeat(16, 0)
     cases = [
         (LAYOUTS["tiled"].pack(weight, mask, PackOptions(value_type, 128)), np.full((tokens, 256), x), ALL)
         for mask in (positions % 16 != 3, positions % 2 == 0, positions % 4 == 3)
+        if value_type != "i3" or mask[0].sum() < 240  # i3 has no tiles of N:16
         for tokens in (1, 4, 16, PROMPT)
         for x in (np.float32(-3), np.float32(3))
     ]
