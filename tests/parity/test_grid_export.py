@@ -56,6 +56,7 @@ def trained(model: SparseModel, name: str) -> np.ndarray:
         (GridKind("i4", 128), "i4", 128),
         (GridKind("i4", 128), "i4", 32),
         (GridKind("i3", 64), "i4", 64),
+        (GridKind("i3", 64), "i3", 32),
         (GridKind("i8", 0), "i8", 128),
     ],
     ids=str,

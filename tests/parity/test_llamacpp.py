@@ -45,7 +45,7 @@ def merged(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Sparse
 def exported(merged: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with a packed and a portable file, by value type."""
     folders: dict[str, Path] = {}
-    kinds: tuple[str, ...] = ("f32", "f16", "i8", "i4")
+    kinds: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
     for value_type in kinds:
         folder = tmp_path_factory.mktemp(f"exported_{value_type}")
         recipe = ExportRecipe(value_type=value_type, group_size=32, packed=True, portable=True)
@@ -76,7 +76,7 @@ def packed_and_portable(folder: Path) -> tuple[Path, Path]:
 
 
 KINDS = ("packed", "portable")
-LIMITS: dict[str, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.01, "i4": 0.5}
+LIMITS: dict[str, float] = {"f32": 1e-6, "f16": 1e-4, "i8": 0.01, "i4": 0.5, "i3": 1.5}
 """Mean divergence from the merged model, in nats."""
 
 
@@ -105,7 +105,7 @@ def test_our_backend_gives_the_tokens_of_torch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
 def test_integers_stay_close_and_do_what_their_bytes_mean(
     exported: dict[str, Path],
     value_type: str,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def tolerance(packed: PackedTensor, x: Array, weight: NDArray[np.float64]) -> ND
     """
     size_of_x, columns = np.abs(x.astype(np.float64)), packed.shape[1]
     error = ROUNDING * (columns + 8) * size_of_x
-    if packed.value_type in ("i8", "i4"):
+    if packed.value_type in ("i8", "i4", "i3"):
         size = packed.params.get("group_size", 64)
         padded = np.pad(size_of_x, ((0, 0), (0, 0), (0, -columns % size)))
         step = padded.reshape(*padded.shape[:2], -1, size).max(axis=3) / 127
@@ -147,8 +148,7 @@ def check(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Arr
         assert (error <= tolerance(packed, x, weight)).all()
 
 
-@pytest.mark.parametrize("value_type", VALUE_TYPES)
-@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize(("layout", "value_type"), [*product(LAYOUT_NAMES, VALUE_TYPES), ("dense", "i3")])
 def test_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:
     """One awkward size: tests/kernels has the others."""
     weights = [pack(layout, value_type, count, 172, seed=i) for i, count in enumerate((67, 69, 1))]
@@ -158,8 +158,14 @@ def test_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) ->
             check(session, weights[:shared], activations(tokens, 172))
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("layout", ["tiled 6:16", "tiled 3:16", "tiled 2:4", "tiled 1:4"])
+@pytest.mark.parametrize(
+    ("layout", "value_type"),
+    [
+        *product(("tiled 6:16", "tiled 3:16", "tiled 2:4", "tiled 1:4"), ("i8", "i4")),
+        ("tiled 2:4", "i3"),
+        ("tiled 1:4", "i3"),
+    ],
+)
 def test_tiles_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:
     weights = [pack(layout, value_type, count, 176, seed=i) for i, count in enumerate((64, 96, 16))]
     for shared in (1, 2, 3):

@@ -87,18 +87,20 @@ def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool
         assert (np.abs(ReferenceEvaluator(model).run(None, {"X": x})[0] - expected) <= tolerance).all()
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
-@pytest.mark.parametrize(
-    "layout", ["dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32"]
-)
+STREAMS = ("bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32")
+LAYOUTS_AND_TYPES = [(layout, kind) for layout in ("dense", *STREAMS) for kind in ("f32", "f16", "i8", "i4")]
+PATTERNS = [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)]
+TILES = [(pattern, kind) for pattern in PATTERNS for kind in ("i8", "i4")]
+
+
+@pytest.mark.parametrize(("layout", "value_type"), [*LAYOUTS_AND_TYPES, ("dense", "i3")])
 def test_operator_equals_the_unpacked_weight(layout: str, value_type: str, pack: Pack) -> None:
     for rows, columns in SIZES:
         group_size = 32 if columns < 100 else 128
         check(pack(layout, value_type, rows, columns, group_size=group_size), reference=True)
 
 
-@pytest.mark.parametrize("value_type", ["i8", "i4"])
-@pytest.mark.parametrize("pattern", [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)])
+@pytest.mark.parametrize(("pattern", "value_type"), [*TILES, ((2, 4), "i3"), ((1, 4), "i3")])
 def test_operator_of_tiles_equals_the_unpacked_weight(
     pattern: tuple[int, int], value_type: str, pack: Pack
 ) -> None:
@@ -115,8 +117,10 @@ def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
     check(LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type)), reference=True)
 
 
-@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4"])
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+FOLDED = [(layout, kind) for layout in ("dense", "bitmask", "nm 1:4") for kind in ("f32", "f16", "i8", "i4")]
+
+
+@pytest.mark.parametrize(("layout", "value_type"), [*FOLDED, ("dense", "i3")])
 def test_decoding_is_folded_at_load(layout: str, value_type: str, pack: Pack, tmp_path: object) -> None:
     packed = pack(layout, value_type, 64, 172)
     options = ort.SessionOptions()

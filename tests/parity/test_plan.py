@@ -99,8 +99,9 @@ CASES = [
     ({"layout": layout, "value_type": value_type}, layouts)
     for layout, value_types, layouts in (
         ("auto", ("f32", "f16", "i8", "i4"), None),
+        ("auto", ("i3",), {"tiled", "dense"}),
         ("bitmask", ("f16", "i4"), {"bitmask"}),
-        ("dense", ("f32", "i8", "i4"), {"dense"}),
+        ("dense", ("f32", "i8", "i4", "i3"), {"dense"}),
         ("nm", ("f32", "i4"), {"nm", "dense"}),
         ("tiled", ("i8", "i4"), {"tiled", "dense"}),
     )
