@@ -103,8 +103,10 @@ class Grouped(ValueType):
         step = largest_of_groups(weight, group_size) / np.float32(-lowest)
         beyond = np.abs(weight) - highest * np.float32(min(SMALLER)) * step
         rounding = np.maximum(0.5 * step, beyond)
-        bound = rounding * (1 + SCALE_ERROR) - lowest * (step * SCALE_ERROR + SCALE_FLOOR)
-        return bound.astype(np.float32)
+        bound: NDArray[np.float32] = rounding * (1 + SCALE_ERROR) - lowest * (
+            step * SCALE_ERROR + SCALE_FLOOR
+        )
+        return bound
 
     def check(self, arrays: Mapping[str, Component]) -> None:
         table = arrays.get("table")
