@@ -103,9 +103,8 @@ class Grouped(ValueType):
         step = largest_of_groups(weight, group_size) / np.float32(-lowest)
         beyond = np.abs(weight) - highest * np.float32(min(SMALLER)) * step
         rounding = np.maximum(0.5 * step, beyond)
-        bound: NDArray[np.float32] = rounding * (1 + SCALE_ERROR) - lowest * (
-            step * SCALE_ERROR + SCALE_FLOOR
-        )
+        of_scale = -lowest * (step * SCALE_ERROR + SCALE_FLOOR)
+        bound: NDArray[np.float32] = (rounding * (1 + SCALE_ERROR) + of_scale).astype(np.float32)
         return bound
 
     def check(self, arrays: Mapping[str, Component]) -> None:
