@@ -143,8 +143,7 @@ template <bool Quads>
 void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                        size_t ldy) {
   const Tiles tiles(p);
-  const int8x16_t table =
-      is_grouped(p) ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
+  const int8x16_t table = is_grouped(p) ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
     for (; token + 4 <= a.tokens; token += 4) {

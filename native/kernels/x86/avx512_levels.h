@@ -9,10 +9,10 @@ namespace {
 
 constexpr size_t kChunk = 16;  // groups whose scales are multiplied at once
 
-// What the sums of rows are multiplied with, and what is added to them for the bias: of i4 and i3, scales of the
-// weights times those of the activations, for two rows while the two before them are computed, because single
-// floats out of what was stored in wholes wait until that has reached the cache. Of i8, the scales of the
-// activations: that of a row is applied to its sum.
+// What the sums of rows are multiplied with, and what is added to them for the bias: of i4 and i3, scales of
+// the weights times those of the activations, for two rows while the two before them are computed, because
+// single floats out of what was stored in wholes wait until that has reached the cache. Of i8, the scales of
+// the activations: that of a row is applied to its sum.
 template <typename Row>
 class Factors {
   static constexpr bool kGrouped = are_grouped(Row::kLevels);

@@ -213,9 +213,9 @@ inline __m512i codes_of_planes(const uint8_t *bytes) {
   constexpr int kNext = kFirst + 2;
   const auto low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes)));
   const auto high = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + 32)));
-  const __m512i lower = _mm512_rorv_epi32(
-      low, _mm512_setr_epi32(kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kNext, kNext,
-                             kNext, kNext, kNext, kNext, kNext, kNext));
+  const __m512i lower =
+      _mm512_rorv_epi32(low, _mm512_setr_epi32(kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst,
+                                               kNext, kNext, kNext, kNext, kNext, kNext, kNext, kNext));
   // 16 positions have bit kFirst of the upper bytes, 16 the next; it is wanted in bit 2, so two of the shifts
   // of the first 64 positions go to the left.
   constexpr int k0 = kFirst - 2, k1 = kFirst - 1, k2 = kFirst, k3 = kFirst + 1;
