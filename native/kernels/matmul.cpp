@@ -9,10 +9,10 @@ bool is_panel_row_aligned(size_t begin, size_t end, size_t rows) {
   return begin % LOSA_ROW_STEP == 0 && (end % LOSA_ROW_STEP == 0 || end == rows) && end <= rows;
 }
 
-// The entry of a target, or of the nearest base that has it, for values of the types `needed`.
+// The entry of a target, or of the nearest base that has it.
 template <typename Function>
-Function *own_or_base(const Target *target, Function *Target::*entry, Types needed = 0) {
-  while (target->*entry == nullptr || (needed & ~target->reads) != 0) {
+Function *own_or_base(const Target *target, Function *Target::*entry) {
+  while (target->*entry == nullptr) {
     target = target->base;
   }
   return target->*entry;
@@ -96,8 +96,7 @@ extern "C" int losa_matmul(const losa_tensor *tensor, const void *activations, s
   }
   const Activations a = activations_in(*tensor, activations, tokens);
   const losa_parts &p = tensor->parts;
-  const Types type = only(static_cast<losa_value_type>(p.value_type));
-  Multiply *const multiply = own_or_base(target, entry_for(p, tokens), type);
+  Multiply *const multiply = own_or_base(target, entry_for(p, tokens));
   multiply(*tensor, a, begin, end, y, ldy, scratch);
   return LOSA_OK;
 }

@@ -28,17 +28,9 @@ using Quantize = void(const float *x, size_t columns, size_t padded, size_t grou
 using Multiply = void(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                       size_t ldy, void *scratch);
 
-// A set of value types.
-using Types = unsigned;
-constexpr Types only(losa_value_type type) { return 1u << type; }
-constexpr Types kAllTypes = ~0u;
-
 struct Target {
   const char *name;
-  const Target *base;  // null: there is none, no entry is null, and it reads all types
-
-  // Value types that its entries for rows and tiles read; others are the base's.
-  Types reads = kAllTypes;
+  const Target *base;  // null: there is none, and no entry is null
 
   // Activations of integer weights: int8 levels of -127..127, rounded to nearest, ties to even, so that all
   // targets find the same; a bias is -128 * the sum of its group. Float weights need no entry: the driver

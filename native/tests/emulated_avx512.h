@@ -86,6 +86,12 @@ inline __m512i sllv_epi32(__m512i a, __m512i n) {
     return count > 31 ? 0 : static_cast<int32_t>(static_cast<uint32_t>(I32(a).at[i]) << count);
   });
 }
+inline __m512i rorv_epi32(__m512i a, __m512i n) {
+  return each<I32>([&](int i) {
+    const auto count = static_cast<uint32_t>(I32(n).at[i]) & 31u, value = static_cast<uint32_t>(I32(a).at[i]);
+    return static_cast<int32_t>(value >> count | value << (32u - count & 31u));
+  });
+}
 inline __m512i cvtepu16_epi32(__m256i a) {
   uint16_t words[16];
   std::memcpy(words, &a, sizeof words);
@@ -109,6 +115,9 @@ inline __m512i ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
     }
     return static_cast<int32_t>(out);
   });
+}
+inline __m512i add_epi8(__m512i a, __m512i b) {
+  return each<U8>([&](int i) { return static_cast<uint8_t>(U8(a).at[i] + U8(b).at[i]); });
 }
 inline __m512i add_epi32(__m512i a, __m512i b) {
   return each<I32>([&](int i) { return I32(a).at[i] + I32(b).at[i]; });
@@ -144,6 +153,12 @@ inline __m512i broadcast_i32x4(__m128i a) {
   for (int i = 0; i < 4; ++i) {
     std::memcpy(out.at + 4 * i, &a, sizeof a);
   }
+  return out;
+}
+inline __m512i broadcast_i64x4(__m256i a) {
+  I32 out;
+  std::memcpy(out.at, &a, sizeof a);
+  std::memcpy(out.at + 8, &a, sizeof a);
   return out;
 }
 inline __m512 maskz_loadu_ps(__mmask16 k, const float *p) {
@@ -269,10 +284,12 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_slli_epi32 losa_emulated::slli_epi32
 #define _mm512_srli_epi32 losa_emulated::srli_epi32
 #define _mm512_sllv_epi32 losa_emulated::sllv_epi32
+#define _mm512_rorv_epi32 losa_emulated::rorv_epi32
 #define _mm512_cvtepu16_epi32 losa_emulated::cvtepu16_epi32
 #define _mm512_permutexvar_epi32 losa_emulated::permutexvar_epi32
 #define _mm512_setr_epi32 losa_emulated::setr_epi32
 #define _mm512_ternarylogic_epi32 losa_emulated::ternarylogic_epi32
+#define _mm512_add_epi8 losa_emulated::add_epi8
 #define _mm512_add_epi32 losa_emulated::add_epi32
 #define _mm512_dpbusd_epi32 losa_emulated::dpbusd_epi32
 #define _mm512_srli_epi16 losa_emulated::srli_epi16
@@ -280,6 +297,7 @@ inline int reduce_add_epi32(__m512i a) {
 #define _mm512_maskz_expand_epi8 losa_emulated::maskz_expand_epi8
 #define _mm512_maskz_expand_ps losa_emulated::maskz_expand_ps
 #define _mm512_broadcast_i32x4 losa_emulated::broadcast_i32x4
+#define _mm512_broadcast_i64x4 losa_emulated::broadcast_i64x4
 #define _mm512_maskz_loadu_ps losa_emulated::maskz_loadu_ps
 #define _mm512_unpacklo_epi32 losa_emulated::unpacklo_epi32
 #define _mm512_unpackhi_epi32 losa_emulated::unpackhi_epi32

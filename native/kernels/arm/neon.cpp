@@ -54,31 +54,36 @@ inline int8x16_t nibbles(int8x16_t bytes, bool high, int8x16_t levels) {
   return vqtbl1q_s8(levels, high ? vshrq_n_u8(raw, 4) : vandq_u8(raw, vdupq_n_u8(15)));
 }
 
+// The codes number 16 i to 16 i + 15 of 128 of a dense i3 row: 32 bytes of lower bits, 16 of the highest.
+inline uint8x16_t codes_of_planes(const uint8_t *bytes, size_t i) {
+  return join_planes(vld1q_u8(bytes + i % 2 * 16), i / 2, vld1q_u8(bytes + 32), i);
+}
+
 // One row of any layout as levels, 64 positions at a time.
 class Row {
  public:
   Row(const losa_tensor &t, size_t row)
       : parts_(t.parts),
         dense_(t.parts.layout == LOSA_DENSE),
-        i4_(t.parts.value_type == LOSA_I4),
+        grouped_(is_grouped(t.parts)),
         high_(row % 2 != 0),
         count_(count_per_byte(t.parts)),
         positions_(dense_ ? Positions() : Positions(t.parts, row)),
         at_(static_cast<const uint8_t *>(t.parts.values.data) +
-            (!dense_ ? row_start(t, row) : row * (i4_ ? (t.parts.columns + 1u) / 2u : t.parts.columns))),
-        levels_(i4_ ? table_of(t.parts) : vdupq_n_s8(0)) {}
+            (dense_ ? row * dense_row_bytes(t.parts) : row_start(t, row))),
+        levels_(grouped_ ? table_of(t.parts) : vdupq_n_s8(0)) {}
 
   size_t blocks() const { return (parts_.columns + kBlock - 1) / kBlock; }
 
   Block next(size_t block) {
     if (dense_) {
-      return dense(block * kBlock);
+      return grouped_ ? dense_codes(block * kBlock) : dense_levels(block * kBlock);
     }
     const uint64_t word = positions_.word(block);
     unsigned used = 8 * count_;
     Block found = count_ ? scatter_fixed(word, at_, count_) : scatter(word, at_, &used);
     at_ += used;
-    if (i4_) {
+    if (grouped_) {
       for (auto &part : found.part) {
         part = nibbles(part, high_, levels_);
       }
@@ -92,29 +97,42 @@ class Row {
     return {{vld1q_s8(levels), vld1q_s8(levels + 16), vld1q_s8(levels + 32), vld1q_s8(levels + 48)}};
   }
 
-  Block dense(size_t start) const {
-    if (!i4_ && start + kBlock <= parts_.columns) {
+  Block dense_levels(size_t start) const {
+    if (start + kBlock <= parts_.columns) {
       return load(at_ + start);
     }
-    uint8_t copy[kPadding] = {};
-    if (!i4_) {
-      std::memcpy(copy, at_ + start, parts_.columns - start);
-      return load(copy);
-    }
-    const size_t first = start / kPadding * kPadding;
-    const bool full = first + kPadding <= parts_.columns;
-    if (!full) {
-      split_dense_tail(at_ + first / 2, parts_.columns - first, copy);
-    }
-    Block found = load(full ? at_ + first / 2 : copy + (start - first));
-    for (auto &part : found.part) {
-      part = nibbles(part, full && start != first, levels_);
+    uint8_t copy[kBlock] = {};
+    std::memcpy(copy, at_ + start, parts_.columns - start);
+    return load(copy);
+  }
+
+  Block dense_codes(size_t start) const {
+    const bool planes = parts_.value_type == LOSA_I3;
+    const size_t first = start / kPadding * kPadding, left = parts_.columns - first;
+    const uint8_t *bytes = at_ + (planes ? first / 8 * 3 : first / 2);
+    Block found;
+    if (left < kPadding) {
+      uint8_t codes[kPadding] = {};
+      (planes ? split_planes : split_dense_tail)(bytes, left, codes);
+      found = load(codes + (start - first));
+      for (auto &part : found.part) {
+        part = nibbles(part, false, levels_);
+      }
+    } else if (planes) {
+      for (size_t i = 0; i < 4; ++i) {
+        found.part[i] = vqtbl1q_s8(levels_, codes_of_planes(bytes, (start - first) / 16 + i));
+      }
+    } else {
+      found = load(bytes);
+      for (auto &part : found.part) {
+        part = nibbles(part, start != first, levels_);
+      }
     }
     return found;
   }
 
   const losa_parts &parts_;
-  bool dense_, i4_, high_;
+  bool dense_, grouped_, high_;
   unsigned count_;
   Positions positions_;
   const uint8_t *at_;
@@ -289,7 +307,6 @@ constexpr Multiply *multiply_values = multiply_panels<float, expand_values, valu
 
 constexpr Target table() {
   Target target{"neon", &kScalar};
-  target.reads = ~only(LOSA_I3);
   target.quantize = quantize_groups<quantize_group>;
   target.matvec_levels = matvec_levels;
   target.matmul_levels = multiply_panels<int8_t, expand_levels, levels_panel>;

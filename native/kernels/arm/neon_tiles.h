@@ -20,25 +20,42 @@ inline uint8x16_t quads_of(size_t s, size_t n) {
   return vreinterpretq_u8_u16(vdupq_n_u16(static_cast<uint16_t>(second << 8 | first)));
 }
 
-inline HalfStep load_quads(const Tiles &tiles, bool i4, size_t tile, size_t i, size_t half, int8x16_t table) {
+// Codes of i3: their lower bits are pair `pair` of every byte of `low`, their highest is bit `bit` of `high`.
+inline uint8x16_t join_planes(uint8x16_t low, size_t pair, uint8x16_t high, size_t bit) {
+  const uint8x16_t lower = vshlq_u8(low, vdupq_n_s8(static_cast<int8_t>(-2 * static_cast<int>(pair))));
+  const uint8x16_t highest = vshlq_u8(high, vdupq_n_s8(static_cast<int8_t>(2 - static_cast<int>(bit))));
+  return vorrq_u8(vandq_u8(lower, vdupq_n_u8(3)), vandq_u8(highest, vdupq_n_u8(4)));
+}
+
+// Codes of half a step of quads.
+inline uint8x16_t codes_of_quads(const Tiles &tiles, size_t tile, size_t i, size_t half) {
+  const uint8_t *values = tiles.values + tile * tiles.value_lines() * Tiles::kStep + half * kTile;
+  if (tiles.type == LOSA_I3) {
+    const uint8x16_t low = vld1q_u8(values + i / Tiles::kPerLine * Tiles::kStep);
+    const size_t line = tiles.lines() + i / Tiles::kPerHighLine;
+    return join_planes(low, i % Tiles::kPerLine, vld1q_u8(values + line * Tiles::kStep),
+                       i % Tiles::kPerHighLine);
+  }
+  const uint8x16_t two = vld1q_u8(values + i / 2 * Tiles::kStep);
+  return i % 2 ? vshrq_n_u8(two, 4) : vandq_u8(two, vdupq_n_u8(15));
+}
+
+inline HalfStep load_quads(const Tiles &tiles, size_t tile, size_t i, size_t half, int8x16_t table) {
   const size_t line = tile * tiles.lines() + i / Tiles::kPerLine, step = tile * tiles.all_steps() + i;
   const auto shift = static_cast<int8_t>(2 * (i % Tiles::kPerLine));
   const uint8x16_t four = vld1q_u8(tiles.positions + line * Tiles::kStep + half * kTile);
   const uint8x16_t at = vandq_u8(vshlq_u8(four, vdupq_n_s8(static_cast<int8_t>(-shift))), vdupq_n_u8(3));
   HalfStep w = {vorrq_u8(at, quads_of(i % tiles.steps, tiles.steps / 2)), vdupq_n_s8(0)};
-  if (!i4) {
-    w.levels = vreinterpretq_s8_u8(vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile));
-    return w;
-  }
-  const uint8x16_t two = vld1q_u8(tiles.values + step / 2 * Tiles::kStep + half * kTile);
-  w.levels = vqtbl1q_s8(table, step % 2 ? vshrq_n_u8(two, 4) : vandq_u8(two, vdupq_n_u8(15)));
+  w.levels = tiles.type == LOSA_I8
+                 ? vreinterpretq_s8_u8(vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile))
+                 : vqtbl1q_s8(table, codes_of_quads(tiles, tile, i, half));
   return w;
 }
 
 // Half 0 has the slots of the rows 0-3 and 8-11 of the tile, half 1 those of 4-7 and 12-15.
-inline HalfStep load_half(const Tiles &tiles, bool i4, size_t step, size_t half, int8x16_t table) {
+inline HalfStep load_half(const Tiles &tiles, size_t step, size_t half, int8x16_t table) {
   const uint8x16_t raw = vld1q_u8(tiles.values + step * Tiles::kStep + half * kTile), low = vdupq_n_u8(15);
-  if (i4) {
+  if (tiles.type == LOSA_I4) {
     return {vandq_u8(raw, low), vqtbl1q_s8(table, vshrq_n_u8(raw, 4))};
   }
   const uint8x16_t both = vld1q_u8(tiles.positions + step * kTile);
@@ -47,8 +64,8 @@ inline HalfStep load_half(const Tiles &tiles, bool i4, size_t step, size_t half,
 
 // Sums of the rows 2 i, 2 i + 8, 2 i + 1 and 2 i + 9 in sums[i].
 template <bool Quads, int Tokens>
-inline void sum_groups(const Tiles &tiles, bool i4, size_t tile, size_t group, size_t end,
-                       const int8_t *const *x, int8x16_t table, int32x4_t sums[Tokens][4]) {
+inline void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end, const int8_t *const *x,
+                       int8x16_t table, int32x4_t sums[Tokens][4]) {
   for (; group < end; ++group) {
     int8x16_t from[Tokens];
     for (int k = 0; k < Tokens; ++k) {
@@ -57,8 +74,8 @@ inline void sum_groups(const Tiles &tiles, bool i4, size_t tile, size_t group, s
     for (size_t s = 0; s < tiles.steps; ++s) {
       const size_t i = group * tiles.steps + s;
       for (size_t half = 0; half < 2; ++half) {
-        const HalfStep w = Quads ? load_quads(tiles, i4, tile, i, half, table)
-                                 : load_half(tiles, i4, tile * tiles.all_steps() + i, half, table);
+        const HalfStep w = Quads ? load_quads(tiles, tile, i, half, table)
+                                 : load_half(tiles, tile * tiles.all_steps() + i, half, table);
         for (int k = 0; k < Tokens; ++k) {
           const int8x16_t q = vqtbl1q_s8(from[k], w.at);
           int32x4_t *into = sums[k] + 2 * half;
@@ -82,7 +99,7 @@ inline void order_rows(const int32x4_t sums[4], float32x4_t rows[4]) {
 template <bool Quads, int Tokens>
 void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
                    int8x16_t table, float *y, size_t ldy) {
-  const bool i4 = p.value_type == LOSA_I4;
+  const bool grouped = is_grouped(p);
   const int8_t *x[Tokens];
   float32x4_t total[Tokens][4];
   for (int k = 0; k < Tokens; ++k) {
@@ -100,10 +117,10 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
         v = vdupq_n_s32(0);
       }
     }
-    sum_groups<Quads, Tokens>(tiles, i4, tile, group, end, x, table, sums);
-    if (i4 || g == 0) {
+    sum_groups<Quads, Tokens>(tiles, tile, group, end, x, table, sums);
+    if (grouped || g == 0) {
       for (size_t r = 0; r < kTile; ++r) {
-        scales[r] = load_scale(p, i4 ? scale_index(p, tile * kTile + r, g) : tile * kTile + r);
+        scales[r] = load_scale(p, grouped ? scale_index(p, tile * kTile + r, g) : tile * kTile + r);
       }
     }
     for (int k = 0; k < Tokens; ++k) {
@@ -126,8 +143,7 @@ template <bool Quads>
 void multiply_tiles_as(const losa_parts &p, const Activations &a, size_t begin, size_t end, float *y,
                        size_t ldy) {
   const Tiles tiles(p);
-  const bool i4 = p.value_type == LOSA_I4;
-  const int8x16_t table = i4 ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
+  const int8x16_t table = is_grouped(p) ? vld1q_s8(static_cast<const int8_t *>(p.table.data)) : vdupq_n_s8(0);
   for (size_t tile = begin / kTile; tile < end / kTile; ++tile) {
     size_t token = 0;
     for (; token + 4 <= a.tokens; token += 4) {

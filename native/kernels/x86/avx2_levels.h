@@ -120,32 +120,57 @@ struct RunOf<DenseRowOfPlanes> {
   using Type = RunOfPlanes;
 };
 
+// What the offset of narrow levels made too much, in eight groups from g on, of which `count` are there:
+// `products` are their scales.
+inline __m256 add_biases(const Activations &a, size_t g, size_t count, const float products[8],
+                         __m256 total) {
+  const __m256i bias = _mm256_srai_epi32(load256(a.bias + g), 4),
+                order = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), order);
+  const __m256 scales = _mm256_and_ps(_mm256_castsi256_ps(there), _mm256_load_ps(products));
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(bias), scales, total);
+}
+
 // The first `runs` times 128 positions of a dense row below 8 bits.
 template <typename Run, bool Narrow, size_t Group>
 __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
                 const Activations &a) {
-  __m256 total = _mm256_setzero_ps();
-  for (size_t run = 0; run < runs; ++run, bytes += Run::kBytes) {
-    fetch_ahead(bytes);
-    __m256i codes[4], pairs[4];
-    Run::split(bytes, codes);
-    const int8_t *x = a.q + run * kPadding;
-    for (size_t i = 0; i < 4; ++i) {
-      pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
+  constexpr size_t kGroups = kPadding / Group, kEach = 4 / kGroups;  // of a run; parts of a group
+  // A sum for each group of a run: one for all would have them wait for each other.
+  __m256 total[kGroups];
+  for (auto &v : total) {
+    v = _mm256_setzero_ps();
+  }
+  for (size_t run = 0; run < runs;) {
+    const size_t stop = runs - run < 8 / kGroups ? runs : run + 8 / kGroups;
+    alignas(32) float eight[8];
+    scales.times(a, run * kGroups, eight);
+    if (Narrow) {
+      total[0] = add_biases(a, run * kGroups, (stop - run) * kGroups, eight, total[0]);
     }
-    constexpr size_t kGroups = kPadding / Group, kEach = 4 / kGroups;
-    for (size_t k = 0; k < kGroups; ++k) {
-      const size_t g = run * kGroups + k;
-      __m256i acc = Narrow ? pairs[k * kEach] : sums_of_two(pairs[k * kEach]);
-      for (size_t i = 1; i < kEach; ++i) {
-        const __m256i next = pairs[k * kEach + i];
-        acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
+    for (const float *scale = eight; run < stop; ++run, bytes += Run::kBytes) {
+      fetch_ahead(bytes);
+      __m256i codes[4], pairs[4];
+      Run::split(bytes, codes);
+      const int8_t *x = a.q + run * kPadding;
+      for (size_t i = 0; i < 4; ++i) {
+        pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
       }
-      const __m256 sums = Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
-      total = _mm256_fmadd_ps(sums, _mm256_set1_ps(a.scale[g] * scales.group(g)), total);
+      for (size_t k = 0; k < kGroups; ++k) {
+        __m256i acc = Narrow ? pairs[k * kEach] : sums_of_two(pairs[k * kEach]);
+        for (size_t i = 1; i < kEach; ++i) {
+          const __m256i next = pairs[k * kEach + i];
+          acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
+        }
+        const __m256 sums = _mm256_cvtepi32_ps(Narrow ? sums_of_two(acc) : acc);
+        total[k] = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scale++), total[k]);
+      }
     }
   }
-  return total;
+  for (size_t k = 1; k < kGroups; ++k) {
+    total[0] = _mm256_add_ps(total[0], total[k]);
+  }
+  return total[0];
 }
 
 template <bool Narrow, size_t Group, typename Row>
@@ -192,6 +217,29 @@ inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t beg
     narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
            : dot_all<false, Row>(p, matrix, a, begin, end, y);
   });
+}
+
+constexpr size_t kWorthPanels = 8;  // tokens
+
+// Dense codes times a few tokens: a row is decoded again for each token, from the cache, which takes less
+// time than to spread it over a panel; with 2 tokens a quarter, with 8 two thirds, with 16 as much.
+inline void repeated_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                            size_t ldy, void *scratch) {
+  for (size_t first = begin; first < end; first += LOSA_ROW_STEP) {
+    const size_t last = end - first < LOSA_ROW_STEP ? end : first + LOSA_ROW_STEP;
+    for (size_t token = 0; token < a.tokens; ++token) {
+      const size_t group = token * a.groups;
+      const Activations one = {
+          a.q + token * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
+      matvec_levels(t, one, first, last, y + token * ldy, ldy, scratch);
+    }
+  }
+}
+
+inline void panels_or_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                             size_t ldy, void *scratch) {
+  const bool few = a.tokens < kWorthPanels && t.parts.layout == LOSA_DENSE && is_grouped(t.parts);
+  (few ? repeated_matvec : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 }  // namespace

@@ -169,20 +169,23 @@ class DenseRow {
   __m256i levels_;
 };
 
-// Codes of 128 positions of a dense i3 row, 32 in each: 32 bytes of lower bits, 16 of the highest.
+// Codes of 128 positions of a dense i3 row, 32 in each: 32 bytes of lower bits, 16 of the highest. Two are
+// put together at once, in the nibbles of a byte. So they are indices of a byte shuffle, which looks at the
+// low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
 inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
-  const __m256i two = _mm256_set1_epi8(3), top = _mm256_set1_epi8(4);
+  const __m256i lower = _mm256_set1_epi8(0x33), highest = _mm256_set1_epi8(0x44);
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
-  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + 32));
+  const __m256i high =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + 32)));
   // Bit 2 k of a byte belongs to codes[k]; of the upper half it was bit 2 k + 1.
-  const __m256i bits = _mm256_inserti128_si256(_mm256_castsi128_si256(high), _mm_srli_epi16(high, 1), 1);
-  const auto code = [&](__m256i lower, __m256i highest) {
-    return _mm256_or_si256(_mm256_and_si256(lower, two), _mm256_and_si256(highest, top));
+  const __m256i bits = _mm256_srlv_epi32(high, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  const auto pair = [&](__m256i two, __m256i top) {
+    return _mm256_or_si256(_mm256_and_si256(two, lower), _mm256_and_si256(top, highest));
   };
-  codes[0] = code(low, _mm256_slli_epi16(bits, 2));
-  codes[1] = code(_mm256_srli_epi16(low, 2), bits);
-  codes[2] = code(_mm256_srli_epi16(low, 4), _mm256_srli_epi16(bits, 2));
-  codes[3] = code(_mm256_srli_epi16(low, 6), _mm256_srli_epi16(bits, 4));
+  codes[0] = pair(low, _mm256_slli_epi16(bits, 2));
+  codes[1] = pair(_mm256_srli_epi16(low, 2), bits);
+  codes[2] = _mm256_srli_epi16(codes[0], 4);
+  codes[3] = _mm256_srli_epi16(codes[1], 4);
 }
 
 // Levels of one dense i3 row, a run of 128 positions after the other; blocks come in their order.

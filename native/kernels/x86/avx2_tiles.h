@@ -80,6 +80,23 @@ struct Sums {
     }
   }
 
+  // The 8 / N positions that a step of N:4 begins at, as often as there is room, so that only the lowest
+  // bits of the place of a slot matter.
+  template <int N>
+  inline __attribute__((always_inline)) void load_quads(const int8_t *const *x, size_t start) {
+    for (int k = 0; k < Tokens; ++k) {
+      if (N == 2) {
+        int32_t quad;
+        std::memcpy(&quad, x[k] + start, sizeof quad);
+        from[k] = _mm256_set1_epi32(quad);
+      } else {
+        int64_t two;
+        std::memcpy(&two, x[k] + start, sizeof two);
+        from[k] = _mm256_set1_epi64x(two);
+      }
+    }
+  }
+
   inline __attribute__((always_inline)) void add(const Slots &w) {
     for (int k = 0; k < Tokens; ++k) {
       const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
@@ -178,6 +195,61 @@ inline __m256i within_group(__m256i line) {
   return _mm256_or_si256(low, _mm256_set1_epi16(kSecond << 8 | kFirst));
 }
 
+// Places of the slots of step S of a line of N:4 among the positions of load_quads: byte shuffles look at the
+// low nibble of an index and at bit 7, and the other bits may hold anything. `even` are the places of the
+// steps 0 and 2 in the nibbles of a byte, `odd` those of 1 and 3.
+template <int N>
+struct QuadPlaces {
+  explicit QuadPlaces(__m256i line) {
+    const __m256i two = _mm256_set1_epi8(0x33);
+    even = _mm256_and_si256(line, two);
+    odd = _mm256_and_si256(_mm256_srli_epi16(line, 2), two);
+    if (N == 1) {  // the second slot of a row is in the second of two quads
+      const __m256i second = _mm256_set1_epi16(0x4400);
+      even = _mm256_or_si256(even, second);
+      odd = _mm256_or_si256(odd, second);
+    }
+  }
+
+  template <int S>
+  inline __attribute__((always_inline)) __m256i of() const {
+    return S < 2 ? (S == 0 ? even : odd) : _mm256_srli_epi16(S == 2 ? even : odd, 4);
+  }
+
+  __m256i even, odd;
+};
+
+// The slots of a line of N:4.
+template <losa_value_type T, bool Linear>
+struct LineSlots {
+  LineSlots(const ValueLines<T> &at, __m256i levels) : values(at.values), levels(levels) {
+    if (T == LOSA_I3) {
+      // Codes in the nibbles of a byte, as `even` and `odd` of QuadPlaces; the highest bits by table.
+      const __m256i low = load_step(at.values), two = _mm256_set1_epi8(0x33);
+      const __m256i top = _mm256_and_si256(at.highest(), _mm256_set1_epi8(15));
+      constexpr long long kFirst = 0x0404000004040000, kSecond = 0x4444404044444040;
+      const __m256i of_even = _mm256_set1_epi64x(0x4440444004000400);
+      const __m256i of_odd = _mm256_set_epi64x(kSecond, kFirst, kSecond, kFirst);
+      even = _mm256_or_si256(_mm256_and_si256(low, two), _mm256_shuffle_epi8(of_even, top));
+      odd =
+          _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 2), two), _mm256_shuffle_epi8(of_odd, top));
+    }
+  }
+
+  template <int S>
+  inline __attribute__((always_inline)) Slots of(__m256i at) const {
+    if (T != LOSA_I3) {
+      return load_short<T, Linear, S>(values, levels, at, levels);
+    }
+    const __m256i two = S % 2 ? odd : even;
+    const __m256i level = _mm256_shuffle_epi8(levels, S < 2 ? two : _mm256_srli_epi16(two, 4));
+    return {at, _mm256_abs_epi8(level), level};
+  }
+
+  const uint8_t *values;
+  __m256i levels, even, odd;
+};
+
 // Groups [group, end) of a tile of N:4. A line has one group of 2:4, or two of 1:4, of which the last of a
 // tile may miss the second.
 template <losa_value_type T, bool Linear, int N, int Tokens>
@@ -196,18 +268,21 @@ inline __attribute__((always_inline)) void sum_quads(const Tiles &tiles, size_t 
     if (T == LOSA_I3) {
       fetch_ahead(at.high + at.line / 2 * Tiles::kStep);
     }
-    const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
-    sums.load(x, group);
-    sums.add(load_short<T, Linear, 0>(at.values, top, within_group<N, 0>(four), levels));
-    sums.add(load_short<T, Linear, 1>(at.values, top, within_group<N, 1>(four), levels));
-    if (N == 1) {
-      if (group + 1 == end) {
-        break;
-      }
-      sums.load(x, group + 1);
+    const QuadPlaces<N> places(load_step(line));
+    const LineSlots<T, Linear> slots(at, levels);
+    constexpr size_t kStep = 2 / N * kQuad;  // positions of a step
+    const size_t start = group * kTile;
+    sums.template load_quads<N>(x, start);
+    sums.add(slots.template of<0>(places.template of<0>()));
+    sums.template load_quads<N>(x, start + kStep);
+    sums.add(slots.template of<1>(places.template of<1>()));
+    if (N == 1 && group + 1 == end) {
+      break;
     }
-    sums.add(load_short<T, Linear, 2>(at.values, top, within_group<N, 2>(four), levels));
-    sums.add(load_short<T, Linear, 3>(at.values, top, within_group<N, 3>(four), levels));
+    sums.template load_quads<N>(x, start + 2 * kStep);
+    sums.add(slots.template of<2>(places.template of<2>()));
+    sums.template load_quads<N>(x, start + 3 * kStep);
+    sums.add(slots.template of<3>(places.template of<3>()));
   }
   sums.flush();
 }

@@ -9,19 +9,19 @@ namespace {
 
 constexpr size_t kChunk = 16;  // groups whose scales are multiplied at once
 
-// What the sums of rows are multiplied with, and what is added to them for the bias: of i4, scales of the
-// weights times those of the activations, for two rows while the two before them are computed, because single
-// floats out of what was stored in wholes wait until that has reached the cache. Of i8, the scales of the
-// activations: that of a row is applied to its sum.
+// What the sums of rows are multiplied with, and what is added to them for the bias: of i4 and i3, scales of
+// the weights times those of the activations, for two rows while the two before them are computed, because
+// single floats out of what was stored in wholes wait until that has reached the cache. Of i8, the scales of
+// the activations: that of a row is applied to its sum.
 template <typename Row>
 class Factors {
-  static constexpr bool I4 = is_i4(Row::kLevels);
+  static constexpr bool kGrouped = are_grouped(Row::kLevels);
   static constexpr float kBias = Row::kLevels == Levels::kRaised ? 1.0f / 16 : 1.0f;  // of level + 8
 
  public:
   Factors(const losa_parts &p, const Activations &a, float *scratch)
       : halves_(static_cast<const uint8_t *>(p.scale.data)),
-        there_(I4 ? weight_groups(p) : 0),
+        there_(kGrouped ? weight_groups(p) : 0),
         scales_(a.scale),
         groups_(a.groups),
         stride_(round_up(a.groups, kChunk) + kChunk),
@@ -35,7 +35,7 @@ class Factors {
       _mm512_storeu_ps(biases_ + g, _mm512_mul_ps(scale, bias));
       all = _mm512_fmadd_ps(scale, bias, all);
     }
-    if (!I4) {
+    if (!kGrouped) {
       _mm512_storeu_ps(biases_, all);
     }
   }
@@ -43,7 +43,7 @@ class Factors {
   // Makes those of a row ready; four rows can be so at a time.
   template <typename Parity>
   void fill(size_t row) {
-    if (!I4) {
+    if (!kGrouped) {
       return;
     }
     float *start = rows_ + row % 4 * stride_;
@@ -66,10 +66,10 @@ class Factors {
     _mm512_storeu_ps(start, added);
   }
 
-  const float *of(size_t row) const { return I4 ? rows_ + row % 4 * stride_ + kChunk : scales_; }
+  const float *of(size_t row) const { return kGrouped ? rows_ + row % 4 * stride_ + kChunk : scales_; }
 
   // Lanes whose sum is the bias of a row.
-  __m512 start(size_t row) const { return _mm512_loadu_ps(I4 ? rows_ + row % 4 * stride_ : biases_); }
+  __m512 start(size_t row) const { return _mm512_loadu_ps(kGrouped ? rows_ + row % 4 * stride_ : biases_); }
 
  private:
   static __mmask16 first_of(size_t count) {
@@ -189,7 +189,7 @@ void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, 
                  float *y, float *scratch) {
   using Even = typename Row::Even;
   using Odd = typename Row::Odd;
-  constexpr bool kI4 = is_i4(Row::kLevels);
+  constexpr bool kGrouped = are_grouped(Row::kLevels);
   Factors<Even> factors(p, a, scratch);
   const AfterPairs<Even> after(p, m);
   const auto fill_two = [&](size_t row) {
@@ -200,7 +200,7 @@ void matvec_rows(const losa_parts &p, const Matrix512 &m, const Activations &a, 
       factors.template fill<Odd>(row + 1);
     }
   };
-  const auto scale_of = [&](size_t row) { return kI4 ? 1.0f : load_scale(p, row); };
+  const auto scale_of = [&](size_t row) { return kGrouped ? 1.0f : load_scale(p, row); };
   fill_two(begin);
   size_t row = begin;
   for (; row + 2 <= end; row += 2) {

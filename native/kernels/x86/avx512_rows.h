@@ -53,15 +53,28 @@ inline __m512i raised512(__m512i bytes, bool high) {
 constexpr float kInPlace = 16.0f;
 inline __m512i raised_in_place(__m512i bytes) { return raised_in(bytes, 0xf0, 0x80); }
 
-// How levels become factors: i8; i4 by table; i4 of the default table, as level + 8 instead of + 128.
+// How levels become factors: i8; i4 and i3 by table; i4 of the default table and i3 of a narrow one, as
+// level + 8 instead of + 128.
 enum class Levels { kI8, kTable, kRaised };
-constexpr bool is_i4(Levels levels) { return levels != Levels::kI8; }
+constexpr bool are_grouped(Levels levels) { return levels != Levels::kI8; }
 
 // The bias of prepared activations is -128 * their sum.
 constexpr int bias_shift(Levels levels) { return levels == Levels::kRaised ? 4 : 0; }
 
 inline Levels levels_of(const losa_parts &p) {
-  return p.value_type == LOSA_I8 ? Levels::kI8 : is_default_table(p) ? Levels::kRaised : Levels::kTable;
+  if (p.value_type == LOSA_I8) {
+    return Levels::kI8;
+  }
+  const bool raised = p.value_type == LOSA_I4 ? is_default_table(p) : widest_level(p) < 8;
+  return raised ? Levels::kRaised : Levels::kTable;
+}
+
+// The table as factors; that of i4 is looked up only if it is not raised.
+inline __m512i factor_table(const losa_parts &p) {
+  const __m512i table = table512(p);
+  return p.value_type == LOSA_I3 && levels_of(p) == Levels::kRaised
+             ? _mm512_add_epi8(table, _mm512_set1_epi8(8))
+             : as_factor(table);
 }
 
 template <Levels How>
@@ -78,12 +91,14 @@ struct Matrix512 : RowPlaces {
       : RowPlaces(t),
         blocks((row_width(t.parts) + kBlock - 1) / kBlock),
         runs((blocks + 1) / 2),
+        row_bytes(t.parts.layout == LOSA_DENSE ? dense_row_bytes(t.parts) : 0),
         count(fixed_count(t.parts) ? static_cast<unsigned>(kBlock / t.parts.m * t.parts.n) : 0),
-        levels(t.parts.value_type == LOSA_I4 ? as_factor(table512(t.parts)) : _mm512_setzero_si512()) {}
+        levels(is_grouped(t.parts) ? factor_table(t.parts) : _mm512_setzero_si512()) {}
 
   size_t blocks, runs;  // of 64 positions, and of 128
+  size_t row_bytes;     // dense
   unsigned count;       // values of a block, if that is the same for all
-  __m512i levels;       // of the codes of i4, as factors
+  __m512i levels;       // of the codes of i4 or i3, as factors
 };
 
 // How a block's values are found and how many they are. kFew: always as many, and at most half are kept.
@@ -93,7 +108,7 @@ enum class Places { kCounted, kFixed, kFew, kCodes };
 // All that differs is known when this is compiled, because a branch in this loop is felt.
 template <Levels How, bool High, Places Where>
 class SparseRow {
-  static constexpr bool I4 = is_i4(How);
+  static constexpr bool I4 = are_grouped(How);
 
  public:
   using Even = SparseRow<How, false, Where>;
@@ -141,7 +156,7 @@ class SparseRow {
 // Factors of one dense row.
 template <Levels How>
 class DenseRow {
-  static constexpr bool I4 = is_i4(How);
+  static constexpr bool I4 = are_grouped(How);
 
  public:
   using Even = DenseRow<How>;
@@ -150,7 +165,7 @@ class DenseRow {
   static constexpr bool kMasked = false;
   static constexpr unsigned kLines = I4 ? 2 : 4;
 
-  static size_t start(const Matrix512 &m, size_t row) { return row * (I4 ? (m.columns + 1) / 2 : m.columns); }
+  static size_t start(const Matrix512 &m, size_t row) { return row * m.row_bytes; }
   static size_t whole_runs(const Matrix512 &m) { return m.columns / kPadding; }
 
   static constexpr float kScaled = 1.0f;
@@ -191,6 +206,65 @@ class DenseRow {
   const uint8_t *row_;
 };
 
+// Codes of 64 positions of a run of 128 of a dense i3 row: 32 bytes of lower bits, 16 of the highest.
+template <bool Second>
+inline __m512i codes_of_planes(const uint8_t *bytes) {
+  constexpr int kFirst = Second ? 4 : 0;  // 32 positions have bits kFirst and the next of the lower bytes
+  constexpr int kNext = kFirst + 2;
+  const auto low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes)));
+  const auto high = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + 32)));
+  const __m512i lower =
+      _mm512_rorv_epi32(low, _mm512_setr_epi32(kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst, kFirst,
+                                               kNext, kNext, kNext, kNext, kNext, kNext, kNext, kNext));
+  // 16 positions have bit kFirst of the upper bytes, 16 the next; it is wanted in bit 2, so two of the shifts
+  // of the first 64 positions go to the left.
+  constexpr int k0 = kFirst - 2, k1 = kFirst - 1, k2 = kFirst, k3 = kFirst + 1;
+  const __m512i highest = _mm512_rorv_epi32(
+      high, _mm512_setr_epi32(k0, k0, k0, k0, k1, k1, k1, k1, k2, k2, k2, k2, k3, k3, k3, k3));
+  constexpr int kSelect = 0xca;  // of every bit of the first operand: the second if it is set, or the third
+  const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), lower, highest, kSelect);
+  return _mm512_and_si512(both, _mm512_set1_epi8(7));
+}
+
+// Factors of one dense i3 row.
+template <Levels How>
+class DenseRowOfPlanes {
+ public:
+  using Even = DenseRowOfPlanes;
+  using Odd = DenseRowOfPlanes;
+  static constexpr Levels kLevels = How;
+  static constexpr bool kMasked = false;
+  static constexpr unsigned kLines = 2;
+
+  static size_t start(const Matrix512 &m, size_t row) { return row * m.row_bytes; }
+  static size_t whole_runs(const Matrix512 &m) { return m.columns / kPadding; }
+
+  static constexpr float kScaled = 1.0f;
+
+  DenseRowOfPlanes(const Matrix512 &m, size_t row) : m_(m), row_(m.values + start(m, row)) {}
+
+  template <bool Second, bool Whole>
+  __m512i next_scaled(size_t block) const {
+    return next<Second, Whole>(block);
+  }
+
+  template <bool Second, bool Whole>
+  __m512i next(size_t block) const {
+    const size_t first = block * kBlock - (Second ? kBlock : 0);
+    const uint8_t *bytes = row_ + first / 8 * 3;
+    if (Whole || first + kPadding <= m_.columns) {
+      return _mm512_shuffle_epi8(m_.levels, codes_of_planes<Second>(bytes));
+    }
+    alignas(64) uint8_t codes[kPadding] = {};
+    split_planes(bytes, m_.columns - first, codes);
+    return _mm512_shuffle_epi8(m_.levels, load512(codes + (Second ? kBlock : 0)));
+  }
+
+ private:
+  const Matrix512 &m_;
+  const uint8_t *row_;
+};
+
 template <typename T>
 struct Tag {
   using Row = T;
@@ -199,7 +273,9 @@ struct Tag {
 // Calls use(tag) with a tag of the class that reads the rows of an integer tensor.
 template <Levels How, typename Use>
 void with_rows_of(const losa_parts &p, Use use) {
-  if (p.layout == LOSA_DENSE) {
+  if (p.value_type == LOSA_I3) {
+    use(Tag<DenseRowOfPlanes<How>>());
+  } else if (p.layout == LOSA_DENSE) {
     use(Tag<DenseRow<How>>());
   } else if (p.layout == LOSA_NM && p.position_bits != 0) {
     use(Tag<SparseRow<How, false, Places::kCodes>>());

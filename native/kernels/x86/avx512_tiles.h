@@ -90,7 +90,8 @@ void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *pa
   ValueLines<T> at(tiles, tile, 0);
   const auto slots = [&](auto step, __m256i four) {
     constexpr int kStep = decltype(step)::value;
-    return load_short<T, false, kStep>(at.values, four, within_group<N, kStep>(four), levels);
+    const __m256i top = T == LOSA_I3 ? at.highest() : four;
+    return load_short<T, false, kStep>(at.values, top, within_group<N, kStep>(four), levels);
   };
   for (size_t group = 0; group < tiles.groups; group += 2 / N) {
     const __m256i four = load_step(line);
@@ -119,18 +120,19 @@ void panel_of_tile_as(const losa_parts &p, size_t tile, uint8_t *panel) {
   if (T != LOSA_I8) {
     levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
   }
-  if (p.m != kQuad) {
+  if (p.m == kQuad) {
+    (p.n == 1 ? panel_of_quads<T, 1> : panel_of_quads<T, 2>)(tiles, tile, levels, panel);
+  } else if constexpr (T != LOSA_I3) {
     panel_of_groups<T>(tiles, tile, levels, panel);
-  } else if (p.n == 1) {
-    panel_of_quads<T, 1>(tiles, tile, levels, panel);
-  } else {
-    panel_of_quads<T, 2>(tiles, tile, levels, panel);
   }
 }
 
 // The tile from row 16 * tile on, as factors of levels + 128: panel [padded / 4, 16, 4].
 inline void panel_of_tile(const losa_parts &p, size_t tile, size_t padded, uint8_t *panel) {
-  (p.value_type == LOSA_I4 ? panel_of_tile_as<LOSA_I4> : panel_of_tile_as<LOSA_I8>)(p, tile, panel);
+  const auto panel_of = p.value_type == LOSA_I3   ? panel_of_tile_as<LOSA_I3>
+                        : p.value_type == LOSA_I4 ? panel_of_tile_as<LOSA_I4>
+                                                  : panel_of_tile_as<LOSA_I8>;
+  panel_of(p, tile, panel);
   std::memset(panel + p.columns * kTile, 128, (padded - p.columns) * kTile);  // level 0
 }
 

@@ -15,7 +15,6 @@ void tiles_or_panels(const losa_tensor &t, const Activations &a, size_t begin, s
 
 constexpr Target table() {
   Target target{"avx512vnni", &kAvx512};
-  target.reads = ~only(LOSA_I3);
   target.matvec_levels = matvec_levels;
   target.matmul_levels = matmul_levels;
   target.multiply_tiles = tiles_or_panels;
