@@ -28,10 +28,13 @@ from ..workloads import prompt_tokens
 from . import ggufs
 from .decoder import CONTEXT, Geometry, Pruning
 from .geometry import build
-from .linears import PEERS, Linear, Ours
+from .linears import OURS, PEERS, Linear, Ours
 from .tensors import Storage
 
-OURS = Ours.name
+OURS_DENSE: Mapping[str, Storage] = {
+    f"ours-dense-{value_type}": Storage("dense", value_type) for value_type in ("i4", "i3")
+}
+"""Peers in our own kernels: what our formats cost where nothing is pruned."""
 LLAMACPP = "llamacpp"
 ONNX_RUNTIME = "ort"
 """Where models are measured unless another runtime is named."""
@@ -115,10 +118,8 @@ def build_contenders(
         return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
     ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
     pruning = Pruning(storage.sparsity, storage.pattern, seed)
-    made: list[tuple[Linear, Pruning, str]] = [
-        (ours, pruning, label if head == "i8" else f"{label}-head-{head}")
-    ]
-    made += [(PEERS[name](), Pruning(0.0, seed=seed), name) for name in peers]
+    made: list[tuple[Linear, Pruning, str]] = [(ours, pruning, _onnx_label(label, head))]
+    made += [(_onnx_peer(name, head), Pruning(0.0, seed=seed), _onnx_label(name, head)) for name in peers]
     places = [folder / f"{geometry.name}-{label}" for _, _, label in made]
     missing = [kind for (kind, _, _), place in zip(made, places, strict=True) if not place.exists()]
     require_disk(folder, sum(geometry.estimate(kind) for kind in missing), "The models")
@@ -136,7 +137,24 @@ def stores_head(runtime: str) -> bool:
 
 def known_peers(runtime: str) -> tuple[str, ...]:
     """Names of the peers that models are compared with in this runtime."""
+    return (*default_peers(runtime), *OURS_DENSE)
+
+
+def default_peers(runtime: str) -> tuple[str, ...]:
+    """Of `known_peers` those that are measured if none is named: what people run without us."""
     return tuple(ggufs.PEERS if runtime == LLAMACPP else PEERS)
+
+
+def _onnx_peer(name: str, head: str) -> Linear:
+    """How it computes linears; one of ours stores its head as our pruned model does."""
+    if name in OURS_DENSE:
+        return Ours(OURS_DENSE[name], Storage("dense", head), name)
+    return PEERS[name]()
+
+
+def _onnx_label(name: str, head: str) -> str:
+    """Of a folder; models of ours differ in their heads."""
+    return f"{name}-head-{head}" if head != "i8" and name not in PEERS else name
 
 
 def _ggufs(
@@ -155,9 +173,14 @@ def _ggufs(
     contenders = [Contender(OURS, place, size, runtime)]
     stock = runtime.baseline()
     for name in peers:
-        place = folder / f"{geometry.name}-{name}"
-        size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
-        contenders.append(Contender(name, place, size, stock))
+        if name in OURS_DENSE:
+            place = folder / f"{geometry.name}-gguf-{name}"
+            size = ggufs.build_ours(geometry, OURS_DENSE[name], place, seed, progress)
+            contenders.append(Contender(name, place, size, runtime))
+        else:
+            place = folder / f"{geometry.name}-{name}"
+            size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
+            contenders.append(Contender(name, place, size, stock))
     return contenders
 
 

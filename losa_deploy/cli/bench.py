@@ -88,8 +88,8 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--peers",
         metavar="NAMES",
-        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q2_k,f16 (all); or none; "
-        "with PATH also iq3_xxs,iq2_m,ours-dense-i4",
+        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q3_k_s,q2_k,f16 (all of "
+        "these); also ours-dense-i4,ours-dense-i3; with PATH iq3_xxs,iq2_m; or none",
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"
