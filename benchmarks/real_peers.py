@@ -19,6 +19,8 @@ from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import CalibrationRecipe, ExportRecipe, Recipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
+from .ik import package as ik_package
+from .ik.runtime import IkRuntime
 from .imatrix import REQUIRED, importance_file
 from .rival import write_dense
 from .synthetic import ggufs
@@ -137,18 +139,36 @@ def real_contenders(
     folder: Path,
     threads: int,
     progress: Progress = no_progress,
+    *,
+    ik: IkRuntime | None = None,
 ) -> list[Contender]:
-    """GGUF artifacts in our backend, and `peers` of the file `dense`, llama.cpp's own without us."""
+    """GGUF artifacts in our backend, and `peers` of the file `dense`, llama.cpp's own without us.
+
+    Peers of ik_llama.cpp run in `ik`.
+    """
     ours = load_runtime(LLAMACPP)
     stock = ours.baseline()
     contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
     for done, name in enumerate(peers):
         progress(done, len(peers), f"making {name}")
+        if ik and name in ik_package.PEERS:
+            target = _ik_file(name, dense, folder, threads, ik)
+            contenders.append(Contender(name, target, target.stat().st_size, ik, ik.footprint))
+            continue
         target = make_peer(name, dense, source, folder, threads, progress)
         runtime = ours if name in OURS_DENSE else stock
         contenders.append(Contender(name, target, target.stat().st_size, runtime))
     progress(len(peers), len(peers), "done")
     return contenders
+
+
+def _ik_file(name: str, dense: Path, folder: Path, threads: int, ik: IkRuntime) -> Path:
+    target = folder / f"{dense.stem}-{name}.gguf"
+    if not target.is_file():
+        unfinished = target.with_suffix(".partial")
+        ik_package.quantize(ik.package, dense, unfinished, name, threads)
+        unfinished.rename(target)
+    return target
 
 
 def _gguf_bytes(path: Path) -> int:

@@ -27,6 +27,8 @@ from losa_deploy.layouts.blob import to_blob
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
 
+from ..ik import package as ik_package
+from ..ik.package import IkPackage
 from .decoder import CONTEXT, EPSILON, THETA, Geometry, Pruning
 from .tensors import RandomWeight, Storage
 
@@ -74,12 +76,36 @@ def build_peer(
     size = _estimate(geometry, PEERS[name])
     if name == SOURCE:
         return _build(folder, spec, size, partial(_write_dense, geometry, seed, progress))
+    source = _source(geometry, folder, spec, seed, progress)
+    progress(0, 1, f"quantizing to {name}")
+    return _build(folder, spec, size, partial(quantize, source, name, threads))
+
+
+def build_ik_peer(
+    geometry: Geometry,
+    name: str,
+    folder: Path,
+    seed: int,
+    threads: int,
+    package: IkPackage,
+    progress: Progress = no_progress,
+) -> int:
+    """The same of `ik.package.PEERS`, as the quantizer of ik_llama.cpp makes it."""
+    spec = {"type": name, "ik": package.version, **_spec(geometry, seed)}
+    source = _source(geometry, folder, spec, seed, progress)
+    progress(0, 1, f"quantizing to {name}")
+    size = _estimate(geometry, ik_package.PEERS[name])
+    return _build(folder, spec, size, lambda path: ik_package.quantize(package, source, path, name, threads))
+
+
+def _source(
+    geometry: Geometry, folder: Path, spec: Mapping[str, object], seed: int, progress: Progress
+) -> Path:
+    """The F16 model beside `folder` that a peer is made of; it is made too, unless the peer is there."""
+    source = folder.with_name(f"{geometry.name}-{SOURCE}")
     if not _is_built(folder, spec):
-        source = folder.with_name(f"{geometry.name}-{SOURCE}")
-        build_peer(geometry, SOURCE, source, seed, threads, progress)
-        progress(0, 1, f"quantizing to {name}")
-        return _build(folder, spec, size, partial(quantize, source / "model.gguf", name, threads))
-    return _build(folder, spec, size, lambda path: None)
+        build_peer(geometry, SOURCE, source, seed, 1, progress)
+    return source / "model.gguf"
 
 
 def quantize(source: Path, kind: str, threads: int, target: Path, importance: Path | None = None) -> None:

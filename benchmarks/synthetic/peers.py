@@ -22,6 +22,8 @@ from losa_deploy.progress import Progress, no_progress
 
 from ..accuracy import Perplexity
 from ..document import result_record
+from ..ik import package as ik_package
+from ..ik.runtime import IkRuntime
 from ..latency import SETTLE_SECONDS, sample, schedule
 from ..memory import Footprint, measure_footprint
 from ..workloads import prompt_tokens
@@ -41,6 +43,9 @@ ONNX_RUNTIME = "ort"
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
 """Of the free memory that open models may fill together."""
+
+Measure = Callable[[Path, int], Footprint]
+"""Model, threads → what a fresh process costs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Contender:
     folder: Path
     bytes: int
     runtime: Runtime
+    measure: Measure | None = None
+    """How its footprint is measured; None: by the name of its runtime."""
     footprint: Footprint | None = None
     quality: Perplexity | None = None
     """Where the weights are real."""
@@ -107,15 +114,18 @@ def build_contenders(
     head: str = "i8",
     threads: int = 0,
     seed: int = 0,
+    ik_folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> list[Contender]:
     """Ours, pruned and stored as `storage` says, and the dense peers of the runtime (`known_peers`).
 
     Our head is stored as `head`; in llama.cpp it is Q8_0. Written into `folder` or reused from it. Raises
-    `ResourceError` if the disk cannot hold them.
+    `ResourceError` if the disk cannot hold them, `MissingError` if peers of ik_llama.cpp are named and it is
+    neither in `ik_folder` nor, where that is None, installed.
     """
     if runtime.name == LLAMACPP:
-        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
+        ik = ik_runtime(peers, ik_folder)
+        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, ik, progress)
     ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
     pruning = Pruning(storage.sparsity, storage.pattern, seed)
     made: list[tuple[Linear, Pruning, str]] = [(ours, pruning, _onnx_label(label, head))]
@@ -137,7 +147,7 @@ def stores_head(runtime: str) -> bool:
 
 def known_peers(runtime: str) -> tuple[str, ...]:
     """Names of the peers that models are compared with in this runtime."""
-    return (*default_peers(runtime), *OURS_DENSE)
+    return (*default_peers(runtime), *OURS_DENSE, *(ik_package.PEERS if runtime == LLAMACPP else ()))
 
 
 def default_peers(runtime: str) -> tuple[str, ...]:
@@ -165,9 +175,10 @@ def _ggufs(
     runtime: Runtime,
     threads: int,
     seed: int,
+    ik: IkRuntime | None,
     progress: Progress,
 ) -> list[Contender]:
-    """Ours in our backend, and the peers in llama.cpp as it is."""
+    """Ours in our backend, and the peers in llama.cpp as it is, or in ik_llama.cpp."""
     place = folder / f"{geometry.name}-gguf-{_slug(storage)}"
     size = ggufs.build_ours(geometry, storage, place, seed, progress)
     contenders = [Contender(OURS, place, size, runtime)]
@@ -177,11 +188,22 @@ def _ggufs(
             place = folder / f"{geometry.name}-gguf-{name}"
             size = ggufs.build_ours(geometry, OURS_DENSE[name], place, seed, progress)
             contenders.append(Contender(name, place, size, runtime))
+            continue
+        place = folder / f"{geometry.name}-{name}"
+        if ik and name in ik_package.PEERS:
+            size = ggufs.build_ik_peer(geometry, name, place, seed, threads, ik.package, progress)
+            contenders.append(Contender(name, place, size, ik, ik.footprint))
         else:
-            place = folder / f"{geometry.name}-{name}"
             size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
             contenders.append(Contender(name, place, size, stock))
     return contenders
+
+
+def ik_runtime(peers: Sequence[str], folder: Path | None) -> IkRuntime | None:
+    """Where peers of ik_llama.cpp run; None if there are none. `MissingError` if it is not there."""
+    if not set(peers) & set(ik_package.PEERS):
+        return None
+    return IkRuntime(ik_package.find_package(folder))
 
 
 def _slug(storage: Storage) -> str:
@@ -207,7 +229,11 @@ def measure_contenders(
     steps = len(contenders) * (load.repetitions + 2)
     for done, contender in enumerate(contenders):
         progress(done, steps, f"memory of {contender.name}")
-        contender.footprint = measure_footprint(contender.runtime.name, contender.folder, threads=threads)
+        contender.footprint = (
+            contender.measure(contender.folder, threads)
+            if contender.measure
+            else measure_footprint(contender.runtime.name, contender.folder, threads=threads)
+        )
     together = _fit(contenders)
     by_name = {contender.name: contender for contender in contenders}
     done = len(contenders)

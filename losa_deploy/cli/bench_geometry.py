@@ -53,6 +53,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
                 head=head,
                 threads=threads,
                 seed=args.seed,
+                ik_folder=args.ik_path,
                 progress=progress,
             )
         console.info(
