@@ -61,8 +61,9 @@ def run_probe(command: Sequence[str], model: Path, timeout: float) -> Footprint:
         )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
+        reason = error_message(lines[-1])
         raise LosaError(
-            f"The process opening {model} failed with exit code {done.returncode}: {error_message(lines[-1])}",
+            f"The process opening {model} failed with exit code {done.returncode}: {reason}",
             hint=f"Run `{' '.join(command)}` to see more.",
         )
     return Footprint(**json.loads(done.stdout.strip().splitlines()[-1]))

@@ -34,6 +34,9 @@ MARGIN = 256
 class IkModel:
     """A model with one sequence. Weights are repacked while they are loaded; all else is as by default."""
 
+    context_length = 0
+    """It grows with the sequence."""
+
     def __init__(self, package: Path, model: Path, threads: int) -> None:
         self._library = load_library(package)
         parameters = self._library.llama_model_default_params()
@@ -63,7 +66,7 @@ class IkModel:
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits [len(tokens), vocab] of one sequence from an empty cache."""
-        return self._start(tokens, every=True)
+        return np.stack(self._start(tokens, every=True))
 
     def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Start a new sequence; logits [vocab] after its last token."""
@@ -81,20 +84,20 @@ class IkModel:
     def close(self) -> None:
         """Nothing: the process ends with it."""
 
-    def _start(self, tokens: Sequence[int], *, every: bool) -> NDArray[np.float32]:
+    def _start(self, tokens: Sequence[int], *, every: bool) -> list[NDArray[np.float32]]:
         """Logits of all tokens, or of the last one only, of a sequence from an empty cache."""
         if len(tokens) > self._capacity:
             self._make_room(len(tokens))
         self._library.llama_kv_cache_clear(self._context)
         self._tokens = list(tokens)
-        rows = []
+        rows: list[NDArray[np.float32]] = []
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
             last = start + len(part) == len(tokens)
             self._decode(part, start, every=every, last=last)
             wanted = range(len(part)) if every else [len(part) - 1] if last else []
             rows += [self._row(index) for index in wanted]
-        return np.stack(rows)
+        return rows
 
     def _make_room(self, length: int) -> None:
         """A new context for `length` tokens and some more; what the old one held is lost."""
