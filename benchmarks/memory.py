@@ -61,15 +61,16 @@ def run_probe(command: Sequence[str], model: Path, timeout: float) -> Footprint:
         )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
+        reason = error_message(lines[-1])
         raise LosaError(
-            f"The process opening {model} failed with exit code {done.returncode}: {_message(lines[-1])}",
+            f"The process opening {model} failed with exit code {done.returncode}: {reason}",
             hint=f"Run `{' '.join(command)}` to see more.",
         )
     return Footprint(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def _message(line: str) -> str:
-    """The message in a `losa.error` document, or the line itself."""
+def error_message(line: str) -> str:
+    """The message in a `losa.error` document that a process ended with, or its last line."""
     try:
         document = json.loads(line)
     except ValueError:

@@ -10,11 +10,13 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from losa_deploy.errors import LosaError
+from losa_deploy.interfaces import Session
 from losa_deploy.plugins import load_runtime
 
 from .workloads import prompt_tokens
@@ -41,9 +43,14 @@ def peak_rss_bytes() -> int:
 def probe(runtime: str, model: Path, prompt: int, decode: int, threads: int) -> dict[str, float | int]:
     """Open, prefill `prompt` tokens, decode `decode` tokens; seconds and bytes."""
     opener = load_runtime(runtime)
+    return probe_session(lambda: opener.open(model, threads=threads), prompt, decode)
+
+
+def probe_session(open_model: Callable[[], Session], prompt: int, decode: int) -> dict[str, float | int]:
+    """What `probe` measures of anything that `open_model` opens in this process."""
     before = int(psutil.Process().memory_info().rss)
     start = time.perf_counter()
-    session = opener.open(model, threads=threads)
+    session = open_model()
     loaded = time.perf_counter()
     logits = session.prefill(prompt_tokens(prompt, session.vocab_size))
     first = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a real model is compared with: llama.cpp's quantizations of it, and our own dense i4."""
+"""What a real model is compared with: llama.cpp's quantizations of it, and our own dense i4 and i3."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from losa_deploy.progress import Progress, no_progress
 from losa_deploy.recipe import CalibrationRecipe, ExportRecipe, Recipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 
+from .ik import package as ik_package
+from .ik.runtime import IkRuntime
 from .imatrix import REQUIRED, importance_file
 from .rival import write_dense
 from .synthetic import ggufs
-from .synthetic.peers import LLAMACPP, Contender
+from .synthetic.peers import LLAMACPP, OURS_DENSE, Contender
 
-OURS_DENSE = "ours-dense-i4"
 WITH_IMPORTANCE = ("iq3_xxs", "iq2_m")
 CALIBRATION = CalibrationRecipe(samples=32, sequence_length=256)
 """What importances are taken from: the text that the preset `quick` prunes with, written by the model."""
@@ -33,7 +34,7 @@ Source = Callable[[], Checkpoint]
 
 def real_peers() -> tuple[str, ...]:
     """Names of all peers of a real model."""
-    return (*ggufs.PEERS, *WITH_IMPORTANCE, OURS_DENSE)
+    return (*ggufs.PEERS, *WITH_IMPORTANCE, *OURS_DENSE)
 
 
 def make_peer(
@@ -59,8 +60,8 @@ def make_peer(
     if target.is_file():
         return target
     unfinished = target.with_suffix(".partial")
-    if name == OURS_DENSE:
-        _write_ours(source(), unfinished, folder, progress)
+    if name in OURS_DENSE:
+        _write_ours(source(), name, unfinished, folder, progress)
     else:
         weights = _importance(source(), dense, shared or folder, progress) if weighted else None
         progress(0, 1, f"quantizing to {name}")
@@ -77,13 +78,14 @@ def _importance(source: Checkpoint, dense: Path, folder: Path, progress: Progres
     return importance_file(source, dense, calibration, folder, progress=progress)
 
 
-def _write_ours(source: Checkpoint, target: Path, folder: Path, progress: Progress) -> None:
-    """The unpruned model as a packed file of dense i4 values, a scale per 128."""
+def _write_ours(source: Checkpoint, name: str, target: Path, folder: Path, progress: Progress) -> None:
+    """The unpruned model as a packed file of the dense values of `OURS_DENSE[name]`, a scale per 128."""
     place = folder / f"{target.stem}.parts"
     remove(place)
     try:
         model = whole_model(source, place / "model")
-        recipe = ExportRecipe(layout="dense", value_type="i4", packed=True)
+        value_type = OURS_DENSE[name].value_type
+        recipe = ExportRecipe.model_validate({"layout": "dense", "value_type": value_type, "packed": True})
         exporter = load_exporter("gguf")
         plan = exporter.plan(model, recipe)
         out = place / "out"
@@ -137,18 +139,36 @@ def real_contenders(
     folder: Path,
     threads: int,
     progress: Progress = no_progress,
+    *,
+    ik: IkRuntime | None = None,
 ) -> list[Contender]:
-    """GGUF artifacts in our backend, and `peers` of the file `dense`, llama.cpp's own without us."""
+    """GGUF artifacts in our backend, and `peers` of the file `dense`, llama.cpp's own without us.
+
+    Peers of ik_llama.cpp run in `ik`.
+    """
     ours = load_runtime(LLAMACPP)
     stock = ours.baseline()
     contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
     for done, name in enumerate(peers):
         progress(done, len(peers), f"making {name}")
+        if ik and name in ik_package.PEERS:
+            target = _ik_file(name, dense, folder, threads, ik)
+            contenders.append(Contender(name, target, target.stat().st_size, ik, ik.footprint))
+            continue
         target = make_peer(name, dense, source, folder, threads, progress)
-        runtime = ours if name == OURS_DENSE else stock
+        runtime = ours if name in OURS_DENSE else stock
         contenders.append(Contender(name, target, target.stat().st_size, runtime))
     progress(len(peers), len(peers), "done")
     return contenders
+
+
+def _ik_file(name: str, dense: Path, folder: Path, threads: int, ik: IkRuntime) -> Path:
+    target = folder / f"{dense.stem}-{name}.gguf"
+    if not target.is_file():
+        unfinished = target.with_suffix(".partial")
+        ik_package.quantize(ik.package, dense, unfinished, name, threads)
+        unfinished.rename(target)
+    return target
 
 
 def _gguf_bytes(path: Path) -> int:

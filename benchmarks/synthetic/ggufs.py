@@ -27,6 +27,8 @@ from losa_deploy.layouts.blob import to_blob
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
 
+from ..ik import package as ik_package
+from ..ik.package import IkPackage
 from .decoder import CONTEXT, EPSILON, THETA, Geometry, Pruning
 from .tensors import RandomWeight, Storage
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 SPEC_FILE = "bench.json"
-BUILDER = 1
+BUILDER = 2
 """Raise when the files change, so that kept models are written anew."""
 SOURCE = "f16"
 PEERS: Mapping[str, float] = {
@@ -42,17 +44,22 @@ PEERS: Mapping[str, float] = {
     "q4_k_m": 4.9,
     "q8_0": 8.55,
     "q3_k_m": 4.0,
+    "q3_k_s": 3.7,
     "q2_k": 3.4,
     SOURCE: 16.0,
 }
 """Name of each type → bits per weight, rounded up, for the estimate of the disk it needs."""
+FLOATS = ("f32", "f16")
 Make = Callable[[Path], None]
 
 
 def build_ours(
     geometry: Geometry, storage: Storage, folder: Path, seed: int, progress: Progress = no_progress
 ) -> int:
-    """Our packed model in `folder/model.gguf`, or what is there already; returns its bytes."""
+    """Our packed model in `folder/model.gguf`, or what is there already; returns its bytes.
+
+    Dense integers are packed too, as `export --packed --layout dense` does it; dense floats are F16 tensors.
+    """
     pruning = Pruning(storage.sparsity, storage.pattern, seed)
     spec = {"storage": storage.label, "group_size": storage.group_size, **_spec(geometry, seed)}
     bits = 1.05 * 32 if storage.value_type == "f32" else 1.05 * 16
@@ -69,12 +76,36 @@ def build_peer(
     size = _estimate(geometry, PEERS[name])
     if name == SOURCE:
         return _build(folder, spec, size, partial(_write_dense, geometry, seed, progress))
+    source = _source(geometry, folder, spec, seed, progress)
+    progress(0, 1, f"quantizing to {name}")
+    return _build(folder, spec, size, partial(quantize, source, name, threads))
+
+
+def build_ik_peer(
+    geometry: Geometry,
+    name: str,
+    folder: Path,
+    seed: int,
+    threads: int,
+    package: IkPackage,
+    progress: Progress = no_progress,
+) -> int:
+    """The same of `ik.package.PEERS`, as the quantizer of ik_llama.cpp makes it."""
+    spec = {"type": name, "ik": package.version, **_spec(geometry, seed)}
+    source = _source(geometry, folder, spec, seed, progress)
+    progress(0, 1, f"quantizing to {name}")
+    size = _estimate(geometry, ik_package.PEERS[name])
+    return _build(folder, spec, size, lambda path: ik_package.quantize(package, source, path, name, threads))
+
+
+def _source(
+    geometry: Geometry, folder: Path, spec: Mapping[str, object], seed: int, progress: Progress
+) -> Path:
+    """The F16 model beside `folder` that a peer is made of; it is made too, unless the peer is there."""
+    source = folder.with_name(f"{geometry.name}-{SOURCE}")
     if not _is_built(folder, spec):
-        source = folder.with_name(f"{geometry.name}-{SOURCE}")
-        build_peer(geometry, SOURCE, source, seed, threads, progress)
-        progress(0, 1, f"quantizing to {name}")
-        return _build(folder, spec, size, partial(quantize, source / "model.gguf", name, threads))
-    return _build(folder, spec, size, lambda path: None)
+        build_peer(geometry, SOURCE, source, seed, 1, progress)
+    return source / "model.gguf"
 
 
 def quantize(source: Path, kind: str, threads: int, target: Path, importance: Path | None = None) -> None:
@@ -137,7 +168,7 @@ def _write_ours(
     for name, weight in _tables(geometry, pruning.seed):
         writer.add_tensor(name, _q8_0(weight), raw_dtype=_type(Q8_0))
     for name, weight in _linears(geometry, pruning, progress, "ours"):
-        if storage.layout == "dense":
+        if storage.layout == "dense" and storage.value_type in FLOATS:
             writer.add_tensor(name, weight.matrix().astype(np.float16))
         else:
             blob = np.frombuffer(to_blob(weight.pack(storage)), np.int8)

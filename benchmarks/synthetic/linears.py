@@ -21,6 +21,8 @@ from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from .graphs import F32, GraphWriter
 from .tensors import RandomWeight, Storage
 
+OURS = "ours"
+"""Name of our pruned model in results."""
 MICROSOFT = "com.microsoft"
 BLOCK_SIZE = 128
 """Weights per scale of MatMulNBits: the group size of our i4."""
@@ -67,10 +69,8 @@ class Ours:
     As in an exported model, linears with the same input share one node, and dense f32 is a plain MatMul.
     """
 
-    name = "ours"
-
-    def __init__(self, storage: Storage, head: Storage) -> None:
-        self._storage, self._head = storage, head
+    def __init__(self, storage: Storage, head: Storage, name: str = OURS) -> None:
+        self._storage, self._head, self.name = storage, head, name
         self._plain = OrtFp32()
         self.operators: dict[str, tuple[PackedTensor, int]] = {}
         """Operator → one tensor it was used with, and how many weights it takes."""

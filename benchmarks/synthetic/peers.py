@@ -22,22 +22,30 @@ from losa_deploy.progress import Progress, no_progress
 
 from ..accuracy import Perplexity
 from ..document import result_record
+from ..ik import package as ik_package
+from ..ik.runtime import IkRuntime
 from ..latency import SETTLE_SECONDS, sample, schedule
 from ..memory import Footprint, measure_footprint
 from ..workloads import prompt_tokens
 from . import ggufs
 from .decoder import CONTEXT, Geometry, Pruning
 from .geometry import build
-from .linears import PEERS, Linear, Ours
+from .linears import OURS, PEERS, Linear, Ours
 from .tensors import Storage
 
-OURS = Ours.name
+OURS_DENSE: Mapping[str, Storage] = {
+    f"ours-dense-{value_type}": Storage("dense", value_type) for value_type in ("i4", "i3")
+}
+"""Peers in our own kernels: what our formats cost where nothing is pruned."""
 LLAMACPP = "llamacpp"
 ONNX_RUNTIME = "ort"
 """Where models are measured unless another runtime is named."""
 WARM_TOKENS = 8
 MEMORY_SHARE = 0.85
 """Of the free memory that open models may fill together."""
+
+Measure = Callable[[Path, int], Footprint]
+"""Model, threads → what a fresh process costs."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Contender:
     folder: Path
     bytes: int
     runtime: Runtime
+    measure: Measure | None = None
+    """How its footprint is measured; None: by the name of its runtime."""
     footprint: Footprint | None = None
     quality: Perplexity | None = None
     """Where the weights are real."""
@@ -104,21 +114,22 @@ def build_contenders(
     head: str = "i8",
     threads: int = 0,
     seed: int = 0,
+    ik_folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> list[Contender]:
     """Ours, pruned and stored as `storage` says, and the dense peers of the runtime (`known_peers`).
 
     Our head is stored as `head`; in llama.cpp it is Q8_0. Written into `folder` or reused from it. Raises
-    `ResourceError` if the disk cannot hold them.
+    `ResourceError` if the disk cannot hold them, `MissingError` if peers of ik_llama.cpp are named and it is
+    neither in `ik_folder` nor, where that is None, installed.
     """
     if runtime.name == LLAMACPP:
-        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, progress)
+        ik = ik_runtime(peers, ik_folder)
+        return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, ik, progress)
     ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
     pruning = Pruning(storage.sparsity, storage.pattern, seed)
-    made: list[tuple[Linear, Pruning, str]] = [
-        (ours, pruning, label if head == "i8" else f"{label}-head-{head}")
-    ]
-    made += [(PEERS[name](), Pruning(0.0, seed=seed), name) for name in peers]
+    made: list[tuple[Linear, Pruning, str]] = [(ours, pruning, _onnx_label(label, head))]
+    made += [(_onnx_peer(name, head), Pruning(0.0, seed=seed), _onnx_label(name, head)) for name in peers]
     places = [folder / f"{geometry.name}-{label}" for _, _, label in made]
     missing = [kind for (kind, _, _), place in zip(made, places, strict=True) if not place.exists()]
     require_disk(folder, sum(geometry.estimate(kind) for kind in missing), "The models")
@@ -136,7 +147,24 @@ def stores_head(runtime: str) -> bool:
 
 def known_peers(runtime: str) -> tuple[str, ...]:
     """Names of the peers that models are compared with in this runtime."""
+    return (*default_peers(runtime), *OURS_DENSE, *(ik_package.PEERS if runtime == LLAMACPP else ()))
+
+
+def default_peers(runtime: str) -> tuple[str, ...]:
+    """Of `known_peers` those that are measured if none is named: what people run without us."""
     return tuple(ggufs.PEERS if runtime == LLAMACPP else PEERS)
+
+
+def _onnx_peer(name: str, head: str) -> Linear:
+    """How it computes linears; one of ours stores its head as our pruned model does."""
+    if name in OURS_DENSE:
+        return Ours(OURS_DENSE[name], Storage("dense", head), name)
+    return PEERS[name]()
+
+
+def _onnx_label(name: str, head: str) -> str:
+    """Of a folder; models of ours differ in their heads."""
+    return f"{name}-head-{head}" if head != "i8" and name not in PEERS else name
 
 
 def _ggufs(
@@ -147,18 +175,35 @@ def _ggufs(
     runtime: Runtime,
     threads: int,
     seed: int,
+    ik: IkRuntime | None,
     progress: Progress,
 ) -> list[Contender]:
-    """Ours in our backend, and the peers in llama.cpp as it is."""
+    """Ours in our backend, and the peers in llama.cpp as it is, or in ik_llama.cpp."""
     place = folder / f"{geometry.name}-gguf-{_slug(storage)}"
     size = ggufs.build_ours(geometry, storage, place, seed, progress)
     contenders = [Contender(OURS, place, size, runtime)]
     stock = runtime.baseline()
     for name in peers:
+        if name in OURS_DENSE:
+            place = folder / f"{geometry.name}-gguf-{name}"
+            size = ggufs.build_ours(geometry, OURS_DENSE[name], place, seed, progress)
+            contenders.append(Contender(name, place, size, runtime))
+            continue
         place = folder / f"{geometry.name}-{name}"
-        size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
-        contenders.append(Contender(name, place, size, stock))
+        if ik and name in ik_package.PEERS:
+            size = ggufs.build_ik_peer(geometry, name, place, seed, threads, ik.package, progress)
+            contenders.append(Contender(name, place, size, ik, ik.footprint))
+        else:
+            size = ggufs.build_peer(geometry, name, place, seed, threads, progress)
+            contenders.append(Contender(name, place, size, stock))
     return contenders
+
+
+def ik_runtime(peers: Sequence[str], folder: Path | None) -> IkRuntime | None:
+    """Where peers of ik_llama.cpp run; None if there are none. `MissingError` if it is not there."""
+    if not set(peers) & set(ik_package.PEERS):
+        return None
+    return IkRuntime(ik_package.find_package(folder))
 
 
 def _slug(storage: Storage) -> str:
@@ -184,7 +229,11 @@ def measure_contenders(
     steps = len(contenders) * (load.repetitions + 2)
     for done, contender in enumerate(contenders):
         progress(done, steps, f"memory of {contender.name}")
-        contender.footprint = measure_footprint(contender.runtime.name, contender.folder, threads=threads)
+        contender.footprint = (
+            contender.measure(contender.folder, threads)
+            if contender.measure
+            else measure_footprint(contender.runtime.name, contender.folder, threads=threads)
+        )
     together = _fit(contenders)
     by_name = {contender.name: contender for contender in contenders}
     done = len(contenders)

@@ -34,6 +34,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "head": (GEOMETRY,),
     "peers": (GEOMETRY, PEERS),
     "keep": (GEOMETRY, PEERS),
+    "ik_path": (GEOMETRY, PEERS),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
     **dict.fromkeys(("seconds", "plot", "deepsparse"), (KERNEL_TABLE,)),
@@ -88,8 +89,15 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--peers",
         metavar="NAMES",
-        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q2_k,f16 (all); or none; "
-        "with PATH also iq3_xxs,iq2_m,ours-dense-i4",
+        help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q3_k_s,q2_k,f16 (all of "
+        "these), and by name ours-dense-i4,ours-dense-i3; of ik_llama.cpp "
+        "ik-q4_0,ik-q3_k_s,ik-iq3_k,ik-q2_k; with PATH also iq3_xxs,iq2_m; or none",
+    )
+    group.add_argument(
+        "--ik-path",
+        type=Path,
+        metavar="DIR",
+        help="where ik-llama-cpp-python lies (pip install --target DIR)",
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"

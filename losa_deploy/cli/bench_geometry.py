@@ -32,6 +32,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.benchmarks.synthetic.peers import (
         ONNX_RUNTIME,
         build_contenders,
+        default_peers,
         known_peers,
         measure_contenders,
     )
@@ -40,7 +41,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
     runtime, threads = plugins.load_runtime(args.runtime or ONNX_RUNTIME), thread_count(args)
     storage, load = chosen_storage(args), chosen_load(args, runtime.name)
     head = chosen_head(args, runtime.name)
-    peers = chosen_peers(args.peers, known_peers(runtime.name))
+    peers = chosen_peers(args.peers, known_peers(runtime.name), default_peers(runtime.name))
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
             contenders = build_contenders(
@@ -52,6 +53,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
                 head=head,
                 threads=threads,
                 seed=args.seed,
+                ik_folder=args.ik_path,
                 progress=progress,
             )
         console.info(
@@ -81,7 +83,7 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
 def chosen_storage(args: argparse.Namespace) -> Storage:
     """How our linears are stored; `UsageError` for values that contradict each other."""
     from losa_deploy.benchmarks.synthetic.tensors import Storage, layout_of_pattern
-    from losa_deploy.layouts import PATTERNED
+    from losa_deploy.layouts import LAYOUTS, PATTERNED, VALUE_TYPES
 
     pattern = parse_pattern(args.pattern) if args.pattern else None
     layout = args.layout or "auto"
@@ -93,6 +95,11 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
         raise UsageError(
             "--layout tiled stores i8 or i4 values of 1:4, 2:4 or N:16 (also as N of 2, 4 or 8).",
             hint="E.g. --pattern 6:16 --value-type i4.",
+        )
+    if not LAYOUTS[layout].stores(VALUE_TYPES[args.value_type or "i4"]):
+        raise UsageError(
+            f"{args.value_type} values are stored dense or in tiles of 1:4 or 2:4, not as {layout}.",
+            hint="Add --layout dense, or e.g. --pattern 2:4.",
         )
     if pattern and args.sparsity:
         raise UsageError(
@@ -118,9 +125,9 @@ def chosen_head(args: argparse.Namespace, runtime: str) -> str:
     return args.head or "i8"
 
 
-def chosen_peers(text: str | None, known: Sequence[str]) -> tuple[str, ...]:
-    """Names of peers in the order given; all of `known` without `--peers`, none for `none`."""
-    names = list(known) if text is None else split(text)
+def chosen_peers(text: str | None, known: Sequence[str], default: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of peers in the order given; `default` without `--peers`, none for `none`."""
+    names = list(default) if text is None else split(text)
     if names == ["none"]:
         return ()
     for name in names:

@@ -30,8 +30,9 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
     """Quantize the peers, measure everything interleaved, and write the table or document."""
     from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
+    from losa_deploy.benchmarks.ik.package import PEERS as IK_PEERS
     from losa_deploy.benchmarks.real_peers import real_contenders, real_peers
-    from losa_deploy.benchmarks.synthetic.peers import measure_contenders
+    from losa_deploy.benchmarks.synthetic.peers import ik_runtime, measure_contenders
 
     runtime, threads = plugins.load_runtime(RUNTIME), thread_count(args)
     paths = [Path(path) for path in args.paths]
@@ -41,13 +42,14 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
                 f"{path} holds no GGUF file, and --peers quantizes GGUF files.",
                 hint="Leave --peers out, or export with --format gguf.",
             )
-    peers = chosen_peers(args.peers, real_peers())
+    peers = chosen_peers(args.peers, (*real_peers(), *IK_PEERS))
+    ik = ik_runtime(peers, args.ik_path)
     load = chosen_load(args, RUNTIME)
     dense = dense_file(paths[0], args.baseline)
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
             source = partial(_source, dense, Path(folder), console)
-            contenders = real_contenders(paths, dense, peers, source, Path(folder), threads, progress)
+            contenders = real_contenders(paths, dense, peers, source, Path(folder), threads, progress, ik=ik)
         with console.stage("perplexity") as progress:
             _measure_quality(contenders, paths[0], threads, progress)
         with console.stage("speed") as progress:

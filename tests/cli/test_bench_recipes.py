@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES
+
 from .test_pipeline import losa
 
 SHORT = """
@@ -210,14 +212,17 @@ def test_flags_and_words_that_say_nothing_here_are_refused(tmp_path: Path) -> No
         assert (result.code, word in result.err) == (code, True), result.err
 
 
-def test_the_peer_of_our_own_is_dense_and_packed(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value_type", ["i4", "i3"])
+def test_the_peer_of_our_own_is_dense_and_packed(value_type: str, tiny_llama: Path, tmp_path: Path) -> None:
     from losa_deploy.benchmarks.real_peers import dense_gguf, make_peer
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.sources.checkpoint import Checkpoint
 
     source = Checkpoint.open(tiny_llama)
     dense = dense_gguf(source, SourceRecord(id="tiny", files={"a": "b"}), tmp_path)
-    path = make_peer("ours-dense-i4", dense, lambda: source, tmp_path, 1)
+    path = make_peer(f"ours-dense-{value_type}", dense, lambda: source, tmp_path, 1)
     blobs = [t for t in GGUFReader(path).tensors if t.name.startswith("losa.blk.")]
     assert len(blobs) == 3 * 7
+    headers = {tuple(blob.data.view("uint8")[8:10]) for blob in blobs}
+    assert headers == {(LAYOUTS["dense"].number, VALUE_TYPES[value_type].number)}
     assert sorted(p.name for p in tmp_path.iterdir()) == [dense.parent.name, path.name]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from losa_deploy.benchmarks.synthetic.decoder import Pruning
 from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES, build, model_bytes
 from losa_deploy.benchmarks.synthetic.linears import OrtFp32, OrtInt4, OrtInt8, Ours
-from losa_deploy.benchmarks.synthetic.peers import Load, build_contenders, measure_contenders
+from losa_deploy.benchmarks.synthetic.peers import OURS_DENSE, Load, build_contenders, measure_contenders
 from losa_deploy.benchmarks.synthetic.tensors import RandomWeight, Storage, repeat_rows
 from losa_deploy.cli.main import main
 from losa_deploy.errors import InputError, LosaError
@@ -103,6 +103,25 @@ def test_peers_agree_with_the_dense_model(
     assert size < model_bytes(dense) / 2
     found, expected = logits(tmp_path / peer.name), logits(dense)
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > agreement
+
+
+def test_our_dense_peers_keep_every_weight_in_our_operators(dense: Path, tmp_path: Path) -> None:
+    storage = Storage("tiled", "i3", 0.5, (2, 4))
+    made = build_contenders(TINY, storage, list(OURS_DENSE), tmp_path, OrtRuntime())
+    assert [contender.name for contender in made] == ["ours", "ours-dense-i4", "ours-dense-i3"]
+    build(TINY, OrtFp32(), tmp_path / "fp32", Pruning(0.0))
+    expected = logits(tmp_path / "fp32")
+    for contender, operator, agreement in zip(made[1:], ("I4", "I3"), (0.85, 0.65), strict=True):
+        model = onnx.load(contender.folder / "model.onnx", load_external_data=False)
+        counts = Counter(node.op_type for node in model.graph.node if node.domain == "ai.losa")
+        assert {f"DenseMatMul{operator}x3", f"DenseMatMul{operator}x2"} <= set(counts)
+        session = OrtRuntime().open(contender.folder, threads=1)
+        found = session.logits(TOKENS)
+        session.close()
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > agreement
+    assert made[0].bytes < made[2].bytes < made[1].bytes < model_bytes(dense) / 3
+    again = build_contenders(TINY, storage, ["ours-dense-i4"], tmp_path, OrtRuntime(), head="i4")[1]
+    assert again.folder != made[1].folder and again.bytes < made[1].bytes
 
 
 def test_the_int8_peer_is_what_quantize_dynamic_makes(dense: Path, tmp_path: Path) -> None:
@@ -210,6 +229,7 @@ def test_the_command_prints_the_document_of_the_issue(
         (["--geometry", "tiny", "--peers", "ort-int4,ort-int4"], "twice"),
         (["some/model", "--geometry", "tiny"], "makes its own models"),
         (["--geometry", "tiny", "--pattern", "2:4", "--sparsity", "0.5"], "Leave out --sparsity"),
+        (["--geometry", "tiny", "--value-type", "i3"], "i3 values are stored dense or in tiles"),
         (["--geometry", "tiny", "--pattern", "4:2"], "no pattern N:M"),
         (["--geometry", "tiny", "--layout", "nm"], "needs a pattern"),
         (["--geometry", "tiny", "--sparsity", "0.5", "0.6"], "one --sparsity"),

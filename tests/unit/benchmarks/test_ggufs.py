@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from numpy.typing import NDArray
 
 from losa_deploy.benchmarks.synthetic import ggufs
 from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
+from losa_deploy.benchmarks.synthetic.peers import Contender, build_contenders
 from losa_deploy.benchmarks.synthetic.tensors import RandomWeight, Storage
 from losa_deploy.errors import InputError, LosaError
 from losa_deploy.layouts.blob import to_blob
+from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 TINY = GEOMETRIES["tiny"]
 STORAGE = Storage("bitmask", "i4", 0.6)
@@ -44,7 +47,30 @@ def test_ours_holds_blobs_and_is_refused_by_llama_cpp(tmp_path: Path) -> None:
         llama_cpp.Llama(str(path), verbose=False)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k_m"])
+@pytest.mark.parametrize(("value_type", "bits", "agreement"), [("i4", 4.2, 0.85), ("i3", 3.2, 0.65)])
+def test_our_dense_peers_are_blobs_that_compute_the_dense_model(
+    value_type: str, bits: float, agreement: float, tmp_path: Path
+) -> None:
+    storage, runtime = Storage("tiled", "i3", 0.5, (2, 4)), LlamaCppRuntime()
+    peers = [f"ours-dense-{value_type}", "f16"]
+    ours, peer, f16 = build_contenders(TINY, storage, peers, tmp_path, runtime)
+    assert (peer.name, peer.runtime) == (peers[0], runtime)
+    blobs = [t for t in GGUFReader(peer.folder / "model.gguf").tensors if t.name.startswith("losa.blk.")]
+    assert len(blobs) == 7 * TINY.blocks
+    stored = sum(blob.n_bytes for blob in blobs)
+    assert stored * 8 < bits * TINY.block_weights and ours.bytes < peer.bytes
+    found = [_logits(contender) for contender in (peer, f16)]
+    assert np.corrcoef(*found)[0, 1] > agreement
+
+
+def _logits(contender: Contender) -> NDArray[np.float32]:
+    session = contender.runtime.open(contender.folder, threads=1)
+    found = session.logits(range(3, 40))
+    session.close()
+    return found.ravel()
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k_m", "q3_k_s"])
 def test_peers_are_quantized_by_llama_cpp_and_reused(name: str, tmp_path: Path) -> None:
     import llama_cpp
 
