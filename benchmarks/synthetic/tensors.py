@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, sliding, tiled
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, tiled
 from losa_deploy.layouts.base import Component
 from losa_deploy.layouts.blob import scale_type_id
+from losa_deploy.layouts.sliding import STRIDE, WINDOW
 from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.streams import stream_bytes, used_bytes
 
@@ -124,12 +125,8 @@ class RandomWeight:
 
 def random_packed(shape: tuple[int, int], storage: Storage, seed: int = 0) -> PackedTensor:
     """A random weight [out, in] stored as `storage` says."""
-    return random_weight(shape, storage, seed).pack(storage)
-
-
-def random_weight(shape: tuple[int, int], storage: Storage, seed: int) -> RandomWeight:
-    """A random weight [out, in] that `storage` can hold."""
-    return RandomWeight(shape, storage.sparsity, storage.pattern, seed, storage.layout == "sliding")
+    sliding = storage.layout == "sliding"
+    return RandomWeight(shape, storage.sparsity, storage.pattern, seed, sliding).pack(storage)
 
 
 def sliding_mask(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -140,9 +137,9 @@ def sliding_mask(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np
     rows, columns = shape
     mask = np.zeros(shape, np.bool_)
     last = np.full(rows, -1)
-    for start in range(-1, columns - 1, sliding.STRIDE):
+    for start in range(-1, columns - 1, STRIDE):
         first = np.maximum(last + 1, start)
-        end = min(start + sliding.WINDOW, columns)
+        end = min(start + WINDOW, columns)
         last = rng.integers(first, end)
         mask[np.arange(rows), last] = True
     return mask

@@ -128,7 +128,7 @@ def test_checks_follow_the_pattern_and_name_the_place() -> None:
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])
-def test_sliding_masks_are_stored_as_such_at_stride_2_and_in_tiles_where_they_are_2_of_4(value_type: str) -> None:
+def test_sliding_masks_of_stride_2_have_a_layout_and_those_of_2_of_4_another(value_type: str) -> None:
     scores = torch.rand(32, 128, generator=torch.Generator().manual_seed(0))
     options = PackOptions(value_type)  # type: ignore[arg-type]
     for stride, layout in ((TWO, "sliding"), (Fraction(5, 2), "bitmask")):

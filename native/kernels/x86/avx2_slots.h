@@ -129,27 +129,45 @@ struct ValueLines {
   size_t line;
 };
 
-// Values of step S of a line, at the positions `at`. I3: `highest` are its highest bits.
+// Codes of step S of a line; of i8 its levels. I3: `highest` are the highest bits of the line.
+template <losa_value_type T, int S>
+inline __attribute__((always_inline)) __m256i codes_of(const uint8_t *values, __m256i highest) {
+  const __m256i raw = load_step(values + (T == LOSA_I8 ? S : T == LOSA_I4 ? S / 2 : 0) * Tiles::kStep);
+  if (T == LOSA_I8) {
+    return raw;
+  }
+  if (T == LOSA_I4) {
+    return _mm256_and_si256(_mm256_srli_epi16(raw, S % 2 * 4), _mm256_set1_epi8(15));
+  }
+  const __m256i top = S < 2 ? _mm256_slli_epi16(highest, 2 - S) : _mm256_srli_epi16(highest, S - 2);
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(raw, 2 * S), _mm256_set1_epi8(3));
+  return _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(4)));
+}
+
+// Slots of codes below 8 bits at the positions `at`. Linear i4: the sign is that of the code.
+template <losa_value_type T, bool Linear>
+inline __attribute__((always_inline)) Slots slots_of(__m256i codes, __m256i at, __m256i levels) {
+  const __m256i level = _mm256_shuffle_epi8(levels, codes);
+  if (Linear && T == LOSA_I4) {
+    return {at, level, _mm256_slli_epi16(codes, 4)};
+  }
+  return {at, _mm256_abs_epi8(level), level};
+}
+
+// Slots of step S of a line, at the positions `at`.
 template <losa_value_type T, bool Linear, int S>
 inline __attribute__((always_inline)) Slots load_short(const uint8_t *values, __m256i highest, __m256i at,
                                                        __m256i levels) {
-  const __m256i raw = load_step(values + (T == LOSA_I8 ? S : T == LOSA_I4 ? S / 2 : 0) * Tiles::kStep);
+  const __m256i codes = codes_of<T, S>(values, highest);
   if (T == LOSA_I8) {
-    return {at, _mm256_abs_epi8(raw), raw};
+    return {at, _mm256_abs_epi8(codes), codes};
   }
-  if (T == LOSA_I3) {
-    const __m256i top = S < 2 ? _mm256_slli_epi16(highest, 2 - S) : _mm256_srli_epi16(highest, S - 2);
-    const __m256i low = _mm256_and_si256(_mm256_srli_epi16(raw, 2 * S), _mm256_set1_epi8(3));
-    const __m256i code = _mm256_or_si256(low, _mm256_and_si256(top, _mm256_set1_epi8(4)));
-    const __m256i level = _mm256_shuffle_epi8(levels, code);
-    return {at, _mm256_abs_epi8(level), level};
+  Slots found = slots_of<T, Linear>(codes, at, levels);
+  if (Linear && T == LOSA_I4) {  // without waiting for the code
+    const __m256i raw = load_step(values + S / 2 * Tiles::kStep);
+    found.sign = S % 2 ? raw : _mm256_slli_epi16(raw, 4);
   }
-  const __m256i codes = _mm256_and_si256(_mm256_srli_epi16(raw, S % 2 * 4), _mm256_set1_epi8(15));
-  const __m256i level = _mm256_shuffle_epi8(levels, codes);
-  if (Linear) {
-    return {at, level, S % 2 ? raw : _mm256_slli_epi16(raw, 4)};
-  }
-  return {at, _mm256_abs_epi8(level), level};
+  return found;
 }
 
 // Where the quads or windows of step S begin. Of N:4 that is within a group. Windows reach from the position
@@ -169,17 +187,9 @@ inline __m256i within_group(__m256i line) {
   return _mm256_add_epi8(low, _mm256_set1_epi16(kPair));
 }
 
-// What the slots at the border of two groups of scales add to the sums of the first one, and what the sums of
-// the second one have too much: of step 3 before it those that hold the position behind it, of step 0 behind
-// it those that hold the position before.
-inline __attribute__((always_inline)) Slots across(const Slots &before, const Slots &behind) {
-  const __m256i last = _mm256_set1_epi8(15), first = _mm256_setzero_si256();
-  const __m256i odd = _mm256_slli_epi16(_mm256_srli_epi16(_mm256_cmpeq_epi8(before.at, last), 8), 8);
-  const __m256i even = _mm256_srli_epi16(_mm256_slli_epi16(_mm256_cmpeq_epi8(behind.at, first), 8), 8);
-  const auto both = [&](__m256i a, __m256i b) {
-    return _mm256_or_si256(_mm256_and_si256(a, odd), _mm256_and_si256(b, even));
-  };
-  return {first, both(before.magnitude, behind.magnitude), both(before.sign, behind.sign)};
+// Of two steps the first slots of pairs of one, and the second ones of the other.
+inline __attribute__((always_inline)) __m256i first_and_second(__m256i first, __m256i second) {
+  return _mm256_blendv_epi8(first, second, _mm256_set1_epi16(static_cast<short>(0xff00)));
 }
 
 }  // namespace

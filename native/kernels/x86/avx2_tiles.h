@@ -70,38 +70,59 @@ inline __attribute__((always_inline)) void sum_lines(const Tiles &tiles, size_t 
   sums.flush();
 }
 
-// Slots of windows at the border before group `behind` of a tile: see across().
+// Slots of windows at the border before group `behind` of a tile, where scales change: the first ones of the
+// step behind it, of which some hold the position before it, and the second ones of the step before, of which
+// some hold the position behind. The levels of all others are zero.
 template <losa_value_type T, bool Linear>
 inline __attribute__((always_inline)) Slots load_border(const Tiles &tiles, size_t tile, size_t behind,
                                                         __m256i levels) {
   const uint8_t *line = tiles.positions + (tile * tiles.lines() + behind) * Tiles::kStep;
   const ValueLines<T> last(tiles, tile, behind - 1), first(tiles, tile, behind);
-  const __m256i a = load_step(line - Tiles::kStep), b = load_step(line);
-  const __m256i top_a = T == LOSA_I3 ? last.highest() : a, top_b = T == LOSA_I3 ? first.highest() : b;
-  return across(load_short<T, Linear, 3>(last.values, top_a, within_group<kWindows, 3>(a), levels),
-                load_short<T, Linear, 0>(first.values, top_b, within_group<kWindows, 0>(b), levels));
+  const __m256i top = T == LOSA_I3 ? last.highest() : levels, low = T == LOSA_I3 ? first.highest() : levels;
+  const __m256i places = _mm256_and_si256(
+      first_and_second(load_step(line), _mm256_srli_epi16(load_step(line - Tiles::kStep), 6)),
+      _mm256_set1_epi8(3));
+  const __m256i across = _mm256_cmpeq_epi8(places, _mm256_set1_epi16(3 << 8));
+  const __m256i codes = first_and_second(codes_of<T, 0>(first.values, low), codes_of<T, 3>(last.values, top));
+  const __m256i kept = _mm256_and_si256(codes, across);  // code 0 is level 0
+  if (T == LOSA_I8) {
+    return {places, _mm256_abs_epi8(kept), kept};
+  }
+  return slots_of<T, Linear>(kept, places, levels);
 }
 
 inline Slots load_expanded(const uint8_t *at) {
   return {load_step(at), load_step(at + 32), load_step(at + 64)};
 }
 
-// ... from scratch memory.
+// ... from scratch memory, where the first place of step 0 is 0, and the last of step 3 is 15.
 inline __attribute__((always_inline)) Slots load_border(const uint8_t *slots, size_t steps, size_t behind) {
   const uint8_t *at = slots + behind * steps * Tiles::kExpanded;
-  return across(load_expanded(at - Tiles::kExpanded), load_expanded(at));
+  const Slots last = load_expanded(at - Tiles::kExpanded), first = load_expanded(at);
+  const __m256i places = first_and_second(first.at, last.at);
+  const __m256i across = _mm256_cmpeq_epi8(places, _mm256_set1_epi16(15 << 8));
+  return {places, _mm256_and_si256(first_and_second(first.magnitude, last.magnitude), across),
+          first_and_second(first.sign, last.sign)};
 }
 
-// Sums of the slots at a border, of which the first of two holds the position before it, the second one that
-// behind it and counts negative. `first` is the position before it in x.
+// Adds to the sums of a group of scales what the slots at its end hold beyond their side of the border, and
+// begins those of the next group with what they have too much. `first` is the position before the border in
+// x.
 template <int Tokens>
-inline __attribute__((always_inline)) void sum_border(const Slots &w, const int8_t *const *x, size_t first,
-                                                      __m256i moved[Tokens][2]) {
+inline __attribute__((always_inline)) void move_border(const Slots &w, const int8_t *const *x, size_t first,
+                                                       __m256i sums[Tokens][2], __m256i next[Tokens][2]) {
   for (int k = 0; k < Tokens; ++k) {
-    const unsigned pair = static_cast<uint8_t>(-x[k][first + 1]) << 8 | static_cast<uint8_t>(x[k][first]);
-    const __m256i q = _mm256_sign_epi8(_mm256_set1_epi16(static_cast<short>(pair)), w.sign);
-    moved[k][0] = moved[k][1] = _mm256_setzero_si256();
-    widen(_mm256_maddubs_epi16(w.magnitude, q), moved[k]);
+    int16_t pair;
+    std::memcpy(&pair, x[k] + first, sizeof pair);
+    // What second slots hold counts for the group behind.
+    const __m256i q =
+        _mm256_sign_epi8(_mm256_set1_epi16(pair), _mm256_set1_epi16(static_cast<short>(0xff01)));
+    __m256i moved[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    widen(_mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(q, w.sign)), moved);
+    for (int half = 0; half < 2; ++half) {
+      sums[k][half] = _mm256_add_epi32(sums[k][half], moved[half]);
+      next[k][half] = _mm256_sub_epi32(_mm256_setzero_si256(), moved[half]);
+    }
   }
 }
 
@@ -186,12 +207,16 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
   }
   const size_t chunk = Linear ? kFlush / tiles.steps : tiles.per_scale;
   __m256 scales[2] = {_mm256_set1_ps(1.0f), _mm256_set1_ps(1.0f)};
-  __m256i sums[Tokens][2], moved[Tokens][2];
+  __m256i sums[Tokens][2], next[Tokens][2];
   for (int k = 0; k < Tokens; ++k) {
-    sums[k][0] = sums[k][1] = moved[k][0] = moved[k][1] = _mm256_setzero_si256();
+    next[k][0] = next[k][1] = _mm256_setzero_si256();
   }
   for (size_t group = 0, g = 0; group < tiles.groups; ++g) {
     const size_t end = group + tiles.per_scale < tiles.groups ? group + tiles.per_scale : tiles.groups;
+    for (int k = 0; k < Tokens; ++k) {
+      sums[k][0] = next[k][0];
+      sums[k][1] = next[k][1];
+    }
     while (group < end) {
       const size_t stop = group + chunk < end ? group + chunk : end;
       if (FromScratch) {
@@ -204,9 +229,9 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
       group = stop;
     }
     if (Form == kWindows && end < tiles.groups) {
-      sum_border<Tokens>(FromScratch ? load_border(slots, tiles.steps, end)
-                                     : load_border<T, Linear>(tiles, tile, end, levels),
-                         x, end * kTile, moved);
+      const Slots border = FromScratch ? load_border(slots, tiles.steps, end)
+                                       : load_border<T, Linear>(tiles, tile, end, levels);
+      move_border<Tokens>(border, x, end * kTile, sums, next);
     }
     if (T != LOSA_I8) {
       load_scales(p, scale_index(p, tile * kTile, g), scales);
@@ -215,14 +240,7 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
       const __m256 scale = _mm256_set1_ps(a.scale[(token + static_cast<size_t>(k)) * a.groups + g]);
       for (int half = 0; half < 2; ++half) {
         const __m256 factor = T != LOSA_I8 ? _mm256_mul_ps(scales[half], scale) : scale;
-        const __m256i sum =
-            Form == kWindows ? _mm256_add_epi32(sums[k][half], moved[k][half]) : sums[k][half];
-        total[k][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, total[k][half]);
-        sums[k][half] = _mm256_setzero_si256();
-        if (Form == kWindows) {
-          sums[k][half] = _mm256_sub_epi32(sums[k][half], moved[k][half]);
-          moved[k][half] = _mm256_setzero_si256();
-        }
+        total[k][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[k][half]), factor, total[k][half]);
       }
     }
   }
