@@ -144,7 +144,7 @@ class KernelTable:
 def default_storages(
     layouts: Sequence[str], value_types: Sequence[str], sparsities: Sequence[float]
 ) -> tuple[Storage, ...]:
-    """Every combination: `layouts` are dense, bitmask (each sparsity), sliding and N:M patterns such as 2:4."""
+    """Every combination: `layouts` are dense, bitmask (each sparsity), sliding and patterns such as 2:4."""
     found: list[Storage] = []
     for layout in layouts:
         for value_type in value_types:

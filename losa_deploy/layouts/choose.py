@@ -71,10 +71,11 @@ class _Tiles:
 def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE) -> Choice:
     """The smallest layout for a mask [out, in]; on a tie dense, or the sparse one that computes fastest.
 
-    Tiles, of a pattern or of sliding windows, compute several times as fast as a mask whose bits have to be counted, and may cost more bytes than
-    it, but fewer than dense: any number if the mask keeps N of 16 and follows no shorter pattern, because it
-    was made for tiles; none if it follows a pattern whose M divides 8, which needs no count; else as `terms`
-    say. `AT_LOAD` gives tiles that have free slots to masks that `pack` of the layout would refuse.
+    Tiles, of a pattern or of sliding windows, compute several times as fast as a mask whose bits have to be
+    counted, and may cost more bytes than it, but fewer than dense: any number if the mask keeps N of 16 and
+    follows no shorter pattern, because it was made for tiles; none if it follows a pattern whose M divides 8,
+    which needs no count; else as `terms` say. `AT_LOAD` gives tiles that have free slots to masks that `pack`
+    of the layout would refuse.
     """
     dense_bytes = DENSE.size(mask, options)
     if mask.all():
