@@ -30,6 +30,8 @@ SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 """(rows, columns, (N, M) or None, seed) → mask."""
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
+"""(rows, columns, seed) → mask of sliding windows."""
 
 # A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -123,6 +125,24 @@ def random_mask() -> RandomMask:
         order.reshape(rows, -1)[:, columns:] = 2.0  # what a short last group lacks comes last
         kept = order.argsort(axis=2).argsort(axis=2) < n
         return np.ascontiguousarray(kept.reshape(rows, -1)[:, :columns])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sliding_mask() -> SlidingMask:
+    """A function that makes masks of sliding windows; of the first two rows all slots lie left, or right."""
+
+    def make(rows: int, columns: int, seed: int) -> NDArray[np.bool_]:
+        rng = np.random.default_rng((rows, columns, seed))
+        mask = np.zeros((rows, columns), np.bool_)
+        for row in range(rows):
+            last = -1
+            for start in range(-1, columns - 1, 2):
+                first, most = max(start, last + 1), min(start + 3, columns - 1)
+                last = int(rng.integers(first, most + 1)) if row > 1 else most if row else first
+                mask[row, last] = True
+        return mask
 
     return make
 

@@ -10,7 +10,7 @@ from losa_deploy.errors import MissingError, UsageError
 from .table import KernelRow, KernelTable
 
 SUFFIXES = (".svg", ".png", ".pdf")
-MARKERS = {"dense": "s", "bitmask": "o", "nm": "^", "tiled": "D"}
+MARKERS = {"dense": "s", "bitmask": "o", "nm": "^", "tiled": "D", "sliding": "v"}
 COLOURS = {"f32": "tab:gray", "f16": "tab:green", "i8": "tab:blue", "i4": "tab:red", "i3": "tab:purple"}
 
 

@@ -144,7 +144,7 @@ class KernelTable:
 def default_storages(
     layouts: Sequence[str], value_types: Sequence[str], sparsities: Sequence[float]
 ) -> tuple[Storage, ...]:
-    """Every combination: `layouts` are dense, bitmask (each sparsity) and N:M patterns such as 2:4."""
+    """Every combination: `layouts` are dense, bitmask (each sparsity), sliding and patterns such as 2:4."""
     found: list[Storage] = []
     for layout in layouts:
         for value_type in value_types:
@@ -156,6 +156,8 @@ def default_storages(
 def _storages_of(layout: str, value_type: str, sparsities: Sequence[float]) -> Iterator[Storage]:
     if layout == "dense":
         yield Storage("dense", value_type)
+    elif layout == "sliding":
+        yield Storage("sliding", value_type, 0.5)
     elif layout == "bitmask":
         yield from (Storage("bitmask", value_type, sparsity) for sparsity in sparsities)
     else:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, tiled
 from losa_deploy.layouts.base import Component
 from losa_deploy.layouts.blob import scale_type_id
+from losa_deploy.layouts.sliding import STRIDE, WINDOW
+from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.streams import stream_bytes, used_bytes
 
 SEED_ROWS = 256
@@ -26,7 +28,7 @@ class Storage:
     """How a weight is stored."""
 
     layout: str
-    """dense, bitmask, nm or tiled."""
+    """dense, bitmask, nm, tiled or sliding."""
     value_type: str
     sparsity: float = 0.0
     """Fraction of zeros; with a pattern it is 1 - N/M."""
@@ -38,8 +40,8 @@ class Storage:
     @property
     def label(self) -> str:
         """E.g. `bitmask 60 % i4` or `nm 2:4 i8`."""
-        if self.layout == "dense":
-            return f"dense {self.value_type}"
+        if self.layout in ("dense", "sliding"):
+            return f"{self.layout} {self.value_type}"
         where = f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{100 * self.sparsity:g} %"
         return f"{self.layout} {where} {self.value_type}"
 
@@ -70,6 +72,8 @@ class RandomWeight:
     sparsity: float
     pattern: tuple[int, int] | None = None
     seed: int = 0
+    sliding: bool = False
+    """Sliding windows instead of a pattern or a sparsity."""
 
     @property
     def period(self) -> int:
@@ -78,7 +82,7 @@ class RandomWeight:
         i4 stores pairs of rows, and tiles have 16.
         """
         rows = self.shape[0]
-        for step in (tiled.TILE, 2):
+        for step in (TILE, 2):
             for n in range(SEED_ROWS, 1, -step):
                 if rows % n == 0:
                     return n
@@ -109,6 +113,8 @@ class RandomWeight:
         return repeat_rows(packed, mask, self.repeats)
 
     def _mask(self, rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
+        if self.sliding:
+            return sliding_mask(rng, shape)
         if self.pattern is None:
             return rng.random(shape, np.float32) >= self.sparsity
         n, m = self.pattern
@@ -119,7 +125,24 @@ class RandomWeight:
 
 def random_packed(shape: tuple[int, int], storage: Storage, seed: int = 0) -> PackedTensor:
     """A random weight [out, in] stored as `storage` says."""
-    return RandomWeight(shape, storage.sparsity, storage.pattern, seed).pack(storage)
+    sliding = storage.layout == "sliding"
+    return RandomWeight(shape, storage.sparsity, storage.pattern, seed, sliding).pack(storage)
+
+
+def sliding_mask(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """A random mask [out, in] of sliding windows; `in` is even.
+
+    Every slot takes any place of its window that the slot before leaves to it.
+    """
+    rows, columns = shape
+    mask = np.zeros(shape, np.bool_)
+    last = np.full(rows, -1)
+    for start in range(-1, columns - 1, STRIDE):
+        first = np.maximum(last + 1, start)
+        end = min(start + WINDOW, columns)
+        last = rng.integers(first, end)
+        mask[np.arange(rows), last] = True
+    return mask
 
 
 def repeat_rows(packed: PackedTensor, mask: NDArray[np.bool_], times: int) -> PackedTensor:

@@ -20,10 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from losa_deploy.layouts import tiled
+from losa_deploy.layouts import sliding
 from losa_deploy.layouts.base import PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, form, op_type
 from losa_deploy.layouts.rows import BLOCK as ROW_BLOCK
+from losa_deploy.layouts.steps import STEP, TILE
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 from .body import Body
@@ -233,16 +234,39 @@ def _decode_tiled(body: Body, kind: ValueType, unpadded: bool) -> str:
 def _decode_quads(body: Body, kind: ValueType, unpadded: bool) -> str:
     """Slots of tiles of 1:4 or 2:4 → levels [out, in]."""
     del unpadded  # rows of tiles have no padding
-    groups = body.op("Div", body.attribute("in_features"), body.ints(tiled.TILE))
+    groups = body.op("Div", body.attribute("in_features"), body.ints(TILE))
     deep = body.op("Mul", body.attribute("n"), body.ints(2))
+    positions, levels = _load_lines(body, kind, groups, deep)
+    return _scatter_slots(body, positions, levels, kind.level)
+
+
+def _decode_sliding(body: Body, kind: ValueType, unpadded: bool) -> str:
+    """Slots of sliding windows → levels [out, in]."""
+    del unpadded  # rows of tiles have no padding
+    features, zero = body.attribute("in_features"), body.const(np.array(0, np.int64))
+    groups, used = body.op("Div", features, body.ints(TILE)), body.ints(TILE // sliding.STRIDE)
+    places, levels = _load_lines(body, kind, groups, body.ints(sliding.STEPS))
+    rows = body.op("Mul", body.size(places, 0), body.ints(TILE))
+    flat = body.op("Concat", rows, body.ints(-1), axis=0)
+    stride = body.const(np.array(sliding.STRIDE, np.int64))
+    starts = body.cast(body.op("Range", zero, body.scalar(features), stride), I32)
+    first = body.op("Sub", starts, body.const(np.array(1, np.int32)))
+    places = body.reshape(_slots_by_row(body, body.cast(places, I32), rows, used), flat)
+    levels = body.reshape(_slots_by_row(body, levels, rows, used), flat)
+    empty = body.zeros(kind.level, rows, features)
+    return body.op("ScatterElements", empty, body.op("Add", places, first), levels, axis=1)
+
+
+def _load_lines(body: Body, kind: ValueType, groups: str, deep: str) -> tuple[str, str]:
+    """Positions and levels of slots in lines, each [tiles, groups, steps of a group, 32]."""
     count, tiles = body.op("Mul", groups, deep), body.size(body.part("values"), 0)
-    shape = body.op("Concat", tiles, groups, deep, body.ints(tiled.STEP), axis=0)
+    shape = body.op("Concat", tiles, groups, deep, body.ints(STEP), axis=0)
     positions = body.head(_split_lines(body, body.part("positions"), 2), count, 1)
     if kind.bits < 8:
         levels = body.op("Gather", body.part("table"), _codes_of_lines(body, kind, count), axis=0)
     else:
         levels = body.part("values")
-    return _scatter_slots(body, body.reshape(positions, shape), body.reshape(levels, shape), kind.level)
+    return body.reshape(positions, shape), body.reshape(levels, shape)
 
 
 def _codes_of_lines(body: Body, kind: ValueType, count: str) -> str:
@@ -267,14 +291,14 @@ def _split_lines(body: Body, lines: str, bits: int) -> str:
     lines = body.op("Unsqueeze", lines, body.ints(2))
     shifted = body.op("BitShift", lines, shifts, direction="RIGHT")
     split = body.op("BitwiseAnd", shifted, body.const(np.array(2**bits - 1, np.uint8)))
-    return body.reshape(split, body.size(split, 0), body.ints(-1, tiled.STEP))
+    return body.reshape(split, body.size(split, 0), body.ints(-1, STEP))
 
 
 def _scatter_slots(body: Body, positions: str, levels: str, dtype: np.dtype[np.generic]) -> str:
     """Positions and levels of slots [tiles, in / 16, steps, 32] → levels [out, in]."""
     features, n, m = body.attribute("in_features"), body.attribute("n"), body.attribute("m")
-    rows = body.op("Mul", body.size(positions, 0), body.ints(tiled.TILE))
-    used = body.op("Div", body.op("Mul", n, body.ints(tiled.TILE)), m)
+    rows = body.op("Mul", body.size(positions, 0), body.ints(TILE))
+    used = body.op("Div", body.op("Mul", n, body.ints(TILE)), m)
     by_group = body.op("Concat", rows, body.op("Div", features, m), n, axis=0)
     positions = body.reshape(_slots_by_row(body, body.cast(positions, I32), rows, used), by_group)
     zero = body.const(np.array(0, np.int64))
@@ -347,5 +371,6 @@ DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "NmCodes": _decode_codes,
     "Tiled": _decode_tiled,
     "TiledQuads": _decode_quads,
+    "Sliding": _decode_sliding,
 }
 """Form → how its levels [out, >= in] are decoded; a new layout adds its forms."""

@@ -108,7 +108,9 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
 def _add_kernels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rows", type=positive, metavar="N", help="outputs of the matrix (4096)")
     group.add_argument("--columns", type=positive, metavar="N", help="inputs of the matrix (11008)")
-    group.add_argument("--layouts", metavar="NAMES", help="dense, bitmask, and N:M patterns, with commas")
+    group.add_argument(
+        "--layouts", metavar="NAMES", help="dense, bitmask, sliding, and N:M patterns, with commas"
+    )
     group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8, i4 and i3, with commas")
     group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")
     group.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="tokens at once (1 64)")

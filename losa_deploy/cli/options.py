@@ -104,7 +104,10 @@ RECIPE_OPTIONS: tuple[RecipeOption, ...] = (
     _choice("--precision", "precision", "auto|f32|bf16", "products while training; auto: what the CPU has"),
     _choice("--dtype", "merge.dtype", "source|f32|f16|bf16", "dtype of the merged weights"),
     _choice(
-        "--layout", "export.layout", "auto|dense|bitmask|nm|tiled", "storage of the weights; auto says why"
+        "--layout",
+        "export.layout",
+        "auto|dense|bitmask|nm|tiled|sliding",
+        "storage of the weights; auto says why",
     ),
     _choice("--value-type", "export.value_type", "f32|f16|i8|i4|i3", "storage of the kept values"),
     RecipeOption("--group-size", "export.group_size", "number", "i4 positions per scale: 32, 64 or 128"),

@@ -6,7 +6,7 @@ The bytes are specified in `docs/formats.md`.
 
 from __future__ import annotations
 
-from losa_deploy.layouts import bitmask, dense, nm, tiled
+from losa_deploy.layouts import bitmask, dense, nm, sliding, tiled
 from losa_deploy.layouts.base import LAYOUTS, Layout, PackedTensor, PackOptions, Unpacked
 from losa_deploy.layouts.choose import PATTERNED, Choice, choose, forced
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType
@@ -26,6 +26,7 @@ __all__ = [
     "dense",
     "forced",
     "nm",
+    "sliding",
     "tiled",
     "unpack",
 ]

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import UsageError
-from losa_deploy.layouts import nm, tiled
+from losa_deploy.layouts import nm, sliding, tiled
 from losa_deploy.layouts.base import LAYOUTS, PackOptions
 from losa_deploy.layouts.bitmask import BITMASK
 from losa_deploy.layouts.dense import DENSE
 from losa_deploy.layouts.nm import NM
+from losa_deploy.layouts.sliding import SLIDING
+from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.tiled import TILED
 from losa_deploy.layouts.values import VALUE_TYPES, by_number
 
@@ -34,7 +36,8 @@ class Terms:
     """Held for each row (of i4 each pair of rows) of a stream of values."""
     exact: bool
     """The mask is data. Otherwise it was found from zeros: a kept weight that is zero is missing in it, so
-    that tiles may keep at most N of every M, and of the other patterns only 2:4 and 4:8 are looked for."""
+    that tiles may keep at most N of every M, of the other patterns only 2:4 and 4:8 are looked for, and
+    sliding windows are not."""
 
 
 IN_FILE = Terms(1.0, 0, True)
@@ -51,13 +54,28 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """A way to store a mask in tiles: `tiled` of a pattern, or `sliding`, which has none."""
+
+    layout: str
+    bytes: int
+    pattern: Pattern = (0, 0)
+
+    def chosen(self, options: PackOptions, reason: str) -> Choice:
+        if self.layout == "tiled":
+            options = replace(options, pattern=self.pattern)
+        return Choice(self.layout, options, self.bytes, reason)
+
+
 def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE) -> Choice:
     """The smallest layout for a mask [out, in]; on a tie dense, or the sparse one that computes fastest.
 
-    Tiles compute several times as fast as a mask whose bits have to be counted, and may cost more bytes than
-    it, but fewer than dense: any number if the mask keeps N of 16 and follows no shorter pattern, because it
-    was made for tiles; none if it follows a pattern whose M divides 8, which needs no count; else as `terms`
-    say. `AT_LOAD` gives tiles that have free slots to masks that `pack` of the layout would refuse.
+    Tiles, of a pattern or of sliding windows, compute several times as fast as a mask whose bits have to be
+    counted, and may cost more bytes than it, but fewer than dense: any number if the mask keeps N of 16 and
+    follows no shorter pattern, because it was made for tiles; none if it follows a pattern whose M divides 8,
+    which needs no count; else as `terms` say. `AT_LOAD` gives tiles that have free slots to masks that `pack`
+    of the layout would refuse.
     """
     dense_bytes = DENSE.size(mask, options)
     if mask.all():
@@ -73,13 +91,12 @@ def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE
         best = _smaller(best, mask, replace(options, pattern=pattern), dense_bytes)
     tiles = _find_tiles(mask, options, terms)
     if tiles is not None:
-        with_pattern = replace(options, pattern=tiles)
-        size = TILED.size(mask, with_pattern)
         scales = sum(kind.meaning_bytes((mask.shape[0], mask.shape[1]), options).values())
-        if size < dense_bytes and _may_cost(size, best.bytes, scales, pattern, terms):
+        if tiles.bytes < dense_bytes and _may_cost(tiles.bytes, best.bytes, scales, pattern, terms):
+            name = "sliding windows" if tiles.layout == "sliding" else _name(pattern or tiles.pattern)
             compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
-            reason = f"{_name(pattern or tiles)} mask in tiles: {_share(size, dense_bytes)}, {compared}"
-            return Choice("tiled", with_pattern, size, reason)
+            reason = f"{name} mask in tiles: {_share(tiles.bytes, dense_bytes)}, {compared}"
+            return tiles.chosen(options, reason)
     streams = -(-len(mask) // (max(8, kind.bits) // kind.bits))
     if best.bytes + streams * terms.start_bytes < dense_bytes:
         return best
@@ -111,43 +128,50 @@ def _find_half(mask: NDArray[np.bool_]) -> Pattern | None:
     return next(halves, None)
 
 
-def _find_tiles(mask: NDArray[np.bool_], options: PackOptions, terms: Terms) -> Pattern | None:
-    """The pattern of the smallest tiles that hold a mask, if there are any."""
+def _find_tiles(mask: NDArray[np.bool_], options: PackOptions, terms: Terms) -> _Tiles | None:
+    """The smallest tiles that hold a mask, if there are any."""
     if terms.exact:
-        return tiled.find_pattern(mask) if tiled.tolerates(mask, options) else None
+        return _exact_tiles(mask, options)
     rows, columns = mask.shape
     kind = VALUE_TYPES[options.value_type]
-    if rows % tiled.TILE or columns % tiled.TILE:
+    if rows % TILE or columns % TILE:
         return None
-    found = []
+    found: list[_Tiles] = []
     for m, most in ((tiled.SHORT, 2), (tiled.WIDE, tiled.WIDE - 1)):
         if not tiled.holds(kind, m):
             continue
         n = int(np.count_nonzero(mask.reshape(rows, -1, m), axis=2).max(initial=0))
         if 1 <= n <= most:
-            found.append((n, m))
-    return min(found, key=lambda pattern: TILED.size(mask, replace(options, pattern=pattern)), default=None)
+            size = TILED.size(mask, replace(options, pattern=(n, m)))
+            found.append(_Tiles("tiled", size, (n, m)))
+    return min(found, key=lambda tiles: tiles.bytes, default=None)
+
+
+def _exact_tiles(mask: NDArray[np.bool_], options: PackOptions) -> _Tiles | None:
+    """A pattern of tiles, else sliding windows."""
+    if tiled.tolerates(mask, options):
+        pattern = tiled.find_pattern(mask)
+        assert pattern is not None
+        return _Tiles("tiled", TILED.size(mask, replace(options, pattern=pattern)), pattern)
+    if sliding.tolerates(mask, options):
+        return _Tiles("sliding", SLIDING.size(mask, options))
+    return None
 
 
 def _dense_or_tiled(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     """The layout for a value type that is not stored as a stream of kept values."""
     size, kept = DENSE.size(mask, options), f"{mask.mean():.0%} kept"
-    if not tiled.tolerates(mask, options):
-        reason = f"{kept}: {options.value_type} is stored sparse in tiles of N:M only"
+    tiles = _exact_tiles(mask, options)
+    if tiles is None:
+        reason = f"{kept}: {options.value_type} is stored sparse in tiles of N:M or sliding windows only"
         return Choice("dense", options, size, reason)
-    with_pattern = replace(options, pattern=tiled.find_pattern(mask))
-    tiles = TILED.size(mask, with_pattern)
-    reason = f"{kept}: tiles take {_share(tiles, size)}"
-    return (
-        Choice("tiled", with_pattern, tiles, reason)
-        if tiles < size
-        else Choice("dense", options, size, reason)
-    )
+    reason = f"{kept}: tiles take {_share(tiles.bytes, size)}"
+    return tiles.chosen(options, reason) if tiles.bytes < size else Choice("dense", options, size, reason)
 
 
 def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     """The layout that `--layout` names; raises `UsageError` naming the linear whose mask it cannot store."""
-    if layout in PATTERNED and mask.all():
+    if layout in (*PATTERNED, "sliding") and mask.all():
         return Choice("dense", options, DENSE.size(mask, options), "nothing is pruned")
     if not LAYOUTS[layout].stores(VALUE_TYPES[options.value_type]):
         *others, last = [kind.name for kind in by_number() if LAYOUTS[layout].stores(kind)]
@@ -174,6 +198,14 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
                 details={"tensor": linear},
             )
         options = replace(options, pattern=tiled.find_pattern(mask))
+    elif layout == "sliding" and not sliding.tolerates(mask, options):
+        rows, columns = mask.shape
+        raise UsageError(
+            f"--layout sliding cannot store {linear} ({rows} x {columns}): it needs one kept position in "
+            "every window of 4, and multiples of 16 rows and columns.",
+            hint="Use --layout auto, or compress with --pattern sliding.",
+            details={"tensor": linear},
+        )
     return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
 
 

@@ -24,15 +24,24 @@ from losa_deploy.layouts.base import (
     register,
 )
 from losa_deploy.layouts.nm import fits
+from losa_deploy.layouts.steps import (
+    STEP,
+    TILE,
+    Codes,
+    by_row,
+    line_shapes,
+    lines_are_canonical,
+    load_lines,
+    scale_shape,
+    scales_by_row,
+    scales_by_tile,
+    store_lines,
+    to_tiles,
+)
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
-TILE = 16
-"""Rows of a tile; its columns are a multiple of it too."""
 WIDE, SHORT = 16, 4
 """Positions of a group: as many as a byte shuffle reaches, or four."""
-STEP = 2 * TILE
-"""Slots of a step: two of each row of a tile."""
-Codes = NDArray[np.uint8]
 
 
 def find_pattern(mask: NDArray[np.bool_]) -> tuple[int, int] | None:
@@ -76,13 +85,9 @@ def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) ->
 def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
     """Of positions, values and scale; of tiles, group scales lie together."""
     tiles, groups, deep = shape[0] // TILE, shape[1] // TILE, steps(params["n"], params["m"])
-    scale = kind.scale_shape(shape, params.get("group_size", 0))
-    if kind.grouped and scale is not None:
-        scale = (tiles, scale[1], TILE)
+    scale = scale_shape(shape, kind, params.get("group_size", 0))
     if params["m"] == SHORT:
-        lines = _lines(groups * deep, 2)
-        codes = sum(_lines(groups * deep, bits) for bits in kind.planes)
-        return {"positions": (tiles, lines, STEP), "values": (tiles, codes, STEP), "scale": scale}
+        return {**line_shapes(tiles, groups * deep, kind), "scale": scale}
     positions = {} if _joined(kind) else {"positions": (tiles, groups, deep, STEP // 2)}
     return {**positions, "values": (tiles, groups, deep, STEP), "scale": scale}
 
@@ -90,11 +95,6 @@ def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -
 def _joined(kind: ValueType) -> bool:
     """Whether a code and a position of 4 bits share a byte."""
     return kind.bits == 4
-
-
-def _lines(steps_of_tile: int, bits: int) -> int:
-    """Lines of 32 bytes that hold `bits` bits of each slot of so many steps."""
-    return -(-steps_of_tile * bits // 8)
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
@@ -111,13 +111,11 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     grouped = mask.reshape(rows, -1, m)
     # Kept positions first, in ascending order.
     order = np.argsort(~grouped, axis=2, kind="stable")[:, :, :n]
-    positions = _tile(order.astype(np.uint8).reshape(rows, groups, -1))
+    positions = to_tiles(order.astype(np.uint8).reshape(rows, groups, -1))
     kept_codes = np.take_along_axis(codes.reshape(grouped.shape), order, axis=2)
-    store = _store_short if m == SHORT else _store_wide
-    arrays = {**store(positions, _tile(kept_codes.reshape(rows, groups, -1)), kind), **meaning}
-    if kind.grouped:
-        by_tile = meaning["scale"].reshape(rows // TILE, TILE, -1).transpose(0, 2, 1)
-        arrays["scale"] = np.ascontiguousarray(by_tile)
+    store = store_lines if m == SHORT else _store_wide
+    values = to_tiles(kept_codes.reshape(rows, groups, -1))
+    arrays = {**store(positions, values, kind), **scales_by_tile(meaning, kind)}
     params = {"n": n, "m": m, **kind.params(options)}
     return PackedTensor("tiled", options.value_type, (rows, mask.shape[1]), params, arrays, int(mask.sum()))
 
@@ -131,9 +129,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     np.put_along_axis(mask, order, True, axis=2)
     codes = np.zeros(mask.shape, values.dtype)
     np.put_along_axis(codes, order, _by_group(values, packed), axis=2)
-    arrays = dict(packed.arrays)
-    if VALUE_TYPES[packed.value_type].grouped:
-        arrays["scale"] = arrays["scale"].transpose(0, 2, 1).reshape(shape[0], -1)
+    arrays = scales_by_row(packed.arrays, VALUE_TYPES[packed.value_type])
     weight = dequantize(codes.reshape(shape), packed.value_type, packed.params, arrays)
     mask = mask.reshape(shape)
     return Unpacked(np.where(mask, weight, np.float32(0)), mask)
@@ -142,7 +138,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
 def slots(packed: PackedTensor) -> tuple[Codes, NDArray[np.generic]]:
     """Positions and values of all slots, each [tiles, in / 16, steps, 32]."""
     n, m = packed.params["n"], packed.params["m"]
-    load = _load_short if m == SHORT else _load_wide
+    load = load_lines if m == SHORT else _load_wide
     shape = (packed.shape[0] // TILE, packed.shape[1] // TILE, steps(n, m), STEP)
     return load(packed.arrays, shape, VALUE_TYPES[packed.value_type])
 
@@ -161,8 +157,7 @@ def sound(packed: PackedTensor) -> bool:
         return False
     if m == WIDE:
         return not (n % 2 and (_free(positions).any() or _free(values).any()))
-    again = _store_short(positions, values.astype(np.uint8), VALUE_TYPES[packed.value_type])
-    return all(np.array_equal(again[name], packed.arrays[name].view(np.uint8)) for name in again)
+    return lines_are_canonical(packed.arrays, positions, values, VALUE_TYPES[packed.value_type])
 
 
 def check(packed: PackedTensor) -> int:
@@ -217,72 +212,10 @@ def _load_wide(
     return np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=3), arrays["values"]
 
 
-def _store_short(positions: Codes, values: Codes, kind: ValueType) -> dict[str, Component]:
-    """Steps of a tile in one sequence: positions of four in a line of 32 bytes, codes by their planes."""
-    steps_of_tile = positions.reshape(positions.shape[0], -1, STEP)
-    values = values.reshape(steps_of_tile.shape)
-    if kind.bits == 8:
-        return {"positions": _join(steps_of_tile, 2), "values": values}
-    planes, low = [], 0
-    for bits in kind.planes:
-        planes.append(_join(values >> np.uint8(low) & np.uint8((1 << bits) - 1), bits))
-        low += bits
-    return {"positions": _join(steps_of_tile, 2), "values": np.concatenate(planes, axis=1)}
-
-
-def _load_short(
-    arrays: Mapping[str, Component], shape: tuple[int, ...], kind: ValueType
-) -> tuple[Codes, NDArray[np.generic]]:
-    """Inverse of `_store_short`; positions and values of `shape`."""
-    count = shape[1] * shape[2]
-    positions = _split(arrays["positions"], 2)[:, :count].reshape(shape)
-    if kind.bits == 8:
-        return positions, arrays["values"].reshape(shape)
-    values, first, low = np.zeros((shape[0], count, STEP), np.uint8), 0, 0
-    for bits in kind.planes:
-        lines = _lines(count, bits)
-        plane = _split(arrays["values"][:, first : first + lines], bits)[:, :count]
-        values |= plane << np.uint8(low)
-        first, low = first + lines, low + bits
-    return positions, values.reshape(shape)
-
-
-def _join(steps: Codes, bits: int) -> Codes:
-    """[tiles, steps, 32] of few bits → [tiles, lines, 32], the first step of a line in the lowest bits."""
-    count, (tiles, used, _) = 8 // bits, steps.shape
-    whole = np.zeros((tiles, _lines(used, bits) * count, STEP), np.uint8)
-    whole[:, :used] = steps
-    split = whole.reshape(tiles, -1, count, STEP)
-    shifts = bits * np.arange(count, dtype=np.uint8)[:, None]
-    joined: Codes = np.bitwise_or.reduce(split << shifts, axis=2)
-    return joined
-
-
-def _split(lines: Component, bits: int) -> Codes:
-    """Inverse of `_join`, with the steps that fill the last line."""
-    count = 8 // bits
-    shifts = bits * np.arange(count, dtype=np.uint8)[:, None]
-    steps: Codes = lines.astype(np.uint8)[:, :, None, :] >> shifts & np.uint8(2**bits - 1)
-    return steps.reshape(lines.shape[0], -1, STEP)
-
-
-def _tile(slots: NDArray[np.generic]) -> Codes:
-    """[out, in / 16, slots] → [tiles, in / 16, steps, 32]: byte 4 i + 2 h + k is slot k of row 8 h + i."""
-    rows, groups, count = slots.shape
-    deep = -(-count // 2)
-    even = np.zeros((rows, groups, 2 * deep), slots.dtype)
-    even[:, :, :count] = slots
-    split = even.reshape(rows // TILE, 2, TILE // 2, groups, deep, 2)
-    return np.ascontiguousarray(split.transpose(0, 3, 4, 2, 1, 5)).reshape(rows // TILE, groups, deep, STEP)
-
-
 def _by_group(tiles: NDArray[np.generic], packed: PackedTensor) -> NDArray[np.generic]:
-    """Inverse of `_tile`, without free slots: [out, in / M, N]."""
+    """Inverse of `to_tiles`, without free slots: [out, in / M, N]."""
     n, m = packed.params["n"], packed.params["m"]
-    count, groups, deep = tiles.shape[:3]
-    split = tiles.reshape(count, groups, deep, TILE // 2, 2, 2).transpose(0, 4, 3, 1, 2, 5)
-    by_row = split.reshape(count * TILE, groups, 2 * deep)[:, :, : n * WIDE // m]
-    return by_row.reshape(count * TILE, -1, n)
+    return by_row(tiles)[:, :, : n * WIDE // m].reshape(packed.shape[0], -1, n)
 
 
 def _free(tiles: NDArray[np.generic]) -> NDArray[np.generic]:

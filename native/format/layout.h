@@ -23,6 +23,13 @@ static inline bool is_grouped(const losa_parts &p) { return p.value_type >= LOSA
 // Positions that share one activation scale: the groups of the weight, or a block where it has row scales.
 static inline size_t activation_group(const losa_parts &p) { return is_grouped(p) ? p.group_size : kBlock; }
 
+// Rows in tiles of 16.
+static inline bool in_tiles(const losa_parts &p) {
+  return p.layout == LOSA_TILED || p.layout == LOSA_SLIDING;
+}
+// ... whose slots have positions of two bits, in lines.
+static inline bool in_lines(const losa_parts &p) { return in_tiles(p) && p.m != kTile; }
+
 static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : type == LOSA_F16 ? 2 : 1; }
 
 // Dense rows: `n` codes, at most a block of 128, take so many bytes in each plane.
@@ -169,11 +176,13 @@ struct Positions {
 
 }  // namespace
 
-constexpr size_t kScaleSlack = 32;  // bytes behind prepared activations: eight scales are read at once
+constexpr size_t kSlack = 32;  // bytes behind prepared activations
 
-// Prepared activations. Integer weights: int8 [tokens, padded], then scales f32 and biases int32 [tokens,
-// groups], a bias being -128 * the sum of the group: what a kernel adds that multiplies by levels + 128.
-// Float weights: f32 [tokens, padded].
+// Prepared activations. Integer weights: scales f32 and biases int32 [tokens, groups], a bias being -128 *
+// the sum of the group: what a kernel adds that multiplies by levels + 128; then at a multiple of 64 bytes
+// int8 [tokens, padded]. There is something to read before the int8 and behind: eight scales are read at
+// once, and sliding windows begin one position before their row and end one behind it. Float weights: f32
+// [tokens, padded].
 struct Activations {
   const int8_t *q;
   const float *scale;
@@ -182,11 +191,15 @@ struct Activations {
   size_t padded, groups, tokens;
 };
 
+static inline size_t scale_bytes(size_t tokens, size_t groups) {
+  return round_up(tokens * groups * (sizeof(float) + sizeof(int32_t)), kBlock);
+}
+
 static inline Activations activations_in(const losa_tensor &t, const void *memory, size_t tokens) {
   const size_t padded = padded_columns(t.parts), groups = padded / activation_group(t.parts);
-  const auto *q = static_cast<const int8_t *>(memory);
-  const auto *scale = reinterpret_cast<const float *>(q + tokens * padded);
+  const auto *scale = static_cast<const float *>(memory);
   const auto *bias = reinterpret_cast<const int32_t *>(scale + tokens * groups);
+  const auto *q = static_cast<const int8_t *>(memory) + scale_bytes(tokens, groups);
   return {q, scale, bias, static_cast<const float *>(memory), padded, groups, tokens};
 }
 
@@ -253,8 +266,8 @@ static inline size_t weight_groups(const losa_parts &p) {
 
 // Where the scale of a group of an i4 row is stored.
 static inline size_t scale_index(const losa_parts &p, size_t row, size_t group) {
-  return p.layout == LOSA_TILED ? (row / kTile * weight_groups(p) + group) * kTile + row % kTile
-                                : row * weight_groups(p) + group;
+  return in_tiles(p) ? (row / kTile * weight_groups(p) + group) * kTile + row % kTile
+                     : row * weight_groups(p) + group;
 }
 
 namespace {
@@ -295,15 +308,17 @@ struct RowPlaces {
 // N:16: a step is 32 bytes of values; of i4, positions are in their low nibbles, of i8 beside them.
 // 1:4 and 2:4: the steps of a tile form one sequence, of which a line of 32 bytes holds the positions of
 // four; of i4 one has the codes of two, of i3 lines of lower bits those of four, then one the highest of
-// eight.
+// eight. LOSA_SLIDING: as 2:4, but a position is one of the window that its slot has.
 struct Tiles {
   explicit Tiles(const losa_parts &p)
       : values(static_cast<const uint8_t *>(p.values.data)),
         positions(static_cast<const uint8_t *>(p.positions.data)),
         groups(p.columns / kTile),
-        steps(p.m == kQuad ? 2u * p.n : (p.n + 1u) / 2u),
+        steps(p.layout == LOSA_SLIDING ? 4u
+              : p.m == kQuad           ? 2u * p.n
+                                       : (p.n + 1u) / 2u),
         type(p.value_type),
-        quads(p.m == kQuad),
+        lined(in_lines(p)),
         per_scale(activation_group(p) / kTile) {}
 
   static constexpr size_t kStep = 2 * kTile, kPerLine = 4, kPerHighLine = 8;
@@ -311,10 +326,10 @@ struct Tiles {
 
   size_t all_steps() const { return groups * steps; }  // of a tile
   size_t lines() const { return (all_steps() + kPerLine - 1) / kPerLine; }
-  // Of 32 bytes of values, of a tile. I3 of quads: lines() of lower bits, then high_lines().
+  // Of 32 bytes of values, of a tile. I3: lines() of lower bits, then high_lines().
   size_t high_lines() const { return (all_steps() + kPerHighLine - 1) / kPerHighLine; }
   size_t value_lines() const {
-    return !quads || type == LOSA_I8 ? all_steps()
+    return !lined || type == LOSA_I8 ? all_steps()
            : type == LOSA_I4         ? all_steps() / 2
                                      : lines() + high_lines();
   }
@@ -322,7 +337,7 @@ struct Tiles {
   const uint8_t *values, *positions;
   size_t groups, steps;  // groups of 16 positions of a row, steps of a group
   uint8_t type;
-  bool quads;
+  bool lined;
   size_t per_scale;  // groups that share a scale of the activations
 };
 

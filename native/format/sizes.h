@@ -8,7 +8,7 @@
 
 namespace losa {
 
-constexpr size_t kTile = LOSA_TILE;  // LOSA_TILED: rows of a tile, and positions of a group of the long kind
+constexpr size_t kTile = LOSA_TILE;  // rows of a tile; LOSA_TILED: also positions of a group of the long kind
 constexpr size_t kQuad = 4;          // LOSA_TILED: positions of a group of the short kind
 constexpr size_t kPanelRows = 32;    // rows that kernels expand at a time: threads best cut at multiples
 

@@ -29,12 +29,13 @@ bool known_positions(const losa_parts &p) {
     return pattern && shape && p.position_bits == 0 && is_integer(p) &&
            (p.m == kQuad || p.value_type != LOSA_I3);
   }
-  return p.n == 0 && p.m == 0 && p.position_bits == 0;
+  const bool shape = p.layout != LOSA_SLIDING || (p.rows % kTile == 0 && p.columns % kTile == 0);
+  return shape && p.n == 0 && p.m == 0 && p.position_bits == 0 && (p.layout != LOSA_SLIDING || is_integer(p));
 }
 
 int check_parameters(const losa_parts &p) {
   const bool shape = p.rows >= 1 && p.columns >= 1 && p.rows <= kMost && p.columns <= kMost;
-  if (!shape || p.layout > LOSA_TILED || p.value_type > LOSA_I3 || !known_positions(p) ||
+  if (!shape || p.layout > LOSA_SLIDING || p.value_type > LOSA_I3 || !known_positions(p) ||
       (p.value_type == LOSA_I3 && (p.layout == LOSA_BITMASK || p.layout == LOSA_NM))) {
     return LOSA_BAD_PARAMETER;
   }
@@ -88,7 +89,7 @@ struct Sizes {
 Sizes tiled_sizes(const losa_parts &p) {
   const Tiles tiles(p);
   const uint64_t count = p.rows / kTile, values = count * tiles.value_lines() * Tiles::kStep;
-  if (p.m == kQuad) {
+  if (in_lines(p)) {
     return {count * tiles.lines() * Tiles::kStep, values, values};
   }
   return {p.value_type == LOSA_I8 ? values / 2 : 0, values, values};
@@ -98,7 +99,7 @@ Sizes sizes_of(const losa_parts &p) {
   if (p.layout == LOSA_DENSE) {
     return {0, dense_bytes(p), dense_bytes(p)};
   }
-  if (p.layout == LOSA_TILED) {
+  if (in_tiles(p)) {
     return tiled_sizes(p);
   }
   const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
@@ -271,6 +272,44 @@ int check_quads(const losa_parts &p, losa_tensor *tensor) {
   return LOSA_OK;
 }
 
+// Positions ascend in every row of a tile of windows and lie inside of it. Windows move on by 2, so that a
+// code may be at most one less than that of the slot before.
+bool windows_are_sound(const Tiles &tiles, const uint8_t *lines) {
+  constexpr uint64_t top = 128 * kEach, low = 3 * kEach;
+  uint64_t before[kWords], at[kWords], wrong = 0;
+  for (auto &word : before) {
+    word = 2 * kEach;  // the first code is not 0
+  }
+  for (size_t s = 0; s < tiles.all_steps(); ++s) {
+    const uint8_t *line = lines + s / Tiles::kPerLine * Tiles::kStep;
+    for (size_t j = 0; j < kWords; ++j) {
+      at[j] = load_word(line + 8 * j) >> 2 * (s % Tiles::kPerLine) & low;
+      // A byte of 128 + code + 1 - (the one before it) keeps its highest bit if the code is at most one less.
+      wrong |= ~((at[j] | top) + kEach - ((at[j] << 8 & kSecond) | (before[j] >> 8 & kFirst))) & top;
+      before[j] = at[j];
+    }
+  }
+  for (const uint64_t last : before) {
+    wrong |= (last & last >> 1) & kSecond & kEach;  // the last code is not 3
+  }
+  return wrong == 0;
+}
+
+int check_sliding(const losa_parts &p, losa_tensor *tensor) {
+  const Tiles tiles(p);
+  const uint64_t count = p.rows / kTile;
+  for (uint64_t tile = 0; tile < count; ++tile) {
+    if (!windows_are_sound(tiles, tiles.positions + tile * tiles.lines() * Tiles::kStep)) {
+      return LOSA_BAD_POSITIONS;
+    }
+  }
+  if (p.value_type == LOSA_I3 && !planes_end_in_zeros(tiles, count)) {
+    return LOSA_BAD_POSITIONS;
+  }
+  tensor->kept = count * kTile * (p.columns / 2);
+  return LOSA_OK;
+}
+
 int check_tiled(const losa_parts &p, losa_tensor *tensor) {
   if (p.m == kQuad) {
     return check_quads(p, tensor);
@@ -356,6 +395,9 @@ extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_
   }
   if (p.layout == LOSA_TILED) {
     return check_tiled(p, tensor);
+  }
+  if (p.layout == LOSA_SLIDING) {
+    return check_sliding(p, tensor);
   }
   if (p.layout == LOSA_NM) {
     return check_nm(p, tensor);

@@ -22,6 +22,9 @@ Multiply *Target::*entry_for(const losa_parts &p, size_t tokens) {
   if (p.layout == LOSA_TILED) {
     return &Target::multiply_tiles;
   }
+  if (p.layout == LOSA_SLIDING) {
+    return &Target::multiply_windows;
+  }
   if (is_integer(p)) {
     return tokens == 1 ? &Target::matvec_levels : &Target::matmul_levels;
   }
@@ -36,7 +39,7 @@ extern "C" size_t losa_activation_bytes(const losa_tensor *tensor, size_t tokens
   if (!is_integer(p)) {
     return tokens * padded * sizeof(float);
   }
-  return tokens * (padded + 2 * sizeof(float) * (padded / activation_group(p))) + kScaleSlack;
+  return scale_bytes(tokens, padded / activation_group(p)) + tokens * padded + kSlack;
 }
 
 extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t tokens) {
@@ -45,7 +48,7 @@ extern "C" size_t losa_scratch_bytes(const losa_tensor *tensor, size_t tokens) {
   // A panel; for levels also its scales, at most one f32 for every 32 positions of every row.
   const size_t floats = kPanelRows * padded, scales = kPanelRows * (padded / 32);
   const size_t panel = is_integer(p) ? floats + scales * sizeof(float) : floats * sizeof(float);
-  const size_t tile = p.layout == LOSA_TILED && tokens > 1 ? Tiles(p).all_steps() * Tiles::kExpanded : 0;
+  const size_t tile = in_tiles(p) && tokens > 1 ? Tiles(p).all_steps() * Tiles::kExpanded : 0;
   return tile > panel ? tile : panel;
 }
 

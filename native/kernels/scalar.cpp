@@ -72,16 +72,18 @@ unsigned code_of_planes(const Tiles &tiles, const uint8_t *values, size_t i, siz
   return (values[i / Tiles::kPerLine * Tiles::kStep + slot] >> 2 * (i % Tiles::kPerLine) & 3u) | upper << 2;
 }
 
-void expand_quads(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
+// Tiles with positions of two bits: within quads, or within windows.
+void expand_lines(const losa_parts &p, size_t row, const int8_t *table, int8_t *out) {
   const Tiles tiles(p);
+  const bool sliding = p.layout == LOSA_SLIDING;
   const size_t tile = row / kTile, place = row % 8 * 4 + row % kTile / 8 * 2;
   const uint8_t *values = tiles.values + tile * tiles.value_lines() * Tiles::kStep;
   for (size_t i = 0; i < tiles.all_steps(); ++i) {
     const size_t line = tile * tiles.lines() + i / Tiles::kPerLine;
     for (size_t k = 0; k < 2; ++k) {
-      const size_t slot = place + k, start = (2 * i + k) / p.n * kQuad;
+      const size_t slot = place + k, start = sliding ? 2 * (2 * i + k) : (2 * i + k) / p.n * kQuad;
       const size_t shift = 2 * (i % Tiles::kPerLine);
-      const size_t at = start + (tiles.positions[line * Tiles::kStep + slot] >> shift & 3u);
+      const size_t at = start + (tiles.positions[line * Tiles::kStep + slot] >> shift & 3u) - sliding;
       if (p.value_type == LOSA_I3) {
         out[at] = table[code_of_planes(tiles, values, i, slot)];
       } else if (p.value_type == LOSA_I4) {
@@ -126,8 +128,8 @@ void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
     }
     return;
   }
-  if (p.layout == LOSA_TILED) {
-    (p.m == kQuad ? expand_quads : expand_tiles)(p, row, table, out);
+  if (in_tiles(p)) {
+    (in_lines(p) ? expand_lines : expand_tiles)(p, row, table, out);
     return;
   }
   const uint8_t *first = values + row_start(t, row);
@@ -202,7 +204,7 @@ void values_panel(const losa_tensor &, const float *panel, size_t first, size_t 
   }
 }
 
-// Tiles too: they are expanded as other rows are.
+// Tiles and windows too: they are expanded as other rows are.
 constexpr Multiply *multiply_levels = multiply_panels<int8_t, expand_levels, levels_panel>;
 constexpr Multiply *multiply_values = multiply_panels<float, expand_values, values_panel>;
 
@@ -214,6 +216,7 @@ constexpr Target table() {
   target.matvec_values = multiply_values;
   target.matmul_values = multiply_values;
   target.multiply_tiles = multiply_levels;
+  target.multiply_windows = multiply_levels;
   return target;
 }
 

@@ -1,4 +1,4 @@
-// What an instruction set implements: a table of six functions, which matmul.cpp drives.
+// What an instruction set implements: a table of seven functions, which matmul.cpp drives.
 //
 // A target names what it does better than its base, another target that every CPU which runs it runs too; a
 // null entry is the base's. So functions of several targets work on the same memory: prepared activations
@@ -37,19 +37,20 @@ struct Target {
   // copies their activations.
   Quantize *quantize = nullptr;
 
-  // Rows of integer levels in every layout but LOSA_TILED. Scratch memory: kPanelRows rows of
+  // Rows of integer levels in every layout without tiles. Scratch memory: kPanelRows rows of
   // a.padded bytes, then kPanelRows floats for every 32 positions.
   Multiply *matvec_levels = nullptr;  // one token; ldy means nothing
   Multiply *matmul_levels = nullptr;  // several tokens
 
-  // Rows of floats, F32 or F16, in every layout but LOSA_TILED, which has none. Scratch memory: kPanelRows
+  // Rows of floats, F32 or F16, in every layout without tiles, which have none. Scratch memory: kPanelRows
   // rows of a.padded floats.
   Multiply *matvec_values = nullptr;  // one token; ldy means nothing
   Multiply *matmul_values = nullptr;  // several tokens
 
   // Tiles, of integer levels, with any number of tokens; rows and columns are multiples of kTile. Scratch
   // memory: that of levels, and with several tokens at least Tiles::kExpanded bytes for every step of a tile.
-  Multiply *multiply_tiles = nullptr;
+  Multiply *multiply_tiles = nullptr;    // LOSA_TILED
+  Multiply *multiply_windows = nullptr;  // LOSA_SLIDING
 };
 
 extern const Target kScalar;

@@ -174,6 +174,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
   if (op_.value_type >= LOSA_I4) {
     parts.group_size = static_cast<uint16_t>(integer("group_size", 32, 128));
   }
+  const bool tiles = op_.layout == LOSA_TILED || op_.layout == LOSA_SLIDING;
   const size_t count = op_.component_count();
   std::string sizes;
   for (size_t i = 0; i < count; ++i) {
@@ -190,7 +191,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     check(shape.status());
     if (i == 0) {  // positions, or values where there are none: a line per row or tile
       const int64_t lines = shape.rank() == 0 ? 0 : std::min<int64_t>(shape.dims()[0], INT32_MAX);
-      const int64_t rows = op_.layout == LOSA_TILED ? lines * LOSA_TILE : lines;
+      const int64_t rows = tiles ? lines * LOSA_TILE : lines;
       int64_t promised = rows;
       if (op_.weights == 1 && attribute(api_, info, "out_features", &promised) && promised != rows) {
         refuse("the component " + name + " has " + std::to_string(rows) + " rows, but out_features is " +

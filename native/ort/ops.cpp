@@ -107,9 +107,11 @@ const std::deque<Operator> &operators() {
       for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
         list.push_back(make_operator("Tiled", LOSA_TILED, false, type, weights));
         list.push_back(make_operator("TiledQuads", LOSA_TILED, true, type, weights));
+        list.push_back(make_operator("Sliding", LOSA_SLIDING, false, type, weights));
       }
       list.push_back(make_operator("Dense", LOSA_DENSE, false, LOSA_I3, weights));
       list.push_back(make_operator("TiledQuads", LOSA_TILED, true, LOSA_I3, weights));
+      list.push_back(make_operator("Sliding", LOSA_SLIDING, false, LOSA_I3, weights));
     }
     return list;
   }();

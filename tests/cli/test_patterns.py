@@ -27,16 +27,16 @@ def losa(*argv: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "sparsity"),
+    ("flags", "sparsity", "layout"),
     [
-        (["--pattern", "sliding", "--prune-method", "wanda"], 0.5),
-        (["--pattern", "sliding:2.5", "--adapt", "none"], 0.6),
-        (["--pattern", "pair", "--bits", "2.75", "--set", "export.value_type=i4"], 0.46875),
+        (["--pattern", "sliding", "--prune-method", "wanda"], 0.5, "sliding"),
+        (["--pattern", "sliding:2.5", "--adapt", "none"], 0.6, "bitmask"),
+        (["--pattern", "pair", "--bits", "2.75", "--set", "export.value_type=i4"], 0.46875, "bitmask"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
 def test_a_pattern_holds_from_compress_to_the_exported_model(
-    tiny_llama: Path, tmp_path: Path, flags: list[str], sparsity: float
+    tiny_llama: Path, tmp_path: Path, flags: list[str], sparsity: float, layout: str
 ) -> None:
     adapted, merged, onnx = (tmp_path / name for name in ("adapted", "merged", "onnx"))
     code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags, "--offline")
@@ -50,12 +50,30 @@ def test_a_pattern_holds_from_compress_to_the_exported_model(
     code, _, err = losa("export", merged, "-f", "onnx", "-o", onnx, "--verify", "off", "--threads", "1")
     assert code == 0, err
     layouts = {t["layout"] for t in json.loads((onnx / "losa.json").read_text())["linears"]}
-    assert layouts == {"bitmask"}
+    assert layouts == {layout}
 
     damage(merged, model)
     code, out, err = losa("verify", merged)
     assert code == 6
     assert "without a slot" in out + err or "two masks" in out + err
+
+
+def test_sliding_windows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -> None:
+    """Compressed, exported as ONNX and as packed GGUF, and verified there: logits of our kernels."""
+    flags = ["--pattern", "sliding", "--set", "export.value_type=i4", "--offline"]
+    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
+    code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags)
+    assert code == 0, err
+    code, _, err = losa("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline")
+    assert code == 0, err
+    for name, more in (("onnx", []), ("gguf", ["--packed"])):
+        folder = tmp_path / name
+        code, _, err = losa("export", merged, "-f", name, "-o", folder, "--threads", "1", *more)
+        assert code == 0, err
+        layouts = {t["layout"] for t in json.loads((folder / "losa.json").read_text())["linears"]}
+        assert layouts == {"sliding"}
+        code, _, err = losa("verify", folder, "--against", merged, "--threads", "1")
+        assert code == 0, err
 
 
 def damage(merged: Path, model: SparseModel) -> None:

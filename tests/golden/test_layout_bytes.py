@@ -8,6 +8,7 @@ import numpy as np
 
 from losa_deploy.layouts import LAYOUTS, PackOptions
 from losa_deploy.layouts.base import PackedTensor
+from losa_deploy.layouts.blob import to_blob
 
 
 def pack(layout: str, weight: list[list[float]], mask: list[list[int]], options: PackOptions) -> PackedTensor:
@@ -203,6 +204,30 @@ def test_tiles_of_two_of_four_share_lines() -> None:
         "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
     }
     assert dict(packed.params) == {"n": 2, "m": 4, "group_size": 32} and packed.nnz == 128
+
+
+def test_sliding_windows_share_lines() -> None:
+    """16 columns: eight slots in windows that start at -1, 1, 3, ... 13; codes and scales as of 2:4."""
+    weight = [[0.0] * 16 for _ in range(16)]
+    weight[0][2], weight[0][12], weight[9][15] = -8.0, 3.0, 4.0
+    mask = [[int(i in (2, 3, 6, 7, 8, 12, 13, 15)) for i in range(16)]] * 16
+    packed = pack("sliding", weight, mask, PackOptions("i4", 32))
+    # 2 - -1, 6 - 3, 8 - 7, 13 - 11 of the even slots; 3 - 1, 7 - 5, 12 - 9, 15 - 13 of the odd ones.
+    line = bytes([3 | 3 << 2 | 1 << 4 | 2 << 6, 2 | 2 << 2 | 3 << 4 | 2 << 6])
+    codes = bytearray(64)
+    codes[0] = 0x08  # row 0, first step, first slot, scale 1
+    codes[32 + 1] = 0x03  # row 0, third step, second slot
+    codes[32 + 6 + 1] = 0x80  # row 9, fourth step, second slot, scale -0.5
+    scale = [b"\x00\x80"] * 16  # 0 / -8
+    scale[0], scale[9] = b"\x00\x3c", b"\x00\xb8"
+    assert stored(packed) == {
+        "positions": line * 16,
+        "values": bytes(codes),
+        "scale": b"".join(scale),
+        "table": bytes(range(8)) + bytes(range(0xF8, 0x100)),
+    }
+    assert dict(packed.params) == {"group_size": 32} and packed.nnz == 128
+    assert to_blob(packed)[8:16] == bytes([4, 3, 2, 0, 0, 0, 32, 0])
 
 
 def test_tiles_of_i3_have_lines_of_each_plane() -> None:

@@ -42,6 +42,12 @@ def seeds() -> list[bytes]:
         weight = rng.standard_normal((16, 80)).astype(np.float32)
         fixed = np.arange(80)[None].repeat(16, 0) % m < n
         found.append(to_blob(LAYOUTS["tiled"].pack(weight, fixed, PackOptions(value_type, 32))))
+    for value_type in ("i8", "i4", "i3"):
+        weight = rng.standard_normal((16, 80)).astype(np.float32)
+        fixed = (
+            np.arange(80)[None].repeat(16, 0) % 4 % 3 == 0
+        )  # at 0, 3, 4, 7, ... of which each has its window
+        found.append(to_blob(LAYOUTS["sliding"].pack(weight, fixed, PackOptions(value_type, 32))))
     return found
 
 

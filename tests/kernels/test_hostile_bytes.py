@@ -17,11 +17,12 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy.layouts import LAYOUTS, PackOptions
-from losa_deploy.layouts.blob import to_blob
+from losa_deploy.layouts.blob import from_blob, to_blob
 
 pytestmark = pytest.mark.slow
 RunCases = Callable[..., list[tuple[int, NDArray[np.float32]]]]
 Statuses = Callable[..., list[int]]
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 ROWS, COLUMNS, TOKENS = 11, 172, 2
 OK, NULL_POINTER, BAD_HEADER, BAD_PARAMETER, BAD_SIZE, BAD_POSITIONS, BAD_RANGE = range(7)
 
@@ -85,6 +86,39 @@ def test_no_damage_reads_outside(
     statuses: Statuses, targets: list[str], layout: str, value_type: str
 ) -> None:
     check_damage(statuses, targets, blob_of(layout, value_type), COLUMNS)
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_no_damage_of_sliding_windows_reads_outside(
+    statuses: Statuses, targets: list[str], sliding_mask: SlidingMask, value_type: str
+) -> None:
+    check_damage(statuses, targets, sliding_blob(sliding_mask, value_type, 176), 176)
+
+
+def sliding_blob(sliding_mask: SlidingMask, value_type: str, columns: int) -> bytes:
+    weight = np.random.default_rng(1).standard_normal((16, columns)).astype(np.float32)
+    return to_blob(LAYOUTS["sliding"].pack(weight, sliding_mask(16, columns, 0), PackOptions(value_type, 64)))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_positions_of_sliding_windows_ascend_inside_of_their_row(
+    statuses: Statuses, sliding_mask: SlidingMask, value_type: str
+) -> None:
+    """48 columns: codes 1, 0, 0 ... of row 0, bytes 0 and 1; 3, 3 ... 2 of row 1, bytes 4 and 5."""
+    blob = sliding_blob(sliding_mask, value_type, 48)
+    line = struct.unpack_from("<Q", blob, 32)[0]
+    assert (blob[line], blob[line + 4], blob[line + 64 + 5]) == (0x01, 0xFF, 0xBF)
+    lies = {
+        0: 0x00,  # the first slot before the row
+        1: 0x02,  # code 2, then 0: both at the same position
+        4: 0xF3,  # 3, then 0
+        64 + 5: 0xFF,  # the last slot behind the row
+    }
+    damaged = [blob[: line + at] + bytes([byte]) + blob[line + at + 1 :] for at, byte in lies.items()]
+    assert statuses("scalar", [blob, *damaged], 48) == [OK, *[BAD_POSITIONS] * 4]
+    for lie in damaged:
+        with pytest.raises(ValueError, match="do not ascend"):
+            from_blob(lie)
 
 
 TILES = tuple((f"tiled {n}", kind) for n in ("6:16", "5:16", "2:4", "1:4") for kind in ("i8", "i4"))

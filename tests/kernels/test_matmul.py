@@ -39,15 +39,19 @@ Matrix = NDArray[np.float32]
 Case = tuple[PackedTensor, Matrix, int]
 MultiplyAll = Callable[[Sequence[Case]], list[Matrix]]
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 ALL = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def packed_of(random_mask: RandomMask) -> Callable[..., PackedTensor]:
+def packed_of(random_mask: RandomMask, sliding_mask: SlidingMask) -> Callable[..., PackedTensor]:
     """A function: layout, value type, rows, columns, options of `PackOptions` → a random packed tensor."""
 
     def make(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
-        mask = random_mask(rows, columns, options.get("pattern"), 0)  # type: ignore[arg-type]
+        if layout == "sliding":
+            mask = sliding_mask(rows, columns, 0)
+        else:
+            mask = random_mask(rows, columns, options.get("pattern"), 0)  # type: ignore[arg-type]
         weight = np.random.default_rng(columns).standard_normal((rows, columns)).astype(np.float32)
         mask |= layout == "dense"
         return LAYOUTS[layout].pack(weight, mask, PackOptions(value_type, **options))  # type: ignore[arg-type]
@@ -144,6 +148,50 @@ def test_tiles(
     cases = [case(weight, tokens) for weight in weights for tokens in (*TOKENS, PROMPT)]
     short = packed_of("tiled", value_type, 80, 160, pattern=pattern, scale_type="f16")
     check(multiply_all, [*cases, case(short, 5, 32)])
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_sliding_windows(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], value_type: str
+) -> None:
+    shapes = ((16, 16), (32, 64), (48, 176), (16, 336), (32, 256))
+    weights = [packed_of("sliding", value_type, *shape) for shape in shapes]
+    cases = [case(weight, tokens) for weight in weights for tokens in (*TOKENS, PROMPT)]
+    short = packed_of("sliding", value_type, 80, 160, scale_type="f16")
+    check(multiply_all, [*cases, case(short, 5, 32)])
+
+
+@pytest.mark.parametrize("value_type", ["i4", "i3"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_and_tables_of_sliding_windows(
+    multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], group_size: int, value_type: str
+) -> None:
+    """Slots at the border of two groups have the scales of the group that their position is in."""
+    tables = {
+        "i4": (LINEAR_TABLE, WIDE_TABLE, (0, -1, 2, -3, 4, -5, 6, -7, 8, -8, 7, -6, 5, -4, 3, -2)),
+        "i3": (None, (0, 20, 60, 127, -127, -60, -20, -5), (0, -1, 2, -3, 4, -4, 3, 1)),
+    }
+    weights = [
+        packed_of("sliding", value_type, *shape, group_size=group_size, table=table)
+        for shape in ((32, 304), (16, 256), (16, 48))
+        for table in tables[value_type]
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5, 18, PROMPT)])
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_sliding_windows_at_their_limits_do_not_saturate(
+    multiply_all: MultiplyAll, sliding_mask: SlidingMask, value_type: str
+) -> None:
+    weight, mask = np.full((16, 256), -1.0, np.float32), sliding_mask(16, 256, 0)
+    packed = LAYOUTS["sliding"].pack(weight, mask, PackOptions(value_type, 128))
+    cases = [
+        (packed, np.full((tokens, 256), x, np.float32), ALL)
+        for tokens in (1, 4, 16, PROMPT)
+        for x in (-3.0, 3.0)
+    ]
+    for (_, x, _), y in zip(cases, multiply_all(cases), strict=True):
+        assert np.allclose(y, -x[0, 0] * 128, rtol=1e-3), (len(x), x[0, 0])
 
 
 @pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 16), (8, 16), (15, 16)])

@@ -35,10 +35,11 @@ ROUNDING = 2.0**-24
 Array = NDArray[np.float32]
 Pack = Callable[..., PackedTensor]
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 
 
 @pytest.fixture(scope="module")
-def pack(random_mask: RandomMask) -> Pack:
+def pack(random_mask: RandomMask, sliding_mask: SlidingMask) -> Pack:
     """A function: layout, value type, rows, columns → a random packed tensor."""
 
     def make(
@@ -56,6 +57,8 @@ def pack(random_mask: RandomMask) -> Pack:
             pattern=pattern,
         )
         weight = np.random.default_rng((rows, columns, seed)).standard_normal((rows, columns), np.float32)
+        if name == "sliding":
+            return LAYOUTS[name].pack(weight, sliding_mask(rows, columns, seed), options)
         return LAYOUTS[name].pack(weight, random_mask(rows, columns, pattern, seed), options)
 
     return make
@@ -164,6 +167,7 @@ def test_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) ->
         *product(("tiled 6:16", "tiled 3:16", "tiled 2:4", "tiled 1:4"), ("i8", "i4")),
         ("tiled 2:4", "i3"),
         ("tiled 1:4", "i3"),
+        *product(("sliding",), ("i8", "i4", "i3")),
     ],
 )
 def test_tiles_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:

@@ -109,6 +109,16 @@ def test_operator_of_tiles_equals_the_unpacked_weight(
         check(pack(layout, value_type, rows, columns, group_size=64), reference=True)
 
 
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_operator_of_sliding_windows_equals_the_unpacked_weight(
+    value_type: str, sliding_mask: Callable[[int, int, int], NDArray[np.bool_]]
+) -> None:
+    for rows, columns in ((16, 16), (48, 80), (32, 304)):
+        weight = np.random.default_rng(rows).standard_normal((rows, columns), np.float32)
+        options = PackOptions(value_type, 64)
+        check(LAYOUTS["sliding"].pack(weight, sliding_mask(rows, columns, 0), options), reference=True)
+
+
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
 @pytest.mark.parametrize("keep", [False, True])
 def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:

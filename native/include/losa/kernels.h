@@ -28,7 +28,7 @@ enum { LOSA_HEADER_BYTES = 128, LOSA_ALIGNMENT = 64, LOSA_STREAM_SLACK = 64 };
 // Callers that split rows among threads cut at multiples of this, so that row pairs and tiles stay together.
 enum { LOSA_ROW_STEP = 16 };
 
-// LOSA_TILED: rows of a tile; its columns are a multiple of it too.
+// LOSA_TILED and LOSA_SLIDING: rows of a tile; its columns are a multiple of it too.
 enum { LOSA_TILE = 16 };
 
 enum losa_status {
@@ -42,7 +42,7 @@ enum losa_status {
   LOSA_BAD_TARGET = 7,     // LOSA_KERNELS names a target that this build or CPU does not have
 };
 
-enum losa_layout { LOSA_DENSE = 0, LOSA_BITMASK = 1, LOSA_NM = 2, LOSA_TILED = 3 };
+enum losa_layout { LOSA_DENSE = 0, LOSA_BITMASK = 1, LOSA_NM = 2, LOSA_TILED = 3, LOSA_SLIDING = 4 };
 enum losa_value_type { LOSA_F32 = 0, LOSA_F16 = 1, LOSA_I8 = 2, LOSA_I4 = 3, LOSA_I3 = 4 };
 enum losa_scale_type { LOSA_SCALE_NONE = 0, LOSA_SCALE_F32 = 1, LOSA_SCALE_F16 = 2 };
 

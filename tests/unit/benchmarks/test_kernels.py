@@ -70,8 +70,9 @@ def test_the_timer_refuses_what_does_not_belong_together() -> None:
 
 
 def test_default_rows_cover_layouts_types_and_sparsities() -> None:
-    found = default_storages(["dense", "bitmask", "1:4"], ["i8", "i4"], [0.5, 0.7])
-    assert len(found) == 2 * (1 + 2 + 1)
+    found = default_storages(["dense", "bitmask", "sliding", "1:4"], ["f16", "i8", "i4"], [0.5, 0.7])
+    assert len(found) == 2 * (1 + 2 + 1 + 1) + (1 + 2 + 1)  # f16 has no windows
+    assert Storage("sliding", "i4", 0.5) in found
     assert Storage("tiled", "i4", 0.75, (1, 4)) in found
 
 

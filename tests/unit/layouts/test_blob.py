@@ -60,7 +60,7 @@ def test_a_shortened_blob_is_refused(layout: str) -> None:
     [
         (0, b"LASO", "no packed tensor"),
         (4, b"\x02", "no packed tensor"),
-        (8, b"\x04", "layout 4"),
+        (8, b"\x05", "layout 5"),
         (9, b"\x05", "value type 5"),
         (9, b"\x04", "not in the format for bitmask"),
         (10, b"\x00", "scale type 0"),

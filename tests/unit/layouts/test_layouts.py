@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from losa_deploy.errors import UsageError
 from losa_deploy.layouts import LAYOUTS, PackOptions, choose, forced, unpack
+from losa_deploy.layouts.blob import from_blob, to_blob
+from losa_deploy.layouts.choose import AT_LOAD
 from losa_deploy.layouts.nm import fits, position_bits
 from losa_deploy.layouts.values import dequantize, quantize
 from losa_deploy.layouts.values.i4 import LINEAR_TABLE
@@ -113,6 +116,48 @@ def test_tiles_round_trip(
     check_round_trip("tiled", weight, mask, options)
     other = unpack(LAYOUTS["nm"].pack(weight, mask, replace(options, pattern=pattern)))
     assert other.weight.tobytes() == unpack(LAYOUTS["tiled"].pack(weight, mask, options)).weight.tobytes()
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (32, 48), (16, 304)])
+def test_sliding_windows_round_trip(
+    rows: int, columns: int, value_type: str, sliding_mask: Callable[[int, int, int], Mask]
+) -> None:
+    options, weight = PackOptions(value_type, 32), weight_of(rows, columns, 0)
+    for mask in (sliding_mask(rows, columns, 0), nm_mask(rows, columns, 2, 4, 0)):
+        check_round_trip("sliding", weight, mask, options)
+        packed = LAYOUTS["sliding"].pack(weight, mask, options)
+        again = from_blob(to_blob(packed))
+        assert again.sha256 == packed.sha256 and again.nnz == packed.nnz == mask.sum()
+    quads = LAYOUTS["tiled"].pack(weight, mask, options)
+    assert packed.nbytes == quads.nbytes
+
+
+def test_sliding_windows_refuse_what_they_cannot_store(sliding_mask: Callable[[int, int, int], Mask]) -> None:
+    masks = [sliding_mask(16, 32, 0) for _ in range(3)]
+    masks[0][3] = np.arange(32) < 16  # as many as there are windows, but not in them
+    masks[1][3, np.flatnonzero(masks[1][3])[0]] = False
+    masks[2][3] = True
+    options = PackOptions("i8")
+    for mask in (*masks, sliding_mask(8, 32, 0), sliding_mask(16, 24, 0)):
+        assert not LAYOUTS["sliding"].tolerates(mask, options)
+        with pytest.raises(ValueError, match="every window of 4"):
+            LAYOUTS["sliding"].pack(weight_of(*mask.shape, 0), mask, options)
+    with pytest.raises(ValueError, match="every window of 4"):
+        LAYOUTS["sliding"].pack(weight_of(16, 32, 0), sliding_mask(16, 32, 0), PackOptions("f16"))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_sliding_windows_are_chosen(value_type: str, sliding_mask: Callable[[int, int, int], Mask]) -> None:
+    mask, options = sliding_mask(32, 256, 0), PackOptions(value_type)
+    choice = choose(mask, options)
+    assert (choice.layout, choice.bytes) == ("sliding", LAYOUTS["sliding"].size(mask, options))
+    assert value_type == "i3" or choose(mask, options, AT_LOAD).layout != "sliding"
+    assert choose(nm_mask(32, 256, 2, 4, 0), options).layout == "tiled"
+    assert forced("sliding", "q", mask, options).layout == "sliding"
+    assert forced("sliding", "q", np.ones((32, 64), np.bool_), options).layout == "dense"
+    with pytest.raises(UsageError, match=r"--layout sliding cannot store q \(32 x 256\)"):
+        forced("sliding", "q", nm_mask(32, 256, 4, 16, 0), options)
 
 
 @pytest.mark.parametrize(
