@@ -11,6 +11,7 @@ from losa_deploy.cli.flags import byte_count
 from losa_deploy.cli.options import RECIPE_OPTIONS, RecipeOption, make_recipe, revise_recipe
 from losa_deploy.cli.parser import build_parser, parse
 from losa_deploy.errors import UsageError
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES
 from losa_deploy.phases import MODES, TEACHING
 from losa_deploy.recipe import Recipe, load_recipe, preset_names
 
@@ -80,9 +81,14 @@ def test_every_flag_changes_its_own_key(option: RecipeOption) -> None:
 
 @pytest.mark.parametrize("option", [o for o in RECIPE_OPTIONS if o.choices], ids=lambda option: option.flag)
 def test_choices_are_those_of_the_recipe(option: RecipeOption) -> None:
-    shorthand = {"phases.mode": set(MODES), "phases.loss": set(TEACHING)}
-    if option.key in shorthand:
-        assert set(option.choices) == shorthand[option.key]
+    registered = {
+        "phases.mode": set(MODES),
+        "phases.loss": set(TEACHING),
+        "export.layout": {"auto", *LAYOUTS},
+        "export.value_type": set(VALUE_TYPES),
+    }
+    if option.key in registered:
+        assert set(option.choices) == registered[option.key]
         return
     section, _, key = option.key.rpartition(".")
     owner = type(getattr(Recipe(), section)) if section else Recipe

@@ -22,9 +22,10 @@ from losa_deploy.exporters.onnx.functions import OPSET, VERSION
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.model import SparseModel
-from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.runtimes.ort import register
+
+from .conftest import export_as
 
 LAYOUT_NAMES = (
     "dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:5", "nm 2:16", "nm 4:16", "nm 1:32",
@@ -347,7 +348,7 @@ def test_what_a_shape_claims_costs_no_memory(value_type: str, tmp_path: Path, pa
 def two_billion_rows(merged_llama: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported folder one of whose weights claims them."""
     folder = tmp_path_factory.mktemp("hostile")
-    OnnxExporter().export(merged_llama, ExportRecipe(layout="bitmask"), folder, no_progress)
+    export_as(OnnxExporter(), merged_llama, ExportRecipe(layout="bitmask"), folder)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     positions = next(t for t in model.graph.initializer if t.name.endswith("positions"))
     positions.ClearField("external_data")
