@@ -104,7 +104,8 @@ class Grouped(ValueType):
         beyond = np.abs(weight) - highest * np.float32(min(SMALLER)) * step
         rounding = np.maximum(0.5 * step, beyond)
         bound = rounding * (1 + SCALE_ERROR) - lowest * (step * SCALE_ERROR + SCALE_FLOOR)
-        return bound.astype(np.float32)
+        rounded: NDArray[np.float32] = bound.astype(np.float32)
+        return rounded
 
     def check(self, arrays: Mapping[str, Component]) -> None:
         table = arrays.get("table")
