@@ -130,7 +130,7 @@ def test_the_command_prints_rows_with_the_fixed_names(
     [
         (["--layouts", "bitmsk"], "Did you mean `--layouts bitmask`"),
         (["--layouts", "8:4"], "no pattern N:M"),
-        (["--value-types", "i3"], "There is no value type 'i3'"),
+        (["--value-types", "i2"], "There is no value type 'i2'"),
         (["--targets", "sse"], "target that this CPU can run"),
         (["--sparsity", "1.0"], "no fraction"),
         (["--seconds", "0"], "--seconds has to be more than 0"),
