@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.card import FormatNotes
 from losa_deploy.errors import UsageError
-from losa_deploy.gguf.dense import VALUE_TYPES, dense_gguf_bytes, dense_type, scale_group
+from losa_deploy.gguf.dense import VALUE_TYPES, dense_gguf_bytes, dense_type, is_narrower, scale_group
 from losa_deploy.gguf.view import find_gguf
 from losa_deploy.interfaces import (
     ExportedModel,
@@ -145,8 +145,9 @@ class GgufExporter(Exporter):
         return tuple(path.name for path in sorted(folder.glob(f"*{SUFFIX}")) if path != primary)
 
     def dense_bytes(self, shape: tuple[int, int], value_type: ValueType, group_size: int) -> int:
-        """Of a tensor of llama.cpp's own type."""
-        del group_size
+        """Of a tensor of llama.cpp's own type, or of one of ours that has none as small."""
+        if is_narrower(value_type):
+            return super().dense_bytes(shape, value_type, group_size)
         return dense_gguf_bytes(value_type, shape)
 
     def describe(self, file: Path) -> StoredFile | None:
