@@ -86,10 +86,13 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
 
 def _genai_can(checkpoint: Checkpoint) -> bool:
     """Whether the builder knows the family, ONNX Runtime's fused attention the head size, and a table
-    can hold the rotary positions."""
+    can hold the rotary positions.
+
+    The builder takes every linear with as many outputs as there are tokens for the head.
+    """
     config = model_config(checkpoint.config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = size % HEAD_MULTIPLE == 0
+    fits = size % HEAD_MULTIPLE == 0 and all(out != config.vocab_size for out, _ in checkpoint.linears.values())
     return checkpoint.family.onnx_graph == "genai" and fits and rope_kind(checkpoint) in TABLED
 
 

@@ -147,6 +147,13 @@ def test_in_standard_operators(name: str, make_merged: Make, tmp_path: Path) -> 
     check(folder, model, StockOrtRuntime())
 
 
+def test_queries_as_many_as_tokens_are_not_taken_for_the_head(make_merged: Make, tmp_path: Path) -> None:
+    heads, size = 4, 80
+    values = {**GATED, "pad_token_id": None, "num_attention_heads": heads, "head_dim": size}
+    model = make_merged(config("Qwen3Config", {**values, "vocab_size": heads * size}))
+    check(export(model, tmp_path / "queries"), model, OrtRuntime())
+
+
 def test_an_unknown_scaling_is_refused_before_any_work(windowed: SparseModel) -> None:
     checkpoint = windowed.checkpoint
     rope = {"rope_type": "spiral", "rope_theta": 1e4}
