@@ -92,7 +92,9 @@ def _genai_can(checkpoint: Checkpoint) -> bool:
     """
     config = model_config(checkpoint.config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = size % HEAD_MULTIPLE == 0 and all(out != config.vocab_size for out, _ in checkpoint.linears.values())
+    fits = size % HEAD_MULTIPLE == 0 and all(
+        out != config.vocab_size for out, _ in checkpoint.linears.values()
+    )
     return checkpoint.family.onnx_graph == "genai" and fits and rope_kind(checkpoint) in TABLED
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from losa_deploy.errors import InputError
 from losa_deploy.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -105,3 +106,30 @@ def test_damaged_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match="cannot be read"):
         load_tokenizer(folder)
+
+
+def test_a_folder_with_only_a_sentencepiece_model(tmp_path: Path) -> None:
+    """As Llama 2 and Vicuna are published: ids are those of the library that made the model."""
+    lines = [f"a small boat number {i} went over the sea to {i * 7} islands" for i in range(200)]
+    (tmp_path / "text").write_text("\n".join(lines))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    names = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    maker = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("a boat went over the sea", "7 islands", "na\u00efve \U0001f6f6"):
+        ids = tokenizer.encode(text)
+        assert ids == [tokenizer.bos_id, *maker.encode(text)]
+        assert tokenizer.decode(ids) == text
