@@ -59,7 +59,7 @@ def recipe_for_machine(args: argparse.Namespace, console: Console) -> Recipe:
 def _kernels(args: argparse.Namespace) -> str:
     """The target that is named, or that this machine takes; empty if neither is asked for."""
     if not args.for_this_machine:
-        return args.kernels or ""
+        return str(args.kernels or "")
     from losa_deploy import _native
 
     name = _native.target_name()
