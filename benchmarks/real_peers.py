@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from losa_deploy.errors import InputError
 from losa_deploy.gguf.view import find_gguf
+from losa_deploy.interfaces import Runtime
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.output import remove
@@ -22,10 +24,12 @@ from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files
 from .ik import package as ik_package
 from .ik.runtime import IkRuntime
 from .imatrix import REQUIRED, importance_file
+from .report.baseline import baseline_name
 from .rival import write_dense
 from .synthetic import ggufs
 from .synthetic.peers import LLAMACPP, OURS_DENSE, Contender
 
+FORMAT = "gguf"
 WITH_IMPORTANCE = ("iq3_xxs", "iq2_m")
 CALIBRATION = CalibrationRecipe(samples=32, sequence_length=256)
 """What importances are taken from: the text that the preset `quick` prunes with, written by the model."""
@@ -33,8 +37,37 @@ Source = Callable[[], Checkpoint]
 
 
 def real_peers() -> tuple[str, ...]:
-    """Names of all peers of a real model."""
+    """Names of the peers of a real model that need nothing but what is installed with us."""
     return (*ggufs.PEERS, *WITH_IMPORTANCE, *OURS_DENSE)
+
+
+def all_real_peers() -> tuple[str, ...]:
+    """Those of ik_llama.cpp too."""
+    return (*real_peers(), *ik_package.PEERS)
+
+
+def peer_runtime(artifacts: Sequence[Path]) -> Runtime:
+    """Where these artifacts meet their peers; raises `InputError` for one that it cannot open."""
+    runtime = load_runtime(LLAMACPP)
+    for path in artifacts:
+        if not runtime.supports(path):
+            raise InputError(
+                f"{path} holds no GGUF file, and --peers quantizes GGUF files.",
+                hint="Leave --peers out, or export with --format gguf.",
+            )
+    return runtime
+
+
+def dense_file(work: Path, baseline: Path | None) -> Path:
+    """The dense file that peers are made of: in `baseline`, or in the work folder of an artifact."""
+    folder = baseline or work / baseline_name(FORMAT)
+    found = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    if not found:
+        raise InputError(
+            f"There is no dense GGUF in {folder}, of which the peers could be made.",
+            hint="Give one with --baseline, e.g. an F16 conversion of the unpruned model.",
+        )
+    return found[0]
 
 
 def make_peer(
@@ -86,7 +119,7 @@ def _write_ours(source: Checkpoint, name: str, target: Path, folder: Path, progr
         model = whole_model(source, place / "model")
         value_type = OURS_DENSE[name].value_type
         recipe = ExportRecipe.model_validate({"layout": "dense", "value_type": value_type, "packed": True})
-        exporter = load_exporter("gguf")
+        exporter = load_exporter(FORMAT)
         plan = exporter.plan(model, recipe)
         out = place / "out"
         out.mkdir()
@@ -132,6 +165,7 @@ def dense_gguf(source: Checkpoint, record: SourceRecord, folder: Path) -> Path:
 
 
 def real_contenders(
+    ours: Runtime,
     artifacts: Sequence[Path],
     dense: Path,
     peers: Sequence[str],
@@ -142,11 +176,10 @@ def real_contenders(
     *,
     ik: IkRuntime | None = None,
 ) -> list[Contender]:
-    """GGUF artifacts in our backend, and `peers` of the file `dense`, llama.cpp's own without us.
+    """Artifacts in `peer_runtime`, and `peers` of the file `dense`, llama.cpp's own without us.
 
     Peers of ik_llama.cpp run in `ik`.
     """
-    ours = load_runtime(LLAMACPP)
     stock = ours.baseline()
     contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
     for done, name in enumerate(peers):

@@ -279,7 +279,6 @@ def load_recipe(
 
     Raises `UsageError` naming the key, the value found and near matches of an unknown key.
     """
-    overrides = list(overrides)
     file_data = _read_yaml(path) if path else {}
     name = preset or str(file_data.get("preset", "quick"))
     if name not in preset_names():
@@ -288,17 +287,33 @@ def load_recipe(
         )
     data = _preset(name)
     _overlay(data, file_data)
+    _overlaid(data, overrides)
+    data["preset"] = name
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _usage_error(error, path) from None
+
+
+def is_given(key: str, path: Path | None, overrides: Iterable[tuple[str, object]]) -> bool:
+    """Whether the file or an override sets a dotted key, as whatever value."""
+    data: object = _overlaid(_read_yaml(path) if path else {}, overrides)
+    for part in key.split("."):
+        if not isinstance(data, Mapping) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+def _overlaid(data: dict[str, object], overrides: Iterable[tuple[str, object]]) -> dict[str, object]:
+    """`data`, changed in place, with the values of dotted keys over it."""
     for key, value in overrides:
         nested: object = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         assert isinstance(nested, dict)
         _overlay(data, nested)
-    data["preset"] = name
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise _usage_error(error, path) from None
+    return data
 
 
 def _preset(name: str) -> dict[str, object]:

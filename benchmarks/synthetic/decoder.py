@@ -15,22 +15,12 @@ from losa_deploy.progress import Progress
 
 from .graphs import F32, I32, I64, GraphWriter
 from .linears import MICROSOFT, Linear, Site
-from .tensors import RandomWeight, Storage
+from .tensors import Pruning, RandomWeight, Storage
 
 CONTEXT = 2048
 THETA = 10_000.0
 EPSILON = 1e-5
 EMBEDDING = Storage("dense", "i8")
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Which random weights are zero."""
-
-    sparsity: float
-    pattern: tuple[int, int] | None = None
-    """(N, M); then the sparsity is 1 - N/M."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def write_decoder(
         # (peak RSS 248 MB for 616 MB of int4 weights), which the caches half hold.
         first = pruning.seed + 1 + block * len(geometry.linears)
         weights = {
-            name: RandomWeight(shape, pruning.sparsity, pruning.pattern, seed)
+            name: pruning.weight(shape, seed)
             for seed, (name, shape) in enumerate(geometry.linears.items(), first)
         }
         hidden, skip = _block(graph, geometry, kind, block, (hidden, skip), weights, (*lengths, *caches))

@@ -13,9 +13,10 @@ from losa_deploy.layouts.base import FORMAT_VERSION
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
 
-from .decoder import CONTEXT, EPSILON, THETA, Geometry, Pruning, write_decoder
+from .decoder import CONTEXT, EPSILON, THETA, Geometry, write_decoder
 from .graphs import DATA_FILE, MODEL_FILE, GraphWriter
 from .linears import Linear
+from .tensors import Pruning
 
 SPEC_FILE = "bench.json"
 """What a folder holds; written last, so that a folder without it is not reused."""
@@ -83,6 +84,8 @@ def _spec(geometry: Geometry, kind: Linear, pruning: Pruning) -> dict[str, objec
         "storage": kind.describe(),
         "sparsity": pruning.sparsity,
         "pattern": list(pruning.pattern) if pruning.pattern else None,
+        "stride": pruning.stride,
+        "paired": pruning.paired,
         "seed": pruning.seed,
         "format": FORMAT_VERSION,
         "builder": BUILDER,

@@ -29,8 +29,8 @@ from losa_deploy.progress import Progress, no_progress
 
 from ..ik import package as ik_package
 from ..ik.package import IkPackage
-from .decoder import CONTEXT, EPSILON, THETA, Geometry, Pruning
-from .tensors import RandomWeight, Storage
+from .decoder import CONTEXT, EPSILON, THETA, Geometry
+from .tensors import Pruning, RandomWeight, Storage
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -60,7 +60,7 @@ def build_ours(
 
     Dense integers are packed too, as `export --packed --layout dense` does it; dense floats are F16 tensors.
     """
-    pruning = Pruning(storage.sparsity, storage.pattern, seed)
+    pruning = storage.pruning(seed)
     spec = {"storage": storage.label, "group_size": storage.group_size, **_spec(geometry, seed)}
     bits = 1.05 * 32 if storage.value_type == "f32" else 1.05 * 16
     return _build(
@@ -235,7 +235,7 @@ def _linears(
         progress(block, geometry.blocks, f"writing {label}")
         for linear, shape in geometry.linears.items():
             name = block_tensor(block, PARTS[linear])
-            yield name, RandomWeight(shape, pruning.sparsity, pruning.pattern, seed)
+            yield name, pruning.weight(shape, seed)
             seed += 1
     progress(geometry.blocks, geometry.blocks, f"writing {label}")
 

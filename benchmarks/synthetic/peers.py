@@ -28,10 +28,10 @@ from ..latency import SETTLE_SECONDS, sample, schedule
 from ..memory import Footprint, measure_footprint
 from ..workloads import prompt_tokens
 from . import ggufs
-from .decoder import CONTEXT, Geometry, Pruning
+from .decoder import CONTEXT, Geometry
 from .geometry import build
 from .linears import OURS, PEERS, Linear, Ours
-from .tensors import Storage
+from .tensors import Pruning, Storage
 
 OURS_DENSE: Mapping[str, Storage] = {
     f"ours-dense-{value_type}": Storage("dense", value_type) for value_type in ("i4", "i3")
@@ -127,7 +127,7 @@ def build_contenders(
         ik = ik_runtime(peers, ik_folder)
         return _ggufs(geometry, storage, peers, folder, runtime, threads, seed, ik, progress)
     ours, label = Ours(storage, Storage("dense", head)), f"ours-{_slug(storage)}"
-    pruning = Pruning(storage.sparsity, storage.pattern, seed)
+    pruning = storage.pruning(seed)
     made: list[tuple[Linear, Pruning, str]] = [(ours, pruning, _onnx_label(label, head))]
     made += [(_onnx_peer(name, head), Pruning(0.0, seed=seed), _onnx_label(name, head)) for name in peers]
     places = [folder / f"{geometry.name}-{label}" for _, _, label in made]

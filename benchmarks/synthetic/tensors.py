@@ -7,6 +7,7 @@ repeated tensor costs what a fully random one does, and a table of 45 million we
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -18,9 +19,31 @@ from losa_deploy.layouts.blob import scale_type_id
 from losa_deploy.layouts.sliding import STRIDE, WINDOW
 from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.streams import stream_bytes, used_bytes
+from losa_deploy.structure import Structure, window_starts
 
 SEED_ROWS = 256
 """At most so many different rows per tensor."""
+MOST_DENOMINATOR = 10_000
+"""A stride has at most four decimals (`structure.parse_structure`)."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which random weights are zero."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+    """(N, M); then the sparsity is 1 - N/M."""
+    seed: int = 0
+    stride: float = 0.0
+    """Sliding windows instead of a pattern or a sparsity; 0: none."""
+    paired: bool = False
+    """Rows 2 i and 2 i + 1 have one mask."""
+
+    def weight(self, shape: tuple[int, int], seed: int | None = None) -> RandomWeight:
+        """One [out, in], of another seed than this one where it is given."""
+        seed = self.seed if seed is None else seed
+        return RandomWeight(shape, self.sparsity, self.pattern, seed, self.stride, self.paired)
 
 
 @dataclass(frozen=True)
@@ -36,14 +59,25 @@ class Storage:
     """(N, M); nm and tiled only."""
     group_size: int = 128
     """i4 only: positions per scale."""
+    stride: float = 0.0
+    """Of sliding windows, where the mask has some; then the sparsity is 1 - 1/stride."""
+    paired: bool = False
+    """Rows 2 i and 2 i + 1 have one mask."""
 
     @property
     def label(self) -> str:
-        """E.g. `bitmask 60 % i4` or `nm 2:4 i8`."""
+        """E.g. `bitmask 60 % i4`, `bitmask sliding:2.5 i4` or `nm 2:4 i8`."""
         if self.layout in ("dense", "sliding"):
             return f"{self.layout} {self.value_type}"
         where = f"{self.pattern[0]}:{self.pattern[1]}" if self.pattern else f"{100 * self.sparsity:g} %"
-        return f"{self.layout} {where} {self.value_type}"
+        if self.stride:
+            where = f"sliding:{self.stride:g}"
+        return f"{self.layout} {'pair ' if self.paired else ''}{where} {self.value_type}"
+
+    def pruning(self, seed: int = 0) -> Pruning:
+        """A mask that it stores."""
+        stride = STRIDE if self.layout == "sliding" else self.stride
+        return Pruning(self.sparsity, self.pattern, seed, stride, self.paired)
 
     @property
     def options(self) -> PackOptions:
@@ -59,9 +93,15 @@ def layout_of_pattern(pattern: tuple[int, int] | None, value_type: str) -> str:
     kind = VALUE_TYPES[value_type]
     if not (tiled.known_pattern(n, m) and tiled.holds(kind, m)):
         return "nm"
-    slot = 12 if kind.bits == 8 else 8  # bits of one in 16, position included
-    small = m == tiled.SHORT or 2 * tiled.steps(n, m) * slot < m * kind.bits
-    return "tiled" if small else "nm"
+    return "tiled" if m == tiled.SHORT or tiled.saves(kind, n) else "nm"
+
+
+def layout_of_structure(structure: Structure, value_type: str) -> str:
+    """What `auto` stores random weights as whose mask is one of `--pattern`."""
+    if structure.stride == STRIDE and LAYOUTS["sliding"].stores(VALUE_TYPES[value_type]):
+        return "sliding"
+    pattern = (structure.kept, structure.group) if structure.group else None
+    return layout_of_pattern(pattern, value_type)
 
 
 @dataclass(frozen=True)
@@ -72,8 +112,9 @@ class RandomWeight:
     sparsity: float
     pattern: tuple[int, int] | None = None
     seed: int = 0
-    sliding: bool = False
-    """Sliding windows instead of a pattern or a sparsity."""
+    stride: float = 0.0
+    paired: bool = False
+    """As in `Pruning`."""
 
     @property
     def period(self) -> int:
@@ -113,8 +154,11 @@ class RandomWeight:
         return repeat_rows(packed, mask, self.repeats)
 
     def _mask(self, rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
-        if self.sliding:
-            return sliding_mask(rng, shape)
+        if self.paired:
+            half = replace(self, paired=False)._mask(rng, (-(-shape[0] // 2), shape[1]))
+            return np.repeat(half, 2, axis=0)[: shape[0]]
+        if self.stride:
+            return sliding_mask(rng, shape, self.stride)
         if self.pattern is None:
             return rng.random(shape, np.float32) >= self.sparsity
         n, m = self.pattern
@@ -125,23 +169,26 @@ class RandomWeight:
 
 def random_packed(shape: tuple[int, int], storage: Storage, seed: int = 0) -> PackedTensor:
     """A random weight [out, in] stored as `storage` says."""
-    sliding = storage.layout == "sliding"
-    return RandomWeight(shape, storage.sparsity, storage.pattern, seed, sliding).pack(storage)
+    return storage.pruning(seed).weight(shape).pack(storage)
 
 
-def sliding_mask(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A random mask [out, in] of sliding windows; `in` is even.
+def sliding_mask(
+    rng: np.random.Generator, shape: tuple[int, int], stride: float = STRIDE
+) -> NDArray[np.bool_]:
+    """A random mask [out, in] of sliding windows.
 
-    Every slot takes any place of its window that the slot before leaves to it.
+    Every slot takes any place of its window that the slot before leaves to it, if there is one.
     """
     rows, columns = shape
     mask = np.zeros(shape, np.bool_)
     last = np.full(rows, -1)
-    for start in range(-1, columns - 1, STRIDE):
+    for start in window_starts(columns, Fraction(stride).limit_denominator(MOST_DENOMINATOR)):
         first = np.maximum(last + 1, start)
         end = min(start + WINDOW, columns)
-        last = rng.integers(first, end)
-        mask[np.arange(rows), last] = True
+        taken = rng.integers(first, np.maximum(end, first + 1))
+        left = np.flatnonzero(taken < end)
+        mask[left, taken[left]] = True
+        last = np.where(taken < end, taken, last)
     return mask
 
 

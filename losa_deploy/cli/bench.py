@@ -82,7 +82,9 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "dense", "bitmask", "nm", "tiled"),
         help="our layout (auto: as the pattern)",
     )
-    group.add_argument("--pattern", metavar="N:M", help="N kept of every M, instead of --sparsity")
+    group.add_argument(
+        "--pattern", metavar="PATTERN", help="N:M or sliding[:2.5], instead of --sparsity; or pair"
+    )
     group.add_argument(
         "--head", choices=("i8", "i4"), help="our head, in ONNX Runtime (i8; ort-int4 has int4)"
     )

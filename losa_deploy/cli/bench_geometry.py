@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console, table
 from losa_deploy.errors import UsageError
+from losa_deploy.structure import Structure, parse_structure
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.synthetic.decoder import Geometry
@@ -82,15 +83,17 @@ def run_geometry(args: argparse.Namespace, console: Console) -> None:
 
 def chosen_storage(args: argparse.Namespace) -> Storage:
     """How our linears are stored; `UsageError` for values that contradict each other."""
-    from losa_deploy.benchmarks.synthetic.tensors import Storage, layout_of_pattern
+    from losa_deploy.benchmarks.synthetic.tensors import Storage, layout_of_structure
     from losa_deploy.layouts import LAYOUTS, PATTERNED, VALUE_TYPES
 
-    pattern = parse_pattern(args.pattern) if args.pattern else None
-    layout = args.layout or "auto"
+    structure, layout = _structure(args.pattern or "unstructured"), args.layout or "auto"
+    pattern = (structure.kept, structure.group) if structure.group else None
     if layout == "auto":
-        layout = layout_of_pattern(pattern, args.value_type or "i4")
+        layout = layout_of_structure(structure, args.value_type or "i4")
     if layout in PATTERNED and pattern is None:
-        raise UsageError(f"--layout {layout} needs a pattern.", hint="Add --pattern, e.g. --pattern 6:16.")
+        raise UsageError(
+            f"--layout {layout} needs a pattern N:M.", hint="Add --pattern, e.g. --pattern 6:16."
+        )
     if layout == "tiled" and (pattern is None or 16 % pattern[1] or args.value_type in ("f32", "f16")):
         raise UsageError(
             "--layout tiled stores i8 or i4 values of 1:4, 2:4 or N:16 (also as N of 2, 4 or 8).",
@@ -98,19 +101,34 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
         )
     if not LAYOUTS[layout].stores(VALUE_TYPES[args.value_type or "i4"]):
         raise UsageError(
-            f"{args.value_type} values are stored dense or in tiles of 1:4 or 2:4, not as {layout}.",
-            hint="Add --layout dense, or e.g. --pattern 2:4.",
+            f"{args.value_type} values are stored dense or in tiles of 1:4, 2:4 or sliding windows, "
+            f"not as {layout}.",
+            hint="Add --layout dense, or e.g. --pattern 2:4 or sliding.",
         )
-    if pattern and args.sparsity:
+    if structure.sparsity is not None and args.sparsity:
         raise UsageError(
             f"--pattern {args.pattern} already says how many zeros there are.", hint="Leave out --sparsity."
         )
-    given = [1 - pattern[0] / pattern[1]] if pattern else args.sparsity or [0.6]
+    given = args.sparsity or [0.6] if structure.sparsity is None else [structure.sparsity]
     if len(given) > 1:
         raise UsageError("--geometry measures one --sparsity at a time.", hint="Run it once for each.")
     check_sparsity(given[0])
-    sparsity = 0.0 if layout == "dense" else float(given[0])
-    return Storage(layout, args.value_type or "i4", sparsity, None if layout == "dense" else pattern)
+    if layout == "dense":
+        return Storage(layout, args.value_type or "i4")
+    windows = float(structure.stride)
+    return Storage(
+        layout, args.value_type or "i4", float(given[0]), pattern, stride=windows, paired=structure.paired
+    )
+
+
+def _structure(text: str) -> Structure:
+    """What `--pattern` means; `UsageError` for anything that is no pattern."""
+    if re.fullmatch(r"\d+:\d+", text):
+        parse_pattern(text)
+    try:
+        return parse_structure(text)
+    except ValueError as error:
+        raise UsageError(f"--{error}.", hint="Example: 2:4 keeps 2 of every 4.") from None
 
 
 def chosen_head(args: argparse.Namespace, runtime: str) -> str:

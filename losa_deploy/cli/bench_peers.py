@@ -1,4 +1,4 @@
-"""`losa-deploy bench PATH --peers`: GGUF artifacts beside llama.cpp's own quantizations of the dense model.
+"""`losa-deploy bench PATH --peers`: artifacts beside what others make of the dense model.
 
 Speed, bytes, memory and perplexity of every file in one call: quality per byte and per token.
 """
@@ -15,47 +15,39 @@ from typing import TYPE_CHECKING
 from losa_deploy.cli.bench_geometry import chosen_load, chosen_peers, model_folder
 from losa_deploy.cli.flags import thread_count
 from losa_deploy.console import Console, table
-from losa_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.synthetic.peers import Contender, Load
     from losa_deploy.progress import Progress
     from losa_deploy.sources.checkpoint import Checkpoint
 
-RUNTIME = "llamacpp"
-BASELINE = "dense-gguf"
-
 
 def run_peers(args: argparse.Namespace, console: Console) -> None:
     """Quantize the peers, measure everything interleaved, and write the table or document."""
-    from losa_deploy import plugins
     from losa_deploy.benchmarks.document import bench_document
-    from losa_deploy.benchmarks.ik.package import PEERS as IK_PEERS
-    from losa_deploy.benchmarks.real_peers import real_contenders, real_peers
+    from losa_deploy.benchmarks.real_peers import all_real_peers, dense_file, peer_runtime, real_contenders
     from losa_deploy.benchmarks.synthetic.peers import ik_runtime, measure_contenders
+    from losa_deploy.pipeline import work_folder
 
-    runtime, threads = plugins.load_runtime(RUNTIME), thread_count(args)
-    paths = [Path(path) for path in args.paths]
-    for path in paths:
-        if not runtime.supports(path):
-            raise InputError(
-                f"{path} holds no GGUF file, and --peers quantizes GGUF files.",
-                hint="Leave --peers out, or export with --format gguf.",
-            )
-    peers = chosen_peers(args.peers, (*real_peers(), *IK_PEERS))
+    paths, threads = [Path(path) for path in args.paths], thread_count(args)
+    runtime = peer_runtime(paths)
+    peers = chosen_peers(args.peers, all_real_peers())
     ik = ik_runtime(peers, args.ik_path)
-    load = chosen_load(args, RUNTIME)
-    dense = dense_file(paths[0], args.baseline)
+    load = chosen_load(args, runtime.name)
+    dense = dense_file(work_folder(paths[0] if paths[0].is_dir() else paths[0].parent), args.baseline)
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
             source = partial(_source, dense, Path(folder), console)
-            contenders = real_contenders(paths, dense, peers, source, Path(folder), threads, progress, ik=ik)
+            contenders = real_contenders(
+                runtime, paths, dense, peers, source, Path(folder), threads, progress, ik=ik
+            )
         with console.stage("perplexity") as progress:
             _measure_quality(contenders, paths[0], threads, progress)
         with console.stage("speed") as progress:
             measure_contenders(contenders, load, threads, seed=args.seed, progress=progress)
     if args.json:
-        workload = {**dataclasses.asdict(load), "runtime": RUNTIME, "threads": threads, "seed": args.seed}
+        about = {"runtime": runtime.name, "threads": threads, "seed": args.seed}
+        workload = {**dataclasses.asdict(load), **about}
         console.result_json(bench_document([contender.record() for contender in contenders], workload))
     else:
         console.result(_table(contenders, load))
@@ -76,20 +68,6 @@ def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:
         warn=console.warn,
     )
     return checkpoint
-
-
-def dense_file(path: Path, baseline: Path | None) -> Path:
-    """The dense GGUF that peers are made of: in `baseline`, or in the work folder of the artifact."""
-    from losa_deploy.pipeline import work_folder
-
-    folder = baseline or work_folder(path if path.is_dir() else path.parent) / BASELINE
-    found = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
-    if not found:
-        raise InputError(
-            f"There is no dense GGUF in {folder}, of which the peers could be made.",
-            hint="Give one with --baseline, e.g. an F16 conversion of the unpruned model.",
-        )
-    return found[0]
 
 
 def _measure_quality(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from losa_deploy import launcher
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import add_device, add_memory, add_model, add_output, add_threads, thread_count
-from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, make_recipe, printed_recipe
+from losa_deploy.cli.machine import add_machine, recipe_for_machine
+from losa_deploy.cli.options import COMPRESS, MERGE, add_recipe_options, printed_recipe
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
 from losa_deploy.pipeline import check_state_folder, work_folder
@@ -27,11 +28,12 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     add_device(parser)
     add_memory(parser)
+    add_machine(parser)
     add_recipe_options(parser, (*COMPRESS, *MERGE))
 
 
 def _run(args: argparse.Namespace, console: Console) -> None:
-    recipe = make_recipe(args)
+    recipe = recipe_for_machine(args, console)
     if printed_recipe(args, recipe, console):
         return
     from losa_deploy.cli import all_stages, expect, stages

@@ -46,12 +46,16 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
 
 
 def expected_mask(sparsity: SparsityRecipe, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask [out, in] of the recipe's pattern and rate: the first columns (of each group) are kept."""
+    """A mask [out, in] of the recipe's pattern and rate: the first columns (of each group or window)."""
     import numpy as np
 
+    from losa_deploy.structure import window_starts
+
     columns = np.arange(shape[1])
-    group = sparsity.group
+    group, stride = sparsity.group, sparsity.structure.stride
     kept = columns % group[1] < group[0] if group else columns < round(shape[1] * (1 - sparsity.target))
+    if stride:
+        kept = np.isin(columns, np.maximum(window_starts(shape[1], stride), 0))
     return np.ascontiguousarray(np.broadcast_to(kept, shape))
 
 

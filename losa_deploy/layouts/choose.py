@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,8 +37,7 @@ class Terms:
     """Held for each row (of i4 each pair of rows) of a stream of values."""
     exact: bool
     """The mask is data. Otherwise it was found from zeros: a kept weight that is zero is missing in it, so
-    that tiles may keep at most N of every M, of the other patterns only 2:4 and 4:8 are looked for, and
-    sliding windows are not."""
+    that tiles may have slots without one, and of the other patterns only 2:4 and 4:8 are looked for."""
 
 
 IN_FILE = Terms(1.0, 0, True)
@@ -89,7 +89,7 @@ def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE
     pattern = nm.find_pattern(mask) if terms.exact else _find_half(mask)
     if pattern is not None:
         best = _smaller(best, mask, replace(options, pattern=pattern), dense_bytes)
-    tiles = _find_tiles(mask, options, terms)
+    tiles = _find_tiles(mask, options, terms.exact)
     if tiles is not None:
         scales = sum(kind.meaning_bytes((mask.shape[0], mask.shape[1]), options).values())
         if tiles.bytes < dense_bytes and _may_cost(tiles.bytes, best.bytes, scales, pattern, terms):
@@ -128,40 +128,43 @@ def _find_half(mask: NDArray[np.bool_]) -> Pattern | None:
     return next(halves, None)
 
 
-def _find_tiles(mask: NDArray[np.bool_], options: PackOptions, terms: Terms) -> _Tiles | None:
-    """The smallest tiles that hold a mask, if there are any."""
-    if terms.exact:
-        return _exact_tiles(mask, options)
+def _find_tiles(mask: NDArray[np.bool_], options: PackOptions, exact: bool) -> _Tiles | None:
+    """The smallest tiles that hold a mask, if there are any; of equal ones the first of `_all_tiles`."""
     rows, columns = mask.shape
-    kind = VALUE_TYPES[options.value_type]
-    if rows % TILE or columns % TILE:
+    if rows % TILE or columns % TILE or not mask.any():
         return None
-    found: list[_Tiles] = []
-    for m, most in ((tiled.SHORT, 2), (tiled.WIDE, tiled.WIDE - 1)):
-        if not tiled.holds(kind, m):
-            continue
-        n = int(np.count_nonzero(mask.reshape(rows, -1, m), axis=2).max(initial=0))
-        if 1 <= n <= most:
-            size = TILED.size(mask, replace(options, pattern=(n, m)))
-            found.append(_Tiles("tiled", size, (n, m)))
-    return min(found, key=lambda tiles: tiles.bytes, default=None)
+    return min(_all_tiles(mask, options, exact), key=lambda tiles: tiles.bytes, default=None)
 
 
-def _exact_tiles(mask: NDArray[np.bool_], options: PackOptions) -> _Tiles | None:
-    """A pattern of tiles, else sliding windows."""
-    if tiled.tolerates(mask, options):
-        pattern = tiled.find_pattern(mask)
-        assert pattern is not None
-        return _Tiles("tiled", TILED.size(mask, replace(options, pattern=pattern)), pattern)
-    if sliding.tolerates(mask, options):
-        return _Tiles("sliding", SLIDING.size(mask, options))
-    return None
+def _all_tiles(mask: NDArray[np.bool_], options: PackOptions, exact: bool) -> Iterator[_Tiles]:
+    """1:4 or 2:4, sliding windows where it is neither, and N:16."""
+    kind, quads = VALUE_TYPES[options.value_type], _tiles_of(mask, options, tiled.SHORT, exact)
+    if quads is not None:
+        yield quads
+    elif sliding.stores(kind):
+        slots = mask if exact else sliding.complete(mask)
+        if slots is not None and sliding.tolerates(slots, options):
+            yield _Tiles("sliding", SLIDING.size(slots, options))
+    wide = _tiles_of(mask, options, tiled.WIDE, exact)
+    if wide is not None:
+        yield wide
+
+
+def _tiles_of(mask: NDArray[np.bool_], options: PackOptions, m: int, exact: bool) -> _Tiles | None:
+    """Tiles of the smallest N of M that suffices, if `exact` only where every group keeps so many."""
+    groups = mask[:1, :m] if exact else mask.reshape(-1, m)
+    n = int(np.count_nonzero(groups, axis=1).max())
+    if not tiled.holds(VALUE_TYPES[options.value_type], m) or not tiled.known_pattern(n, m):
+        return None
+    if exact and not nm.fits(mask, n, m):
+        return None
+    return _Tiles("tiled", TILED.size(mask, replace(options, pattern=(n, m))), (n, m))
 
 
 def _dense_or_tiled(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
     """The layout for a value type that is not stored as a stream of kept values."""
     size, kept = DENSE.size(mask, options), f"{mask.mean():.0%} kept"
-    tiles = _exact_tiles(mask, options)
+    tiles = _find_tiles(mask, options, exact=True)
     if tiles is None:
         reason = f"{kept}: {options.value_type} is stored sparse in tiles of N:M or sliding windows only"
         return Choice("dense", options, size, reason)

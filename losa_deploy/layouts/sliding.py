@@ -47,6 +47,32 @@ def find_slots(mask: NDArray[np.bool_]) -> NDArray[np.intp] | None:
     return positions if ((codes >= 0) & (codes < WINDOW)).all() else None
 
 
+def complete(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """The mask of sliding windows that keeps all that `mask` [out, in] does; None if there is none.
+
+    For a mask that was found from zeros, and so lacks the kept weights that were rounded to zero. From left
+    to right a slot takes the first kept position of its window that no slot before it took, and if there is
+    none, the first that lies behind theirs. This finds a mask wherever there is one: windows end in the order
+    of their slots, so that of the positions which a slot can take the first is the one that can wait least,
+    and a slot without a kept position is in nobody's way. There is always a free position for it, because
+    the window before it ends two earlier.
+    """
+    rows, columns = mask.shape
+    if rows == 0 or columns == 0 or rows % TILE or columns % TILE:
+        return None
+    around = np.pad(mask, ((0, 0), (1, 1)))  # the windows at both ends reach beyond the row
+    full, places = np.zeros(around.shape, np.bool_), np.arange(WINDOW)
+    free = np.ones((rows, 1), np.intp)
+    for start in range(0, columns, STRIDE):
+        window = around[:, start : start + WINDOW] & (places >= free)
+        if window[:, :STRIDE].all(axis=1).any():
+            return None  # both leave the window, and one slot is left for them
+        taken = np.where(window.any(axis=1), window.argmax(axis=1), free[:, 0])[:, None]
+        np.put_along_axis(full, start + taken, True, axis=1)
+        free = np.maximum(taken + 1 - STRIDE, 0)
+    return None if (around[:, [columns]] & (free == 0)).any() else full[:, 1:-1]
+
+
 def stores(kind: ValueType) -> bool:
     """Integers only."""
     return kind.bits <= 8

@@ -76,6 +76,11 @@ def holds(kind: ValueType, m: int) -> bool:
     return stores(kind) and (m == SHORT or kind.bits in (4, 8))
 
 
+def saves(kind: ValueType, n: int) -> bool:
+    """Whether N:16 takes fewer bytes than dense: a slot has a position of 4 bits beside its code."""
+    return 2 * steps(n, WIDE) * (kind.bits + 4) < WIDE * kind.bits
+
+
 def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
     """Patterns of the format, integers, whole tiles."""
     whole = shape[0] % TILE == 0 and shape[1] % TILE == 0 and not params["position_bits"]

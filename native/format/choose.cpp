@@ -2,7 +2,6 @@
 
 #include "format/codes.h"
 #include "format/layout.h"
-#include "format/pack_tiles.h"
 
 namespace losa::format {
 namespace {
@@ -30,11 +29,10 @@ bool may_cost(uint64_t tiles, uint64_t smallest, Pattern pattern, const Terms &t
 }  // namespace
 
 Statistics statistics_of(const Mask &mask, losa_value_type type, const Terms &terms) {
-  Statistics found = {mask.rows, mask.columns, stream_starts(mask, type == LOSA_I4).back(), {0, 0}, {0, 0}};
+  Statistics found = {mask.rows, mask.columns, stream_starts(mask, type == LOSA_I4).back(), {0, 0}, {}};
   found.pattern = terms.exact ? find_pattern(mask) : find_half(mask);
   if (type == LOSA_I8 || type == LOSA_I4) {
-    const TileShape tiles = find_tiles(mask, type == LOSA_I4, terms.exact);
-    found.tiles = {static_cast<unsigned>(tiles.n), static_cast<unsigned>(tiles.m)};
+    found.tiles = find_tiles(mask, type == LOSA_I4, terms.exact);
   }
   return found;
 }
@@ -52,11 +50,11 @@ Choice choose(const Statistics &found, losa_value_type type, const Terms &terms)
       smallest = bytes;
     }
   }
-  if (found.tiles.n != 0) {
-    const TileShape tiles = {found.rows, found.columns, found.tiles.n, found.tiles.m, type == LOSA_I4};
-    if (tiles.bytes() < dense && may_cost(tiles.bytes(), smallest, found.pattern, terms)) {
-      return {LOSA_TILED, found.tiles};
-    }
+  const TileShape &tiles = found.tiles;
+  if (tiles.n != 0 && tiles.bytes() < dense && may_cost(tiles.bytes(), smallest, found.pattern, terms)) {
+    return tiles.sliding
+               ? Choice{LOSA_SLIDING, {0, 0}}
+               : Choice{LOSA_TILED, {static_cast<unsigned>(tiles.n), static_cast<unsigned>(tiles.m)}};
   }
   const uint64_t streams = type == LOSA_I4 ? (found.rows + 1) / 2 : found.rows;
   return smallest + streams * terms.start_bytes < dense ? best : Choice{LOSA_DENSE, {0, 0}};

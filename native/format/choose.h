@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "format/mask.h"
+#include "format/pack_tiles.h"
 #include "losa/kernels.h"
 
 namespace losa::format {
@@ -17,7 +18,7 @@ struct Terms {
   // Held for each row (of i4 each pair of rows) of a stream of values.
   uint64_t start_bytes;
   // The mask is data. Otherwise it was found from zeros: a kept weight that is zero is missing in it, so that
-  // tiles may keep at most N of every M, and of the other patterns only 2:4 and 4:8 are looked for.
+  // tiles may have slots without one, and of the other patterns only 2:4 and 4:8 are looked for.
   bool exact;
 };
 
@@ -29,7 +30,7 @@ struct Statistics {
   size_t rows, columns;
   uint64_t stream;  // length of the stream of kept values, without its padding
   Pattern pattern;  // for the layout nm
-  Pattern tiles;    // for tiles
+  TileShape tiles;  // n is 0 if there are none
 };
 
 struct Choice {

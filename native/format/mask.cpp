@@ -41,6 +41,50 @@ bool row_keeps(const uint64_t *row, size_t columns, unsigned n, unsigned m) {
   return last <= n && last + (m - width) >= n;
 }
 
+// Slots of sliding windows, taken by kept positions from left to right: each takes the first free slot whose
+// window it is in. That leaves the most to those behind it, because windows begin and end in the order of
+// their slots. Position p is in the windows of the slots (p - 1) / 2, rounded down, to (p + 1) / 2. So of the
+// slots from q - 1 on, which positions from 2 q on can take, those before 2 q have at most two: this state,
+// or `kNoSlot` once a position found none, goes from byte to byte of a mask.
+constexpr unsigned kNoSlot = 3;
+
+struct Taken {
+  uint8_t after[256];  // of each byte: the state behind it, two bits for each state before it
+
+  constexpr Taken() : after{} {
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      unsigned states = kNoSlot << 2 * kNoSlot;
+      for (unsigned before = 0; before < kNoSlot; ++before) {
+        states |= follow(byte, before) << 2 * before;
+      }
+      after[byte] = static_cast<uint8_t>(states);
+    }
+  }
+
+  // Slots are counted from q - 1.
+  static constexpr unsigned follow(unsigned byte, unsigned next) {
+    for (unsigned p = 0; p < 8; ++p) {
+      if ((byte >> p & 1) != 0) {
+        const unsigned first = (p + 1) / 2;
+        next = next > first ? next : first;
+        if (next++ > first + 1) {
+          return kNoSlot;
+        }
+      }
+    }
+    return next > 4 ? next - 4 : 0;
+  }
+};
+constexpr Taken kTaken;
+
+bool row_slides(const uint64_t *row, size_t columns) {
+  unsigned state = 1;  // there is no slot -1
+  for (size_t at = 0; at < columns; at += 8) {
+    state = kTaken.after[row[at / kWord] >> at % kWord & 255] >> 2 * state & 3u;
+  }
+  return state <= 1;  // nor one behind the last
+}
+
 }  // namespace
 
 unsigned position_bits(Pattern pattern) {
@@ -69,6 +113,15 @@ std::vector<uint64_t> stream_starts(const Mask &mask, bool pairs) {
 bool keeps(const Mask &mask, Pattern pattern) {
   for (size_t r = 0; r < mask.rows; ++r) {
     if (!row_keeps(mask.row(r), mask.columns, pattern.n, pattern.m)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool slides(const Mask &mask, bool exact) {
+  for (size_t r = 0; r < mask.rows; ++r) {
+    if ((exact && mask.counts[r] != mask.columns / 2) || !row_slides(mask.row(r), mask.columns)) {
       return false;
     }
   }

@@ -54,6 +54,10 @@ inline uint64_t count_runs(uint64_t word, unsigned m) {
 // as it lacks lie beyond the row.
 bool keeps(const Mask &mask, Pattern pattern);
 
+// Whether sliding windows hold a mask of whole tiles: there is a slot for every kept position, and if `exact`
+// a kept position for every slot. Rows are looked at until one does not fit.
+bool slides(const Mask &mask, bool exact);
+
 // The pattern with the smallest M that a mask follows.
 Pattern find_pattern(const Mask &mask);
 

@@ -16,18 +16,25 @@ size_t place_of_scale(const losa_parts &p, size_t row, size_t group) {
   return p.value_type == LOSA_I4 ? scale_index(p, row, group) : row;
 }
 
-TileShape shape_of(const losa_parts &p) { return {p.rows, p.columns, p.n, p.m, p.value_type == LOSA_I4}; }
+TileShape shape_of(const losa_parts &p) {
+  const bool sliding = p.layout == LOSA_SLIDING;
+  return {p.rows, p.columns, sliding ? 2u : p.n, sliding ? kQuad : p.m, p.value_type == LOSA_I4, sliding};
+}
 
 // i4 rows share bytes: the odd one has the high nibbles.
 int shift_of(size_t row) { return row % 2 ? 4 : 0; }
+
+bool is_whole(const losa_parts &p) { return p.rows % kTile == 0 && p.columns % kTile == 0; }
 
 bool is_written(const losa_parts &p) {
   switch (p.layout) {
     case LOSA_NM:
       return p.n >= 1 && p.n < p.m && p.columns % p.m == 0 && position_bits({p.n, p.m}) == 0;
     case LOSA_TILED:
-      return is_integer(p) && p.rows % kTile == 0 && p.columns % kTile == 0 && p.n >= 1 &&
+      return is_integer(p) && is_whole(p) && p.n >= 1 &&
              (p.m == kTile ? p.n < p.m : p.m == kQuad && p.n <= 2);
+    case LOSA_SLIDING:
+      return is_integer(p) && is_whole(p) && p.n == 0 && p.m == 0;
     default:
       return p.n == 0 && p.m == 0;
   }
@@ -58,7 +65,7 @@ Packer::Packer(const Mask &mask, const Choice &choice, const Values &values)
   }
   p.scale.bytes = 2 * mask.rows * scales_per_row_;
   p.table.bytes = i4 ? kTableBytes : 0;
-  if (choice.layout == LOSA_TILED) {
+  if (in_tiles(p)) {
     tiles_ = shape_of(p);
     p.positions.bytes = tiles_.positions();
     p.values.bytes = tiles_.values();
@@ -76,9 +83,7 @@ Packer::Packer(const Mask &mask, const Choice &choice, const Values &values)
   }
 }
 
-size_t Packer::row_step() const {
-  return parts_.layout == LOSA_TILED ? kTile : values_.type == LOSA_I4 ? 2 : 1;
-}
+size_t Packer::row_step() const { return in_tiles(parts_) ? kTile : values_.type == LOSA_I4 ? 2 : 1; }
 
 const losa_parts &Packer::place(uint8_t *memory) {
   memory_ = memory;
@@ -106,7 +111,7 @@ void Packer::store(size_t first, size_t last, const Codes &codes) const {
 void Packer::store_row(size_t row, const uint8_t *codes) const {
   uint8_t *positions = memory_ + places_[kPositions], *values = memory_ + places_[kValues];
   const uint64_t *words = mask_.row(row);
-  if (parts_.layout == LOSA_TILED) {
+  if (in_tiles(parts_)) {
     if (row % kTile == 0) {
       clear_tile(tiles_, row / kTile, positions, values);
     }
@@ -140,7 +145,7 @@ void load_row(const losa_tensor &tensor, size_t row, uint8_t *codes) {
     return;
   }
   std::memset(codes, 0, p.columns * value_bytes(p.value_type));
-  if (p.layout == LOSA_TILED) {
+  if (in_tiles(p)) {
     load_tile_row(shape_of(p), row, positions, values, codes);
     return;
   }

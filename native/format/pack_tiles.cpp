@@ -118,26 +118,40 @@ struct QuadTable {
 };
 constexpr QuadTable kOneOfQuad(1), kTwoOfQuad(2);
 
-// A line of a row: up to eight slots, the first bytes of which are at `position` and `value`.
+// A line of a row: up to eight slots.
+struct Line {
+  unsigned places[2] = {};  // two bits each, of the even slots and of the odd ones
+  uint8_t levels[8] = {};
+
+  void set(size_t slot, unsigned place, uint8_t level) {
+    places[slot % 2] |= place << slot / 2 * 2;
+    levels[slot] = level;
+  }
+
+  // Its first bytes are at `position` and `value`.
+  template <bool I4>
+  void store(size_t slots, uint8_t *position, uint8_t *value) const {
+    for (size_t k = 0; k < 2; ++k) {
+      position[k] = static_cast<uint8_t>(places[k]);
+      for (size_t step = 0; step < slots / 2; step += I4 ? 2 : 1) {
+        const uint8_t low = levels[2 * step + k];
+        value[(I4 ? step / 2 : step) * 2 * kTile + k] =
+            I4 ? static_cast<uint8_t>(low | levels[2 * step + 2 + k] << 4) : low;
+      }
+    }
+  }
+};
+
 template <size_t N, bool I4>
 void store_line(const uint8_t *codes, uint64_t kept, size_t slots, uint8_t *position, uint8_t *value) {
   const QuadTable &table = N == 1 ? kOneOfQuad : kTwoOfQuad;
-  unsigned places[2] = {};
-  uint8_t levels[8] = {};
+  Line line;
   for (size_t slot = 0; slot < slots; ++slot) {
     const size_t quad = slot / N;
     const unsigned at = table.positions[kept >> quad * kQuad & 15] >> slot % N * 2 & 3;
-    places[slot % 2] |= at << slot / 2 * 2;
-    levels[slot] = codes[quad * kQuad + at];
+    line.set(slot, at, codes[quad * kQuad + at]);
   }
-  for (size_t k = 0; k < 2; ++k) {
-    position[k] = static_cast<uint8_t>(places[k]);
-    for (size_t step = 0; step < slots / 2; step += I4 ? 2 : 1) {
-      const uint8_t low = levels[2 * step + k];
-      value[(I4 ? step / 2 : step) * 2 * kTile + k] =
-          I4 ? static_cast<uint8_t>(low | levels[2 * step + 2 + k] << 4) : low;
-    }
-  }
+  line.store<I4>(slots, position, value);
 }
 
 template <size_t N, bool I4>
@@ -156,10 +170,54 @@ void store_lines(const TileShape &shape, size_t row, const uint8_t *codes, const
   }
 }
 
+// For each mask of a window, of which the first places may be taken, the place of its slot: the first that is
+// kept, so that none waits longer than it can, else the first that is free.
+struct WindowTable {
+  uint8_t places[3][16];
+
+  constexpr WindowTable() : places{} {
+    for (unsigned free = 0; free < 3; ++free) {
+      for (unsigned mask = 0; mask < 16; ++mask) {
+        unsigned place = free;
+        while (place < kQuad && (mask >> place & 1) == 0) {
+          ++place;
+        }
+        places[free][mask] = static_cast<uint8_t>(place < kQuad ? place : free);
+      }
+    }
+  }
+};
+constexpr WindowTable kWindows;
+
+// A line has the eight slots of 16 columns, whose windows begin one column before them and end one behind.
+template <bool I4>
+void store_windows(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
+                   uint8_t *positions, uint8_t *values) {
+  constexpr size_t kSlots = 8;
+  const RowQuads quads(shape, row);
+  unsigned free = 1;  // the first place of the first window lies before the row
+  for (size_t column = 0, step = 0; column < shape.columns; column += kTile, step += 4) {
+    const size_t at = column % 64;
+    const uint64_t *word = words + column / 64;
+    uint64_t kept = at != 0 ? *word >> (at - 1) : *word << 1 | (column != 0 ? word[-1] >> 63 : 0);
+    if (at + kTile == 64 && column + kTile < shape.columns) {
+      kept |= (word[1] & 1) << (kTile + 1);
+    }
+    Line line;
+    for (size_t slot = 0; slot < kSlots; ++slot) {
+      const unsigned place = kWindows.places[free][kept >> 2 * slot & 15];
+      line.set(slot, place, codes[column + 2 * slot + place - 1]);
+      free = place > 1 ? place - 1 : 0;
+    }
+    line.store<I4>(kSlots, positions + quads.position(step), values + quads.value(step));
+  }
+}
+
 void store_quads(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
                  uint8_t *positions, uint8_t *values) {
-  const auto store = shape.n == 1 ? (shape.i4 ? store_lines<1, true> : store_lines<1, false>)
-                                  : (shape.i4 ? store_lines<2, true> : store_lines<2, false>);
+  const auto store = shape.sliding  ? (shape.i4 ? store_windows<true> : store_windows<false>)
+                     : shape.n == 1 ? (shape.i4 ? store_lines<1, true> : store_lines<1, false>)
+                                    : (shape.i4 ? store_lines<2, true> : store_lines<2, false>);
   store(shape, row, codes, words, positions, values);
 }
 
@@ -170,14 +228,16 @@ void load_quads(const TileShape &shape, size_t row, const uint8_t *positions, co
     const size_t step = slot / 2;
     const unsigned at = positions[quads.position(step) + slot % 2] >> step % 4 * 2 & 3;
     const unsigned value = values[quads.value(step) + slot % 2];
-    codes[slot / shape.n * kQuad + at] = static_cast<uint8_t>(shape.i4 ? value >> step % 2 * 4 & 15 : value);
+    const size_t first = shape.sliding ? 2 * slot - 1 : slot / shape.n * kQuad;
+    codes[first + at] = static_cast<uint8_t>(shape.i4 ? value >> step % 2 * 4 & 15 : value);
   }
 }
 
 }  // namespace
 
 TileShape find_tiles(const Mask &mask, bool i4, bool exact) {
-  TileShape wide = {mask.rows, mask.columns, 0, kTile, i4}, quads = {mask.rows, mask.columns, 0, kQuad, i4};
+  TileShape wide = {mask.rows, mask.columns, 0, kTile, i4, false},
+            quads = {mask.rows, mask.columns, 0, kQuad, i4, false};
   if (mask.rows % kTile != 0 || mask.columns % kTile != 0) {
     return wide;
   }
@@ -197,7 +257,12 @@ TileShape find_tiles(const Mask &mask, bool i4, bool exact) {
   };
   wide.n = most < kTile && holds(most, kTile) ? most : 0;
   quads.n = most_of_quad <= 2 && holds(most_of_quad, kQuad) ? most_of_quad : 0;
-  return quads.n != 0 && quads.bytes() <= wide.bytes() ? quads : wide;
+  if (quads.n == 0) {
+    const TileShape windows = {mask.rows, mask.columns, 2, kQuad, i4, true};
+    const bool smaller = wide.n == 0 || windows.bytes() <= wide.bytes();
+    return most != 0 && smaller && slides(mask, exact) ? windows : wide;
+  }
+  return quads.bytes() <= wide.bytes() ? quads : wide;
 }
 
 void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values) {

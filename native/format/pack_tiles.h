@@ -1,4 +1,4 @@
-// Rows of codes as tiles of N of every 4 or 16 positions (docs/formats.md), and back.
+// Rows of codes as tiles, of N of every 4 or 16 positions or of sliding windows (docs/formats.md), and back.
 #ifndef LOSA_PACK_TILES_H
 #define LOSA_PACK_TILES_H
 
@@ -10,10 +10,10 @@
 
 namespace losa::format {
 
-// A weight as tiles that keep `n` of every `m`, 4 or 16; i8, or i4.
+// A weight as tiles that keep `n` of every `m`, 4 or 16; i8, or i4. Sliding windows lie as 2:4.
 struct TileShape {
   size_t rows, columns, n, m;
-  bool i4;
+  bool i4, sliding;
 
   bool quads() const { return m != kTile; }
   size_t tiles() const { return rows / kTile; }
@@ -26,14 +26,15 @@ struct TileShape {
   size_t bytes() const { return values() + positions(); }
 };
 
-// The smallest tiles that hold a mask, i8 or i4. n is 0 if there are none. `exact` ones have no slots without
-// a kept weight, except for those that make an odd N even.
+// The smallest tiles that hold a mask, i8 or i4; of equal ones rather 2:4 than sliding windows, and these
+// than N:16. n is 0 if there are none. `exact` ones have no slots without a kept weight, except for those
+// that make an odd N even.
 TileShape find_tiles(const Mask &mask, bool i4, bool exact);
 
 void clear_tile(const TileShape &shape, size_t tile, uint8_t *positions, uint8_t *values);
 
-// Slots of one row from its codes, one byte per position. `words` is its mask: groups that keep fewer than N
-// get slots with code 0. Its tile has to be clear before.
+// Slots of one row from its codes, one byte per position. `words` is its mask: groups that keep fewer than N,
+// and windows without a kept position of their own, get slots with code 0. Its tile has to be clear before.
 void store_tile_row(const TileShape &shape, size_t row, const uint8_t *codes, const uint64_t *words,
                     uint8_t *positions, uint8_t *values);
 

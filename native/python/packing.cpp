@@ -80,7 +80,7 @@ nb::dict pack(int layout, int value_type, size_t rows, size_t columns, uint16_t 
               size_t ranges) {
   const losa_value_type type = value_type_of(value_type);
   const size_t row_bytes = columns * losa::value_bytes(type);
-  require(layout >= LOSA_DENSE && layout <= LOSA_TILED, "no such layout");
+  require(layout >= LOSA_DENSE && layout <= LOSA_SLIDING, "no such layout");
   require(n <= 32 && m <= 32, "no such pattern");
   require(ranges > 0, "rows are stored in one range or more");
   require(type != LOSA_I4 || group_size != 0, "i4 needs a group size");

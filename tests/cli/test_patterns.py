@@ -76,6 +76,38 @@ def test_sliding_windows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -
         assert code == 0, err
 
 
+def test_a_portable_file_is_packed_as_sliding_when_it_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    """The zeros of its dense tensors tell the windows, although i4 rounded more weights to zero."""
+    pytest.importorskip("llama_cpp")
+    from losa_deploy.runtimes.llamacpp.backend import attach
+    from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+    flags = ["--pattern", "sliding", "--prune-method", "wanda", "--adapt", "none", "--offline"]
+    adapted, merged, gguf = (tmp_path / name for name in ("adapted", "merged", "gguf"))
+    values = ["--value-type", "i4", "--set", "export.group_size=32", "--packed", "--portable"]
+    for argv in (
+        ("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags),
+        ("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline"),
+        ("export", merged, "-f", "gguf", "-o", gguf, "--verify", "off", *values),
+    ):
+        code, _, err = losa(*argv)
+        assert code == 0, err
+    assert {t["layout"] for t in json.loads((gguf / "losa.json").read_text())["linears"]} == {"sliding"}
+    plugin = attach().plugin
+    assert plugin is not None
+    held, logits = [], []
+    for path in sorted(gguf.glob("*.gguf"), key=lambda path: "LOSA" not in path.name):
+        before = plugin.statistics()
+        session = LlamaCppRuntime().open(path, threads=1)
+        after = plugin.statistics()
+        assert after.packed - before.packed == after.tensors - before.tensors == 21
+        held.append(after.packed_bytes - before.packed_bytes)
+        logits.append(session.logits(range(2, 40)))
+        session.close()
+    assert held[0] == held[1], "the packed file has sliding windows, and no other layout takes their bytes"
+    assert np.array_equal(*logits)
+
+
 def damage(merged: Path, model: SparseModel) -> None:
     """Keep other positions of one row: as many as before, but all at its end."""
     name = "model.layers.0.mlp.down_proj"

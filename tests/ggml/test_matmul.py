@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ GROUP = {"Q4_0": 32, "Q8_0": 64}
 """Activations that share a scale when they are rounded to int8."""
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 
 
 @dataclass
@@ -263,6 +265,29 @@ def test_tiles_of_quads_are_recognised(kind: str, route: str, tmp_path: Path) ->
             x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
             cases.append(Case(kind, stock, values_of(kind, stock, rows, columns), x, threads=2))
             expected.append(lines + scales + (slots // 2 if kind == "Q4_0" else slots))
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert np.diff([0, *(note["statistics"]["packed_bytes"] for note in notes)]).tolist() == expected
+
+
+@pytest.mark.parametrize("route", ["a", "b"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_sliding_windows_are_recognised(
+    kind: str, route: str, sliding_mask: SlidingMask, tmp_path: Path
+) -> None:
+    """With windows of which a kept weight was rounded to zero; they take the bytes of 2:4."""
+    rng = np.random.default_rng(9)
+    cases, expected = [], []
+    for rows, columns, kept in ((16, 64, 1.0), (48, 160, 0.8), (1024, 512, 0.9)):
+        mask = sliding_mask(rows, columns, 0)
+        mask &= rng.random((rows, columns)) < kept
+        slots = rows * columns // 2
+        scales = 16 + 2 * rows * columns // 32 if kind == "Q4_0" else 2 * rows
+        for tokens in (1, 6):
+            stock = random_stock(rng, kind, mask)
+            x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
+            cases.append(Case(kind, stock, values_of(kind, stock, rows, columns), x, threads=2))
+            expected.append(slots // 4 + scales + (slots // 2 if kind == "Q4_0" else slots))
     results, notes = run(cases, tmp_path, route)
     check(cases, results)
     assert np.diff([0, *(note["statistics"]["packed_bytes"] for note in notes)]).tolist() == expected

@@ -14,7 +14,7 @@ from losa_deploy import _native
 from losa_deploy.layouts import PackOptions
 from losa_deploy.layouts.choose import AT_LOAD, IN_FILE, Terms, choose
 
-LAYOUT_NAMES = ("dense", "bitmask", "nm", "tiled")
+LAYOUT_NAMES = ("dense", "bitmask", "nm", "tiled", "sliding")
 VALUE_TYPES = ("f32", "f16", "i8", "i4")
 TERMS = {"in_file": IN_FILE, "at_load": AT_LOAD}
 SHAPES = [
@@ -78,6 +78,28 @@ def grid() -> Iterator[tuple[str, Mask]]:
             less = mask.copy()
             less[shape[0] // 2] = False
             yield f"{n}:{m} and an empty row of {shape}", less
+        yield from windows(shape, rng)
+
+
+def windows(shape: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[str, Mask]]:
+    """Masks of sliding windows, and such as almost are."""
+    rows, columns = shape
+    mask = np.zeros((rows, columns), np.bool_)
+    last = np.full(rows, -1)
+    for start in range(-1, columns - 2, 2):
+        low, high = np.maximum(last + 1, start), min(start + 3, columns - 1)
+        last = low + rng.integers(0, 4, rows) % (high + 1 - low)
+        mask[np.arange(rows), last] = True
+    yield f"sliding of {shape}", mask
+    for lost in (0.02, 0.1, 0.3, 0.5):
+        less = mask & (rng.random(shape) >= lost)
+        yield f"sliding without {lost:.0%} of {shape}", less
+        for first in (0, (columns - 5) // 2, max(0, columns - 4)):
+            more = less.copy()
+            more[-1, first : first + 5] = True
+            yield f"sliding without {lost:.0%} and a run of 5 at {first} of {shape}", more
+            more[-1, first : first + 5] = np.arange(len(more[-1, first : first + 5])) < 3
+            yield f"sliding without {lost:.0%} and a run of 3 at {first} of {shape}", more
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -90,6 +112,20 @@ def test_both_languages_choose_alike(value_type: str, terms: str) -> None:
         seen[picked[0]] += 1
     layouts = LAYOUT_NAMES if value_type in ("i8", "i4") else LAYOUT_NAMES[:3]
     assert all(seen[name] >= 3 for name in layouts), "the grid has masks for every layout"
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+@pytest.mark.parametrize("terms", TERMS)
+def test_sliding_windows_are_found_alike(value_type: str, terms: str) -> None:
+    """Rows of 32 columns one by one, with any share kept: a table and a pass over slots say the same."""
+    rng, seen = np.random.default_rng(3), [0, 0]
+    for kept in (0.2, 0.3, 0.4, 0.5):
+        for row in rng.random((300, 32)) < kept:
+            mask = np.tile(row, (16, 1))
+            picked = in_python(mask, value_type, TERMS[terms])
+            assert in_cpp(mask, value_type, terms) == picked, row.astype(int)
+            seen[picked[0] == "sliding"] += 1
+    assert seen[0] > 100 and (seen[1] > 100 or terms == "in_file")
 
 
 @pytest.mark.parametrize(

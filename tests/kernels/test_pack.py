@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, sliding
 from losa_deploy.layouts.base import COMPONENTS
 from losa_deploy.layouts.values import quantize
 
-LAYOUT_NUMBERS = {"dense": 0, "bitmask": 1, "nm": 2, "tiled": 3}
+LAYOUT_NUMBERS = {"dense": 0, "bitmask": 1, "nm": 2, "tiled": 3, "sliding": 4}
 VALUE_NUMBERS = {"f32": 0, "f16": 1, "i8": 2, "i4": 3}
 INTEGERS = ("i8", "i4")
 SHAPES = [(1, 1), (1, 64), (1, 300), (2, 33), (3, 63), (5, 65), (7, 127), (6, 128), (7, 129), (33, 172)]
@@ -127,6 +127,33 @@ def test_tiles(pattern: tuple[int, int], value_type: str) -> None:
             check("tiled", weight_of(shape), pattern_mask(shape, *pattern), options)
 
 
+@pytest.mark.parametrize("value_type", INTEGERS)
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (32, 48), (16, 144), (48, 208)])
+def test_sliding_windows(
+    shape: tuple[int, int], value_type: str, sliding_mask: Callable[[int, int, int], Mask]
+) -> None:
+    weight = weight_of(shape)
+    for group_size in (32, 128):
+        options = options_of(value_type, group_size)
+        check("sliding", weight, sliding_mask(*shape, 0), options)
+        check("sliding", weight, pattern_mask(shape, 2, 4), options)
+
+
+@pytest.mark.parametrize("value_type", INTEGERS)
+def test_sliding_windows_that_keep_fewer(
+    value_type: str, sliding_mask: Callable[[int, int, int], Mask]
+) -> None:
+    """A mask that is found from zeros lacks the weights that were rounded to zero."""
+    for shape, kept in (((16, 16), 0.7), ((32, 208), 0.9), ((32, 208), 0.5), ((16, 64), 0.0)):
+        mask, weight = sliding_mask(*shape, 1), weight_of(shape)
+        mask &= np.random.default_rng(shape).random(shape) < kept
+        mask[3] = False
+        options, full = options_of(value_type, 32), sliding.complete(mask)
+        assert full is not None
+        packed = LAYOUTS["sliding"].pack(np.where(mask, weight, np.float32(0)), full, options)
+        assert differing(rows_of(weight, mask, options).pack("sliding", ranges=2), packed) == []
+
+
 def completed(mask: Mask, n: int, m: int) -> Mask:
     """Groups that keep fewer than N, with their lowest free positions."""
     groups = mask.reshape(len(mask), -1, m)
@@ -196,7 +223,9 @@ def broken(rows: Rows, how: str) -> None:
     ],
 )
 @pytest.mark.parametrize("value_type", INTEGERS)
-@pytest.mark.parametrize(("layout", "pattern"), [("bitmask", None), ("nm", (2, 4)), ("tiled", (2, 4))])
+@pytest.mark.parametrize(
+    ("layout", "pattern"), [("bitmask", None), ("nm", (2, 4)), ("tiled", (2, 4)), ("sliding", None)]
+)
 def test_mistakes_are_noticed(
     layout: str, pattern: tuple[int, int] | None, value_type: str, how: str, component: str
 ) -> None:

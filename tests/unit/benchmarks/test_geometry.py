@@ -12,16 +12,17 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.benchmarks.synthetic.decoder import Pruning
 from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES, build, model_bytes
 from losa_deploy.benchmarks.synthetic.linears import OrtFp32, OrtInt4, OrtInt8, Ours
 from losa_deploy.benchmarks.synthetic.peers import OURS_DENSE, Load, build_contenders, measure_contenders
-from losa_deploy.benchmarks.synthetic.tensors import RandomWeight, Storage, repeat_rows
+from losa_deploy.benchmarks.synthetic.tensors import Pruning, RandomWeight, Storage, repeat_rows
 from losa_deploy.cli.main import main
 from losa_deploy.errors import InputError, LosaError
 from losa_deploy.exporters.onnx import functions
-from losa_deploy.layouts import LAYOUTS
+from losa_deploy.layouts import LAYOUTS, sliding
 from losa_deploy.runtimes.ort.session import OrtRuntime
+from losa_deploy.structure import parse_structure
+from losa_deploy.verify.stored import check_sliding
 
 TINY = GEOMETRIES["tiny"]
 TOKENS = tuple(range(3, 40))
@@ -60,6 +61,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Storage("bitmask", "i8", 0.5),
         Storage("nm", "i8", 0.5, (2, 4)),
         Storage("tiled", "i4", 0.5, (2, 4)),
+        Storage("sliding", "i8", 0.5, stride=2),
+        Storage("bitmask", "i4", 0.6, stride=2.5),
+        Storage("bitmask", "i8", 0.6, paired=True),
     ],
     ids=lambda storage: storage.label,
 )
@@ -67,11 +71,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ours_computes_what_the_dense_peer_computes(
     storage: Storage, tied: bool, dense: Path, tmp_path: Path
 ) -> None:
-    pruning = Pruning(storage.sparsity, storage.pattern)
+    pruning = storage.pruning()
     geometry, head = replace(TINY, tied=tied), "i4" if storage.value_type == "i4" else "i8"
     kind, folder = Ours(storage, Storage("dense", head)), tmp_path / "ours"  # type: ignore[arg-type]
     assert build(geometry, kind, folder, pruning) == model_bytes(folder) <= TINY.estimate(kind)
-    if storage.pattern:
+    if pruning != HALF:
         dense = tmp_path / "dense"
         build(TINY, OrtFp32(), dense, pruning)
     found, expected = logits(portable(folder, kind)), logits(dense)
@@ -177,6 +181,50 @@ def test_repeated_rows_are_what_packing_them_gives(value_type: str, pattern: tup
     assert (found.sha256, found.shape, found.nnz) == (whole.sha256, whole.shape, whole.nnz)
 
 
+def test_random_masks_follow_their_pattern() -> None:
+    shape = (48, 320)
+    pairs = Pruning(0.6, paired=True).weight(shape).rows[1]
+    assert np.array_equal(pairs[::2], pairs[1::2]) and abs(pairs.mean() - 0.4) < 0.02
+    assert not np.array_equal(pairs[:2], pairs[2:4])
+    assert sliding.find_slots(Pruning(0.5, stride=2).weight(shape).rows[1]) is not None
+    for stride in (1.5, 2.5, 3):
+        mask = Pruning(0.6, stride=stride).weight(shape).rows[1]
+        assert check_sliding("q", mask, parse_structure(f"sliding:{stride:g}").stride) == []
+        assert abs(mask.mean() - 1 / stride) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("runtime", "pattern", "value_type", "layout", "sparsity"),
+    [
+        ("llamacpp", "sliding", "i3", "sliding", 0.5),
+        ("llamacpp", "sliding:2.5", "i4", "bitmask", 0.6),
+        ("llamacpp", "pair", "i4", "bitmask", 0.6),
+        ("ort", "sliding", "i4", "sliding", 0.5),
+        ("ort", "sliding", "f16", "bitmask", 0.5),
+        ("ort", "pair", "i8", "bitmask", 0.6),
+    ],
+)
+def test_every_pattern_is_measured(
+    runtime: str,
+    pattern: str,
+    value_type: str,
+    layout: str,
+    sparsity: float,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["bench", "--geometry", "tiny", "--runtime", runtime, "--pattern", pattern, "--peers", "none"]
+    code = main([*argv, "--value-type", value_type, "--threads", "1", *QUICK, "--json"])
+    streams = capsys.readouterr()
+    assert code == 0, streams.err
+    document = json.loads(streams.out)
+    workload = document["workload"]
+    assert (workload["layout"], workload["value_type"]) == (layout, value_type)
+    assert workload["sparsity"] == pytest.approx(sparsity)
+    assert (workload["stride"] > 0, workload["paired"]) == (pattern != "pair", pattern == "pair")
+    (ours,) = document["results"]
+    assert ours["decode_tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize("room", [1 << 40, 0], ids=["together", "in turns"])
 def test_contenders_are_sampled_alike(room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Memory:
@@ -231,6 +279,11 @@ def test_the_command_prints_the_document_of_the_issue(
         (["--geometry", "tiny", "--pattern", "2:4", "--sparsity", "0.5"], "Leave out --sparsity"),
         (["--geometry", "tiny", "--value-type", "i3"], "i3 values are stored dense or in tiles"),
         (["--geometry", "tiny", "--pattern", "4:2"], "no pattern N:M"),
+        (["--geometry", "tiny", "--pattern", "sliding:4"], "a stride above 1 and at most 3"),
+        (["--geometry", "tiny", "--pattern", "slide"], "is none of 'unstructured', 'pair', 'sliding'"),
+        (["--geometry", "tiny", "--pattern", "sliding", "--sparsity", "0.5"], "Leave out --sparsity"),
+        (["--geometry", "tiny", "--pattern", "sliding", "--layout", "nm"], "needs a pattern N:M"),
+        (["--geometry", "tiny", "--pattern", "pair", "--value-type", "i3"], "i3 values are stored dense"),
         (["--geometry", "tiny", "--layout", "nm"], "needs a pattern"),
         (["--geometry", "tiny", "--sparsity", "0.5", "0.6"], "one --sparsity"),
         (["--geometry", "tiny", "--sparsity", "60"], "no fraction"),

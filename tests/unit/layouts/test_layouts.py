@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from losa_deploy.errors import UsageError
-from losa_deploy.layouts import LAYOUTS, PackOptions, choose, forced, unpack
+from losa_deploy.layouts import LAYOUTS, PackOptions, choose, forced, sliding, unpack
 from losa_deploy.layouts.blob import from_blob, to_blob
 from losa_deploy.layouts.choose import AT_LOAD
 from losa_deploy.layouts.nm import fits, position_bits
@@ -147,12 +147,47 @@ def test_sliding_windows_refuse_what_they_cannot_store(sliding_mask: Callable[[i
         LAYOUTS["sliding"].pack(weight_of(16, 32, 0), sliding_mask(16, 32, 0), PackOptions("f16"))
 
 
+def test_sliding_windows_are_completed_wherever_they_can_be() -> None:
+    """Against every way to give the slots of a row of 16 columns a position each."""
+    ways = {0}
+    for slot in range(8):
+        window = range(max(0, 2 * slot - 1), min(16, 2 * slot + 3))
+        ways = {way | 1 << p for way in ways for p in window if way < 1 << p}
+    full = np.array(sorted(ways))
+    rng, seen = np.random.default_rng(0), [0, 0]
+    for few in (False, True):
+        for kept in rng.integers(0, 1 << 16, 1000) & (rng.integers(0, 1 << 16, 1000) if few else 0xFFFF):
+            row = kept >> np.arange(16) & 1 == 1
+            found = sliding.complete(np.tile(row, (16, 1)))
+            assert (found is not None) == (full & kept == kept).any(), f"{kept:016b}"
+            seen[found is not None] += 1
+            if found is not None:
+                assert sliding.find_slots(found) is not None
+                assert not (row & ~found).any()
+    assert min(seen) > 200
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4"])
+def test_sliding_windows_are_found_without_the_weights_that_are_zero(
+    value_type: str, sliding_mask: Callable[[int, int, int], Mask]
+) -> None:
+    mask, options = sliding_mask(32, 256, 0), PackOptions(value_type)
+    assert np.array_equal(sliding.complete(mask), mask)
+    found = mask & (np.random.default_rng(0).random(mask.shape) < 0.8)
+    choice = choose(found, options, AT_LOAD)
+    assert (choice.layout, choice.bytes) == ("sliding", LAYOUTS["sliding"].size(mask, options))
+    assert choose(found, options).layout != "sliding", "in a file the mask is data"
+    found[3, 100:105] = True  # windows of four slots reach them
+    assert sliding.complete(found) is None
+    assert choose(found, options, AT_LOAD).layout != "sliding"
+
+
 @pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
 def test_sliding_windows_are_chosen(value_type: str, sliding_mask: Callable[[int, int, int], Mask]) -> None:
     mask, options = sliding_mask(32, 256, 0), PackOptions(value_type)
     choice = choose(mask, options)
     assert (choice.layout, choice.bytes) == ("sliding", LAYOUTS["sliding"].size(mask, options))
-    assert value_type == "i3" or choose(mask, options, AT_LOAD).layout != "sliding"
+    assert choose(mask, options, AT_LOAD).layout == "sliding"
     assert choose(nm_mask(32, 256, 2, 4, 0), options).layout == "tiled"
     assert forced("sliding", "q", mask, options).layout == "sliding"
     assert forced("sliding", "q", np.ones((32, 64), np.bool_), options).layout == "dense"
