@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels/target.h"
+#include "kernels/x86/avx2_dot.h"
 
 namespace losa {
 namespace {
@@ -59,8 +60,8 @@ inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
 
 // Sums of two neighbours are of rows 0, 8, 1, 9, ...: widened to 32 bits, rows 0-7 and rows 8-15.
 inline __attribute__((always_inline)) void widen(__m256i pairs, __m256i sums[2]) {
-  sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
-  sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1 << 16)));
+  sums[0] = add_words(sums[0], pairs, _mm256_set1_epi32(1));
+  sums[1] = add_words(sums[1], pairs, _mm256_set1_epi32(1 << 16));
 }
 
 // Sums of the slots of some groups of a tile. What adds to them is always inlined, because the compiler's own
