@@ -95,7 +95,7 @@ void panel_of_groups(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *p
 template <losa_value_type T, int N>
 void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  ValueLines<T> at(tiles, tile, 0);
+  ValueLines<T> at(tiles, tile);
   const auto slots = [&](auto step, __m256i four) {
     constexpr int kStep = decltype(step)::value;
     const __m256i top = T == LOSA_I3 ? at.highest() : four;
@@ -126,7 +126,7 @@ void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *pa
 template <losa_value_type T>
 void panel_of_windows(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  ValueLines<T> at(tiles, tile, 0);
+  ValueLines<T> at(tiles, tile);
   __m512i before = _mm512_setzero_si512(), here = before;
   for (size_t group = 0; group < tiles.groups; ++group, line += Tiles::kStep, at.next()) {
     const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
