@@ -39,9 +39,9 @@ uint64_t saved_state() {
 }
 
 struct Features {
-  bool avx2 = false, avx512 = false, vnni = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, vnni = false;
 
-#if defined(LOSA_EMULATED_AVX512)
+#if defined(LOSA_EMULATED)
   static constexpr bool emulated = true;
 #else
   static constexpr bool emulated = false;
@@ -58,17 +58,27 @@ struct Features {
     }
     const bool bmi = (b & (1u << 3)) && (b & (1u << 8));
     avx2 = (b & (1u << 5)) && fma && f16c && bmi;
+    avxvnni = avx2 && (emulated || has_avxvnni(a));
     const uint32_t f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     avx512 = avx2 && (b & f_dq_bw_vl) == f_dq_bw_vl && (saved_state() & kAvx512State) == kAvx512State;
     avx512 = avx512 || emulated;
     const uint32_t vbmi2_vnni = 1u << 6 | 1u << 11;
     vnni = avx512 && ((c & vbmi2_vnni) == vbmi2_vnni || emulated);
   }
+
+  // VPDPBUSD on registers of AVX2, in leaf 7, subleaf 1, if there is one.
+  static bool has_avxvnni(uint32_t last_subleaf) {
+    uint32_t a, b, c, d;
+    return last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  }
 };
 
 void add_own(List *list) {
   const Features features;
   list->add(kAvx2, features.avx2);
+#if defined(LOSA_HAS_AVXVNNI)  // the compiler knows it
+  list->add(kAvxVnni, features.avxvnni);
+#endif
   list->add(kAvx512, features.avx512);
   list->add(kAvx512Vnni, features.vnni);
 }

@@ -55,7 +55,7 @@ struct Target {
 
 extern const Target kScalar;
 #if defined(LOSA_X86)
-extern const Target kAvx2, kAvx512, kAvx512Vnni;
+extern const Target kAvx2, kAvxVnni, kAvx512, kAvx512Vnni;
 #elif defined(LOSA_ARM)
 extern const Target kNeon;
 #endif

@@ -1,6 +1,6 @@
 // The AVX-512 intrinsics that the kernels use, in plain C++ after Intel's description of each: so that the
 // logic of the AVX-512 targets is tested on CPUs that lack them. Speed does not matter here. CMake puts this
-// file before their sources where LOSA_EMULATE_AVX512 is on; they name it nowhere.
+// file before their sources where LOSA_EMULATE is on; they name it nowhere.
 #ifndef LOSA_EMULATED_AVX512_H
 #define LOSA_EMULATED_AVX512_H
 

@@ -66,7 +66,7 @@ def build(target: str, name: str, *options: str) -> Path:
 
 
 def build_sanitized(target: str) -> Path:
-    """A program with the address and undefined-behaviour sanitizers, and AVX-512 in plain C++.
+    """A program with sanitizers (address, undefined behaviour), and instructions of other CPUs in plain C++.
 
     With clang its objects are also those of the fuzzer. Without, the flags replace those of a release, whose
     -O3 takes minutes.
@@ -74,9 +74,9 @@ def build_sanitized(target: str) -> Path:
     clang = shutil.which("clang++")
     if clang is not None:
         options = (f"-DCMAKE_CXX_COMPILER={clang}", "-DLOSA_BUILD_FUZZER=ON")
-        return build(target, "sanitized-clang", "-DLOSA_EMULATE_AVX512=ON", *options)
+        return build(target, "sanitized-clang", "-DLOSA_EMULATE=ON", *options)
     flags = f"-DCMAKE_CXX_FLAGS_RELEASE={SANITIZERS}"
-    return build(target, "sanitized", "-DLOSA_EMULATE_AVX512=ON", flags)
+    return build(target, "sanitized", "-DLOSA_EMULATE=ON", flags)
 
 
 def parsed(data: bytes) -> list[Answer]:
@@ -122,8 +122,8 @@ def sanitized() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def emulated() -> Path:
-    """run_cases with the AVX-512 targets in plain C++."""
-    return build("run_cases", "emulated", "-DLOSA_EMULATE_AVX512=ON")
+    """run_cases with the targets of AVX-VNNI and AVX-512 in plain C++."""
+    return build("run_cases", "emulated", "-DLOSA_EMULATE=ON")
 
 
 @pytest.fixture(scope="session")
@@ -145,10 +145,8 @@ def arm() -> tuple[str, ...]:
 
 def ways() -> list[object]:
     """In-process targets, then those that need a build of their own."""
-    slow = [
-        pytest.param(name, marks=pytest.mark.slow) for name in ("emulated avx512f", "emulated avx512vnni")
-    ]
-    return [*_native.targets(), *slow, pytest.param("arm neon", marks=pytest.mark.slow)]
+    elsewhere = ("emulated avxvnni", "emulated avx512f", "emulated avx512vnni", "arm neon")
+    return [*_native.targets(), *(pytest.param(name, marks=pytest.mark.slow) for name in elsewhere)]
 
 
 @pytest.fixture(params=ways())

@@ -103,8 +103,8 @@ int losa_prepare(const losa_tensor *tensor, const float *x, size_t ldx, size_t b
 int losa_matmul(const losa_tensor *tensor, const void *activations, size_t tokens, size_t begin, size_t end,
                 float *y, size_t ldy, void *scratch);
 
-// Name of the target that runs: scalar, avx2, avx512f, avx512vnni or neon. Chosen once, from what the CPU
-// and the operating system support and from the environment variable LOSA_KERNELS. An unknown or
+// Name of the target that runs: scalar, avx2, avxvnni, avx512f, avx512vnni or neon. Chosen once, from what
+// the CPU and the operating system support and from the environment variable LOSA_KERNELS. An unknown or
 // unsupported name there makes every call that computes return LOSA_BAD_TARGET.
 const char *losa_target_name(void);
 

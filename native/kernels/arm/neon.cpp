@@ -313,6 +313,7 @@ constexpr Target table() {
   target.matvec_values = multiply_values;
   target.matmul_values = multiply_values;
   target.multiply_tiles = multiply_tiles;
+  target.multiply_windows = multiply_windows;
   return target;
 }
 

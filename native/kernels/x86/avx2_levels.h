@@ -12,33 +12,32 @@ namespace {
 
 inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
-// 32 products as 16-bit sums of two. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits
-// without their sign: |w| * sign(x, w).
+// Adds 32 products. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits without their sign:
+// |w| * sign(x, w).
 template <bool Narrow>
-inline __m256i products(__m256i w, const int8_t *x) {
-  return Narrow ? _mm256_maddubs_epi16(w, load256(x))
-                : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(load256(x), w));
+inline __m256i add_products(__m256i acc, __m256i w, const int8_t *x) {
+  return Narrow ? dot_accumulate<true>(acc, w, load256(x))
+                : dot_accumulate<false>(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(load256(x), w));
 }
 
 // Sums of a group, in eight parts. Narrow: the bias takes the offset of the levels off again.
 template <bool Narrow>
-inline __m256 widened(__m256i pairs, const Activations &a, size_t g) {
+inline __m256 group_total(__m256i acc, const Activations &a, size_t g) {
   const __m128i bias = Narrow ? _mm_srai_epi32(_mm_cvtsi32_si128(a.bias[g]), 4) : _mm_setzero_si128();
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_zextsi128_si256(bias), sums_of_two(pairs)));
+  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_zextsi128_si256(bias), dot_total<Narrow>(acc)));
 }
 
-// One or two blocks, which are a group of a row. Sums of four products of narrow levels fit 16 bits.
+// One or two blocks, which are a group of a row. Sums of four times two products of narrow levels fit 16
+// bits.
 template <bool Narrow, size_t Count, typename Row>
 inline __m256 dot_group(Row &row, const Activations &a, size_t g, size_t first) {
   __m256i acc = _mm256_setzero_si256();
   for (size_t block = first; block < first + Count; ++block) {
     const Block w = row.next(block);
     const int8_t *x = a.q + block * kBlock;
-    const __m256i low = products<Narrow>(w.low, x), high = products<Narrow>(w.high, x + 32);
-    acc = Narrow ? _mm256_add_epi16(acc, _mm256_add_epi16(low, high))
-                 : _mm256_add_epi32(acc, _mm256_add_epi32(sums_of_two(low), sums_of_two(high)));
+    acc = add_products<Narrow>(add_products<Narrow>(acc, w.low, x), w.high, x + 32);
   }
-  return Narrow ? widened<true>(acc, a, g) : _mm256_cvtepi32_ps(acc);
+  return group_total<Narrow>(acc, a, g);
 }
 
 // Blocks `first` to `last` of a row, which start a group; `scales` are those of their groups.
@@ -46,11 +45,12 @@ template <bool Narrow, size_t Group, typename Row>
 inline __m256 dot_blocks(Row &row, const float *scales, const Activations &a, size_t first, size_t last,
                          __m256 total) {
   if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
+    const __m256i zero = _mm256_setzero_si256();
     for (size_t block = first; block < last; ++block) {
       const Block w = row.next(block);
       const int8_t *x = a.q + block * kBlock;
-      const __m256 low = widened<Narrow>(products<Narrow>(w.low, x), a, 2 * block);
-      const __m256 high = widened<Narrow>(products<Narrow>(w.high, x + 32), a, 2 * block + 1);
+      const __m256 low = group_total<Narrow>(add_products<Narrow>(zero, w.low, x), a, 2 * block);
+      const __m256 high = group_total<Narrow>(add_products<Narrow>(zero, w.high, x + 32), a, 2 * block + 1);
       total = _mm256_fmadd_ps(low, _mm256_broadcast_ss(scales++), total);
       total = _mm256_fmadd_ps(high, _mm256_broadcast_ss(scales++), total);
     }
@@ -150,19 +150,15 @@ __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowSca
     }
     for (const float *scale = eight; run < stop; ++run, bytes += Run::kBytes) {
       fetch_ahead(bytes);
-      __m256i codes[4], pairs[4];
+      __m256i codes[4];
       Run::split(bytes, codes);
       const int8_t *x = a.q + run * kPadding;
-      for (size_t i = 0; i < 4; ++i) {
-        pairs[i] = products<Narrow>(_mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
-      }
       for (size_t k = 0; k < kGroups; ++k) {
-        __m256i acc = Narrow ? pairs[k * kEach] : sums_of_two(pairs[k * kEach]);
-        for (size_t i = 1; i < kEach; ++i) {
-          const __m256i next = pairs[k * kEach + i];
-          acc = Narrow ? _mm256_add_epi16(acc, next) : _mm256_add_epi32(acc, sums_of_two(next));
+        __m256i acc = _mm256_setzero_si256();
+        for (size_t i = k * kEach; i < (k + 1) * kEach; ++i) {
+          acc = add_products<Narrow>(acc, _mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
         }
-        const __m256 sums = _mm256_cvtepi32_ps(Narrow ? sums_of_two(acc) : acc);
+        const __m256 sums = _mm256_cvtepi32_ps(dot_total<Narrow>(acc));
         total[k] = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scale++), total[k]);
       }
     }

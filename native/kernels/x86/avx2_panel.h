@@ -5,6 +5,7 @@
 #define LOSA_AVX2_PANEL_H
 
 #include "kernels/target.h"
+#include "kernels/x86/avx2_dot.h"
 #include "kernels/x86/avx2_rows.h"
 
 namespace losa {
@@ -15,8 +16,9 @@ constexpr size_t kUnit = 32;  // positions whose products are summed in one go
 
 // Levels of -8..7 are stored plus 8: unsigned by signed bytes need no sign, and the sums of 8 steps of two
 // products, each at most 15 * 127, fit 16 bits. The bias, -128 times the sum of the activations, divided by
-// 16 takes the 8 off again. Other levels keep their sign and are widened in every step.
-constexpr int kNarrow = 8;
+// 16 takes the 8 off again. Other levels keep their sign and are widened in every step; where sums are wide
+// anyway, they are stored plus 128.
+constexpr int kNarrow = 8, kMostRaised = 128;
 
 inline bool is_narrow(const losa_parts &p) {
   if (!is_grouped(p)) {
@@ -31,13 +33,16 @@ inline bool is_narrow(const losa_parts &p) {
   return true;
 }
 
-template <bool Narrow>
-void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, uint8_t *panel) {
+// What levels are stored plus; 0: they keep their sign.
+inline int raised_by(const losa_parts &p) { return is_narrow(p) ? kNarrow : kWideSums ? kMostRaised : 0; }
+
+inline void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, int raised,
+                        uint8_t *panel) {
   const Matrix matrix(t);
   with_reader(t, [&](auto tag) {
     typename decltype(tag)::Row reader(matrix, row);
     const size_t blocks = reader.blocks();
-    const __m256i offset = _mm256_set1_epi8(Narrow ? kNarrow : 0);
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(raised));
     alignas(32) uint32_t four[kBlock / 4];
     for (size_t block = 0; block * kBlock < padded; ++block) {
       const __m256i zero = _mm256_setzero_si256();
@@ -58,39 +63,37 @@ inline __m256i broadcast_four(const int8_t *x) {
   return _mm256_set1_epi32(four);
 }
 
-inline __m256i sums_of_two(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-
-// 32 positions of 16 rows times `Tokens` tokens, as 32-bit sums.
-template <bool Narrow, int Tokens>
-inline void unit(const uint8_t *const panel[2], const int8_t *const x[Tokens], size_t start,
+// Positions [start, end) of 16 rows times `Tokens` tokens, as 32-bit sums.
+template <bool Raised, int Tokens>
+inline void unit(const uint8_t *const panel[2], const int8_t *const x[Tokens], size_t start, size_t end,
                  __m256i acc[2][Tokens]) {
   for (int k = 0; k < Tokens; ++k) {
     acc[0][k] = acc[1][k] = _mm256_setzero_si256();
   }
-  for (size_t i = start; i < start + kUnit; i += 4) {
+  for (size_t i = start; i < end; i += 4) {
     __m256i w[2], magnitude[2];
     for (int r = 0; r < 2; ++r) {
       w[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel[r] + i * kLanes));
-      magnitude[r] = Narrow ? w[r] : _mm256_abs_epi8(w[r]);
+      magnitude[r] = Raised ? w[r] : _mm256_abs_epi8(w[r]);
     }
     for (int k = 0; k < Tokens; ++k) {
       const __m256i q = broadcast_four(x[k] + i);
       for (int r = 0; r < 2; ++r) {
-        const __m256i pairs = _mm256_maddubs_epi16(magnitude[r], Narrow ? q : _mm256_sign_epi8(q, w[r]));
-        acc[r][k] =
-            Narrow ? _mm256_add_epi16(acc[r][k], pairs) : _mm256_add_epi32(acc[r][k], sums_of_two(pairs));
+        const __m256i signed_q = Raised ? q : _mm256_sign_epi8(q, w[r]);
+        acc[r][k] = dot_accumulate<Raised>(acc[r][k], magnitude[r], signed_q);
       }
     }
   }
-  for (int k = 0; Narrow && k < Tokens; ++k) {
-    acc[0][k] = sums_of_two(acc[0][k]);
-    acc[1][k] = sums_of_two(acc[1][k]);
+  for (int k = 0; k < Tokens; ++k) {
+    acc[0][k] = dot_total<Raised>(acc[0][k]);
+    acc[1][k] = dot_total<Raised>(acc[1][k]);
   }
 }
 
-// 16 rows times `Tokens` tokens, all groups. `scales` [groups, 2, 8] are those of the rows.
-template <bool Narrow, int Tokens>
-void tile(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
+// 16 rows times `Tokens` tokens, all groups. `scales` [groups, 2, 8] are those of the rows; the bias shifted
+// by `shift` takes off what levels are raised by.
+template <bool Raised, int Tokens>
+void tile(const uint8_t *const panel[2], const float *scales, size_t group, int shift, const Activations &a,
           size_t token, __m256 total[2][Tokens]) {
   const int8_t *x[Tokens];
   for (int k = 0; k < Tokens; ++k) {
@@ -100,13 +103,14 @@ void tile(const uint8_t *const panel[2], const float *scales, size_t group, cons
   for (size_t g = 0; g < a.groups; ++g) {
     const __m256 s0 = _mm256_loadu_ps(scales + 2 * g * kLanes),
                  s1 = _mm256_loadu_ps(scales + (2 * g + 1) * kLanes);
-    for (size_t start = g * group; start < (g + 1) * group; start += kUnit) {
+    const size_t step = kWideSums ? group : kUnit;
+    for (size_t start = g * group; start < (g + 1) * group; start += step) {
       __m256i acc[2][Tokens];
-      unit<Narrow, Tokens>(panel, x, start, acc);
+      unit<Raised, Tokens>(panel, x, start, start + step, acc);
       for (int k = 0; k < Tokens; ++k) {
         const size_t at = (token + static_cast<size_t>(k)) * a.groups + g;
-        if (Narrow && start == g * group) {
-          const __m256i bias = _mm256_set1_epi32(a.bias[at] / 16);
+        if (Raised && start == g * group) {
+          const __m256i bias = _mm256_set1_epi32(a.bias[at] >> shift);
           acc[0][k] = _mm256_add_epi32(acc[0][k], bias);
           acc[1][k] = _mm256_add_epi32(acc[1][k], bias);
         }
@@ -125,12 +129,12 @@ inline void store_lanes(__m256 values, size_t count, float *out) {
   std::memcpy(out, lanes, (count < kLanes ? count : kLanes) * sizeof(float));
 }
 
-template <bool Narrow, int Tokens>
-void tiles(const uint8_t *const panel[2], const float *scales, size_t group, const Activations &a,
+template <bool Raised, int Tokens>
+void tiles(const uint8_t *const panel[2], const float *scales, size_t group, int shift, const Activations &a,
            size_t *token, size_t first, size_t rows, float *y, size_t ldy) {
   for (; *token + Tokens <= a.tokens; *token += Tokens) {
     __m256 total[2][Tokens];
-    tile<Narrow, Tokens>(panel, scales, group, a, *token, total);
+    tile<Raised, Tokens>(panel, scales, group, shift, a, *token, total);
     for (int k = 0; k < Tokens; ++k) {
       float *out = y + (*token + static_cast<size_t>(k)) * ldy + first;
       store_lanes(total[0][k], rows, out);
@@ -151,11 +155,12 @@ inline void copy_scales(const losa_parts &p, size_t row, size_t groups, float *o
   is_grouped(p) ? copy(RowScales<true>(p, row, weight_groups(p))) : copy(RowScales<false>(p, row, 0));
 }
 
-template <bool Narrow>
+template <bool Raised>
 void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
             uint8_t *scratch) {
   constexpr size_t pair = 2 * kLanes;
   const size_t group = activation_group(t.parts);
+  const int raised = Raised ? raised_by(t.parts) : 0, shift = raised == kNarrow ? 4 : 0;
   auto *scales = reinterpret_cast<float *>(scratch + kPanelRows * a.padded);
   const uint8_t *panel[2] = {scratch, scratch + kLanes * a.padded};
   for (size_t first = begin; first < end; first += pair) {
@@ -163,19 +168,19 @@ void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     for (size_t lane = 0; lane < pair; ++lane) {
       // Lanes without a row repeat the last one.
       const size_t row = first + (lane < rows ? lane : rows - 1);
-      expand_lane<Narrow>(t, row, lane % kLanes, a.padded, scratch + lane / kLanes * kLanes * a.padded);
+      expand_lane(t, row, lane % kLanes, a.padded, raised, scratch + lane / kLanes * kLanes * a.padded);
       copy_scales(t.parts, row, a.groups, scales + lane);
     }
     size_t token = 0;
-    tiles<Narrow, 4>(panel, scales, group, a, &token, first, rows, y, ldy);
-    tiles<Narrow, 1>(panel, scales, group, a, &token, first, rows, y, ldy);
+    tiles<Raised, 4>(panel, scales, group, shift, a, &token, first, rows, y, ldy);
+    tiles<Raised, 1>(panel, scales, group, shift, a, &token, first, rows, y, ldy);
   }
 }
 
 inline void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                           size_t ldy, void *scratch) {
   auto *room = static_cast<uint8_t *>(scratch);
-  (is_narrow(t.parts) ? panels<true> : panels<false>)(t, a, begin, end, y, ldy, room);
+  (raised_by(t.parts) != 0 ? panels<true> : panels<false>)(t, a, begin, end, y, ldy, room);
 }
 
 }  // namespace

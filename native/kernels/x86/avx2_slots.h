@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernels/target.h"
+#include "kernels/x86/avx2_dot.h"
 
 namespace losa {
 namespace {
@@ -59,8 +60,8 @@ inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
 
 // Sums of two neighbours are of rows 0, 8, 1, 9, ...: widened to 32 bits, rows 0-7 and rows 8-15.
 inline __attribute__((always_inline)) void widen(__m256i pairs, __m256i sums[2]) {
-  sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1)));
-  sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(pairs, _mm256_set1_epi32(1 << 16)));
+  sums[0] = add_words(sums[0], pairs, _mm256_set1_epi32(1));
+  sums[1] = add_words(sums[1], pairs, _mm256_set1_epi32(1 << 16));
 }
 
 // Sums of the slots of some groups of a tile. What adds to them is always inlined, because the compiler's own
@@ -82,12 +83,12 @@ struct Sums {
     }
   }
 
-  // The 8 / N positions that a step of N:4 begins at, as often as there is room, so that only the lowest
-  // bits of the place of a slot matter.
-  template <int N>
-  inline __attribute__((always_inline)) void load_quads(const int8_t *const *x, size_t start) {
+  // The positions that a step of a line begins at, 4 of 2:4 and 8 of others, as often as there is room, so
+  // that only the lowest bits of the place of a slot matter.
+  template <int Form>
+  inline __attribute__((always_inline)) void load_step_of(const int8_t *const *x, size_t start) {
     for (int k = 0; k < Tokens; ++k) {
-      if (N == 2) {
+      if (Form == 2) {
         int32_t quad;
         std::memcpy(&quad, x[k] + start, sizeof quad);
         from[k] = _mm256_set1_epi32(quad);
@@ -124,11 +125,15 @@ struct Sums {
 // Where the values of a line of positions are, four steps.
 template <losa_value_type T>
 struct ValueLines {
-  // The line number `first` of a tile.
-  ValueLines(const Tiles &tiles, size_t tile, size_t first)
-      : values(tiles.values + (tile * tiles.value_lines() + first * kLines) * Tiles::kStep),
-        high(values + (tiles.lines() - first) * Tiles::kStep),
-        line(first) {}
+  // The first line of a tile.
+  ValueLines(const Tiles &tiles, size_t tile)
+      : values(tiles.values + tile * tiles.value_lines() * Tiles::kStep),
+        high(values + tiles.lines() * Tiles::kStep),
+        line(0) {}
+
+  // Line number `line` of a tile whose first one is `first`.
+  inline __attribute__((always_inline)) ValueLines(const ValueLines &first, size_t line)
+      : values(first.values + line * kLines * Tiles::kStep), high(first.high), line(line) {}
 
   inline __attribute__((always_inline)) void next() {
     values += kLines * Tiles::kStep;
@@ -144,6 +149,21 @@ struct ValueLines {
   static constexpr size_t kLines = T == LOSA_I8 ? 4 : T == LOSA_I4 ? 2 : 1;
   const uint8_t *values, *high;
   size_t line;
+};
+
+// The lines of a tile, found once: their sizes take longer than a border of scales.
+template <losa_value_type T>
+struct TileLines {
+  TileLines(const Tiles &tiles, size_t tile)
+      : positions(tiles.positions + tile * tiles.lines() * Tiles::kStep), first(tiles, tile) {}
+
+  inline __attribute__((always_inline)) const uint8_t *places(size_t line) const {
+    return positions + line * Tiles::kStep;
+  }
+  inline __attribute__((always_inline)) ValueLines<T> values(size_t line) const { return {first, line}; }
+
+  const uint8_t *positions;
+  ValueLines<T> first;
 };
 
 // Codes of step S of a line; of i8 its levels. I3: `highest` are the highest bits of the line.

@@ -33,39 +33,25 @@ inline __attribute__((always_inline)) void sum_groups(const Tiles &tiles, size_t
   sums.flush();
 }
 
-// A line of windows, which is a group.
-template <losa_value_type T, bool Linear, int Tokens>
-inline __attribute__((always_inline)) void add_windows(const uint8_t *line, const ValueLines<T> &at,
-                                                       size_t group, __m256i levels, const int8_t *const *x,
-                                                       Sums<Linear, Tokens> *sums) {
-  const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
-  sums->load(x, group * kTile);
-  sums->add(load_short<T, Linear, 0>(at.values, top, within_group<kWindows, 0>(four), levels));
-  sums->add(load_short<T, Linear, 1>(at.values, top, within_group<kWindows, 1>(four), levels));
-  sums->load(x, group * kTile + kLaterWindows);
-  sums->add(load_short<T, Linear, 2>(at.values, top, within_group<kWindows, 2>(four), levels));
-  sums->add(load_short<T, Linear, 3>(at.values, top, within_group<kWindows, 3>(four), levels));
-}
-
-// A line of N:4; false if its second half is not there.
-template <losa_value_type T, bool Linear, int N, int Tokens>
-inline __attribute__((always_inline)) bool add_quads(const uint8_t *line, const ValueLines<T> &at,
-                                                     size_t group, size_t end, __m256i levels,
-                                                     const int8_t *const *x, Sums<Linear, Tokens> *sums) {
-  const QuadPlaces<N> places(load_step(line));
+// A line; false if its second half is not there.
+template <losa_value_type T, bool Linear, int Form, int Tokens>
+inline __attribute__((always_inline)) bool add_line(const uint8_t *line, const ValueLines<T> &at,
+                                                    size_t group, size_t end, __m256i levels,
+                                                    const int8_t *const *x, Sums<Linear, Tokens> *sums) {
+  const LinePlaces<Form> places(load_step(line));
   const LineSlots<T, Linear> slots(at, levels);
-  constexpr size_t kStep = 2 / N * kQuad;  // positions of a step
+  constexpr size_t kStep = two_groups(Form) ? 2 * kQuad : kQuad;  // positions from step to step
   const size_t start = group * kTile;
-  sums->template load_quads<N>(x, start);
+  sums->template load_step_of<Form>(x, start);
   sums->add(slots.template of<0>(places.template of<0>()));
-  sums->template load_quads<N>(x, start + kStep);
+  sums->template load_step_of<Form>(x, start + kStep);
   sums->add(slots.template of<1>(places.template of<1>()));
-  if (two_groups(N) && group + 1 == end) {
+  if (two_groups(Form) && group + 1 == end) {
     return false;
   }
-  sums->template load_quads<N>(x, start + 2 * kStep);
+  sums->template load_step_of<Form>(x, start + 2 * kStep);
   sums->add(slots.template of<2>(places.template of<2>()));
-  sums->template load_quads<N>(x, start + 3 * kStep);
+  sums->template load_step_of<Form>(x, start + 3 * kStep);
   sums->add(slots.template of<3>(places.template of<3>()));
   return true;
 }
@@ -73,14 +59,15 @@ inline __attribute__((always_inline)) bool add_quads(const uint8_t *line, const 
 // Groups [group, end) of a tile of N:4 or of windows. A line has one group of 2:4 or of windows, or two of
 // 1:4, of which the last of a tile may miss the second. Of windows x begins one position before the row.
 template <losa_value_type T, bool Linear, int Form, int Tokens>
-inline __attribute__((always_inline)) void sum_lines(const Tiles &tiles, size_t tile, size_t group,
-                                                     size_t end, const int8_t *const *x, __m256i levels,
+inline __attribute__((always_inline)) void sum_lines(const TileLines<T> &lines, size_t group, size_t end,
+                                                     const int8_t *const *x, __m256i levels,
                                                      __m256i wide[Tokens][2]) {
   constexpr size_t kGroups = two_groups(Form) ? 2 : 1;
   Sums<Linear, Tokens> sums(wide);
   const size_t first = two_groups(Form) ? group / 2 : group;
-  const uint8_t *line = tiles.positions + (tile * tiles.lines() + first) * Tiles::kStep;
-  for (ValueLines<T> at(tiles, tile, first); group < end; group += kGroups, line += Tiles::kStep, at.next()) {
+  const uint8_t *line = lines.places(first);
+  for (ValueLines<T> at = lines.values(first); group < end;
+       group += kGroups, line += Tiles::kStep, at.next()) {
     fetch_ahead(line);
     fetch_ahead(at.values);
     if (T == LOSA_I8) {
@@ -89,9 +76,7 @@ inline __attribute__((always_inline)) void sum_lines(const Tiles &tiles, size_t 
     if (T == LOSA_I3) {
       fetch_ahead(at.high + at.line / 2 * Tiles::kStep);
     }
-    if constexpr (Form == kWindows) {
-      add_windows<T, Linear>(line, at, group, levels, x, &sums);
-    } else if (!add_quads<T, Linear, Form>(line, at, group, end, levels, x, &sums)) {
+    if (!add_line<T, Linear, Form>(line, at, group, end, levels, x, &sums)) {
       break;
     }
   }
@@ -102,21 +87,32 @@ inline __attribute__((always_inline)) void sum_lines(const Tiles &tiles, size_t 
 // step behind it, of which some hold the position before it, and the second ones of the step before, of which
 // some hold the position behind. The levels of all others are zero.
 template <losa_value_type T, bool Linear>
-inline __attribute__((always_inline)) Slots load_border(const Tiles &tiles, size_t tile, size_t behind,
+inline __attribute__((always_inline)) Slots load_border(const TileLines<T> &lines, size_t behind,
                                                         __m256i levels) {
-  const uint8_t *line = tiles.positions + (tile * tiles.lines() + behind) * Tiles::kStep;
-  const ValueLines<T> last(tiles, tile, behind - 1), first(tiles, tile, behind);
-  const __m256i top = T == LOSA_I3 ? last.highest() : levels, low = T == LOSA_I3 ? first.highest() : levels;
-  const __m256i places = _mm256_and_si256(
-      first_and_second(load_step(line), _mm256_srli_epi16(load_step(line - Tiles::kStep), 6)),
-      _mm256_set1_epi8(3));
+  const uint8_t *line = lines.places(behind);
+  const __m256i three = _mm256_set1_epi8(3);
+  const __m256i both =
+      first_and_second(load_step(line), _mm256_srli_epi16(load_step(line - Tiles::kStep), 6));
+  const __m256i places = _mm256_and_si256(both, three);
   const __m256i across = _mm256_cmpeq_epi8(places, _mm256_set1_epi16(3 << 8));
-  const __m256i codes = first_and_second(codes_of<T, 0>(first.values, low), codes_of<T, 3>(last.values, top));
-  const __m256i kept = _mm256_and_si256(codes, across);  // code 0 is level 0
-  if (T == LOSA_I8) {
+  // The codes of step 3 of the line before and of step 0 of the one behind, still with other bits.
+  const ValueLines<T> last = lines.values(behind - 1), first = lines.values(behind);
+  const __m256i before = load_step(first.values - Tiles::kStep), low = load_step(first.values);
+  if (T == LOSA_I8) {  // code 0 is level 0
+    const __m256i kept = _mm256_and_si256(first_and_second(low, before), across);
     return {places, _mm256_abs_epi8(kept), kept};
   }
-  return slots_of<T, Linear>(kept, places, levels);
+  if (T == LOSA_I4) {
+    const __m256i codes = first_and_second(low, _mm256_srli_epi16(before, 4));
+    const __m256i own = _mm256_and_si256(across, _mm256_set1_epi8(15));
+    return slots_of<T, Linear>(_mm256_and_si256(codes, own), places, levels);
+  }
+  const __m256i codes = first_and_second(low, _mm256_srli_epi16(before, 6));
+  const __m256i tops =
+      first_and_second(_mm256_slli_epi16(first.highest(), 2), _mm256_srli_epi16(last.highest(), 1));
+  const __m256i code =
+      _mm256_or_si256(_mm256_and_si256(codes, three), _mm256_and_si256(tops, _mm256_set1_epi8(4)));
+  return slots_of<T, Linear>(_mm256_and_si256(code, across), places, levels);
 }
 
 inline Slots load_expanded(const uint8_t *at) {
@@ -178,7 +174,7 @@ void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) 
     return;
   }
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  ValueLines<T> at(tiles, tile, 0);
+  ValueLines<T> at(tiles, tile);
   for (size_t left = tiles.all_steps(); left > 0; left -= left < 4 ? left : 4) {
     const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
     out = store_slots(load_short<T, Linear, 0>(at.values, top, within_group<Form, 0>(four), levels), out);
@@ -223,16 +219,20 @@ inline void load_scales(const losa_parts &p, size_t at, __m256 scales[2]) {
   }
 }
 
-// One tile times `Tokens` tokens: y [tokens, rows]. FromScratch: of expanded `slots`.
+// One tile times `Tokens` tokens: y [tokens, rows]. FromScratch: of expanded `slots`. By itself, because
+// inlined the loop over slots gets too few registers.
 template <losa_value_type T, bool Linear, int Form, int Tokens, bool FromScratch>
-void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const Activations &a, size_t token,
-                   __m256i levels, float *y, size_t ldy, const uint8_t *slots) {
+__attribute__((noinline)) void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile,
+                                             const Activations &a, size_t token, __m256i levels, float *y,
+                                             size_t ldy, const uint8_t *slots) {
   const int8_t *x[Tokens];
   __m256 total[Tokens][2];
   for (int k = 0; k < Tokens; ++k) {
     x[k] = a.q + (token + static_cast<size_t>(k)) * a.padded - (Form == kWindows ? 1 : 0);
     total[k][0] = total[k][1] = _mm256_setzero_ps();
   }
+  const TileLines<T> lines(tiles, tile);
+  const size_t first_scale = T != LOSA_I8 ? scale_index(p, tile * kTile, 0) : 0;
   const size_t chunk = Linear ? kFlush / tiles.steps : tiles.per_scale;
   __m256 scales[2] = {_mm256_set1_ps(1.0f), _mm256_set1_ps(1.0f)};
   __m256i sums[Tokens][2], next[Tokens][2];
@@ -250,19 +250,19 @@ void multiply_tile(const losa_parts &p, const Tiles &tiles, size_t tile, const A
       if (FromScratch) {
         sum_expanded<Linear, Form, Tokens>(slots, tiles.steps, group, stop, x, sums);
       } else if (Form != kWide) {
-        sum_lines<T, Linear, Form == kWide ? 1 : Form, Tokens>(tiles, tile, group, stop, x, levels, sums);
+        sum_lines<T, Linear, Form == kWide ? 1 : Form, Tokens>(lines, group, stop, x, levels, sums);
       } else if constexpr (T != LOSA_I3) {
         sum_groups<T, Linear, Tokens>(tiles, tile, group, stop, x, levels, sums);
       }
       group = stop;
     }
     if (Form == kWindows && end < tiles.groups) {
-      const Slots border = FromScratch ? load_border(slots, tiles.steps, end)
-                                       : load_border<T, Linear>(tiles, tile, end, levels);
+      const Slots border =
+          FromScratch ? load_border(slots, tiles.steps, end) : load_border<T, Linear>(lines, end, levels);
       move_border<Tokens>(border, x, end * kTile, sums, next);
     }
     if (T != LOSA_I8) {
-      load_scales(p, scale_index(p, tile * kTile, g), scales);
+      load_scales(p, first_scale + g * kTile, scales);
     }
     for (int k = 0; k < Tokens; ++k) {
       const __m256 scale = _mm256_set1_ps(a.scale[(token + static_cast<size_t>(k)) * a.groups + g]);

@@ -89,7 +89,7 @@ void expand_rows(const Matrix512 &m, size_t first, size_t padded, uint8_t *panel
 
 inline void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first, size_t rows, size_t padded,
                          uint8_t *panel) {
-  if (t.parts.layout == LOSA_TILED) {
+  if (in_tiles(t.parts)) {
     panel_of_tile(t.parts, first / kTile, padded, panel);
     return;
   }
@@ -198,7 +198,7 @@ inline void matmul_levels(const losa_tensor &t, const Activations &a, size_t beg
   auto *room = static_cast<uint8_t *>(scratch);
   const Matrix512 matrix(t);
   const size_t group = activation_group(p);
-  const int shift = p.layout == LOSA_TILED ? 0 : bias_shift(levels_of(p));
+  const int shift = in_tiles(p) ? 0 : bias_shift(levels_of(p));
   auto *scales = reinterpret_cast<float *>(room + kPanelRows * a.padded);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;

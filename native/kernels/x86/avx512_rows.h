@@ -11,7 +11,7 @@ namespace {
 // is added to the sums.
 inline __m512i as_factor(__m512i levels) { return _mm512_xor_si512(levels, _mm512_set1_epi8(-128)); }
 inline __m512i dot(__m512i acc, __m512i factor, __m512i x) {
-#if defined(LOSA_EMULATED_AVX512)
+#if defined(LOSA_EMULATED)
   return _mm512_dpbusd_epi32(acc, factor, x);
 #else
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(factor), "v"(x));  // GCC 12 moves every sum to and fro

@@ -11,6 +11,13 @@
 namespace losa {
 namespace {
 
+inline uint8_t *store_quad(__m512i levels, uint8_t *panel) {
+  _mm512_storeu_si512(panel, as_factor(levels));
+  return panel + sizeof levels;
+}
+
+constexpr int kColumns = int{kQuad};  // of a quad
+
 // Levels of 16 columns of a tile: four quads of columns, in each of them 4 bytes for each of the 16 rows.
 struct Quads {
   Quads() {
@@ -21,8 +28,7 @@ struct Quads {
 
   uint8_t *store(uint8_t *panel) const {
     for (const auto &v : quad) {
-      _mm512_storeu_si512(panel, as_factor(v));
-      panel += sizeof v;
+      panel = store_quad(v, panel);
     }
     return panel;
   }
@@ -36,9 +42,9 @@ inline __m512i by_row(__m256i step) {
   return _mm512_permutexvar_epi32(order, _mm512_cvtepu16_epi32(step));
 }
 
-// Both slots of every row, alone in their dwords: levels, and bits to shift them by from the start of the
-// group. What is shifted out of a dword, to either side, is gone: counts are unsigned. Slots are not Linear,
-// so that their sign is the level itself.
+// Both slots of every row, alone in their dwords: levels, and bits to shift them by from where their places
+// begin, the start of a group or of a window. What is shifted out of a dword, to either side, is gone: counts
+// are unsigned. Slots are not Linear, so that their sign is the level itself.
 struct Shifts {
   explicit Shifts(const Slots &w) {
     const __m512i at = by_row(w.at), level = by_row(w.sign), bits = _mm512_set1_epi32(15 << 3);
@@ -48,8 +54,9 @@ struct Shifts {
     high = _mm512_srli_epi32(level, 8);
   }
 
-  __m512i in_quad(__m512i level, __m512i shift, int quad) const {
-    return _mm512_sllv_epi32(level, _mm512_sub_epi32(shift, _mm512_set1_epi32(32 * quad)));
+  // In the dword that begins `offset` positions after the places.
+  static __m512i in_quad(__m512i level, __m512i shift, int offset) {
+    return _mm512_sllv_epi32(level, _mm512_sub_epi32(shift, _mm512_set1_epi32(8 * offset)));
   }
 
   __m512i first, second, low, high;
@@ -58,7 +65,8 @@ struct Shifts {
 inline void add_slots(const Slots &w, Quads *out) {
   const Shifts s(w);
   for (int q = 0; q < 4; ++q) {
-    const __m512i first = s.in_quad(s.low, s.first, q), second = s.in_quad(s.high, s.second, q);
+    const __m512i first = s.in_quad(s.low, s.first, kColumns * q);
+    const __m512i second = s.in_quad(s.high, s.second, kColumns * q);
     out->quad[q] = _mm512_ternarylogic_epi32(out->quad[q], first, second, 0xfe);
   }
 }
@@ -67,8 +75,8 @@ inline void add_slots(const Slots &w, Quads *out) {
 template <int First, int Second>
 inline void add_known(const Slots &w, Quads *out) {
   const Shifts s(w);
-  out->quad[First] = _mm512_or_si512(out->quad[First], s.in_quad(s.low, s.first, First));
-  out->quad[Second] = _mm512_or_si512(out->quad[Second], s.in_quad(s.high, s.second, Second));
+  out->quad[First] = _mm512_or_si512(out->quad[First], s.in_quad(s.low, s.first, kColumns * First));
+  out->quad[Second] = _mm512_or_si512(out->quad[Second], s.in_quad(s.high, s.second, kColumns * Second));
 }
 
 template <losa_value_type T>
@@ -87,7 +95,7 @@ void panel_of_groups(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *p
 template <losa_value_type T, int N>
 void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
   const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
-  ValueLines<T> at(tiles, tile, 0);
+  ValueLines<T> at(tiles, tile);
   const auto slots = [&](auto step, __m256i four) {
     constexpr int kStep = decltype(step)::value;
     const __m256i top = T == LOSA_I3 ? at.highest() : four;
@@ -113,6 +121,35 @@ void panel_of_quads(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *pa
   }
 }
 
+// Step i of windows: the one of its first slots begins a position before quad i, that of its second ones a
+// position after the start of quad i, so that these may lie in the quad behind and those in the quad before.
+template <losa_value_type T>
+void panel_of_windows(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *panel) {
+  const uint8_t *line = tiles.positions + tile * tiles.lines() * Tiles::kStep;
+  ValueLines<T> at(tiles, tile);
+  __m512i before = _mm512_setzero_si512(), here = before;
+  for (size_t group = 0; group < tiles.groups; ++group, line += Tiles::kStep, at.next()) {
+    const __m256i four = load_step(line), top = T == LOSA_I3 ? at.highest() : four;
+    const auto add = [&](auto step) {
+      constexpr int kStep = decltype(step)::value;
+      const __m256i places = _mm256_and_si256(_mm256_srli_epi16(four, 2 * kStep), _mm256_set1_epi8(3));
+      const Shifts s(load_short<T, false, kStep>(at.values, top, places, levels));
+      before = _mm512_or_si512(before, s.in_quad(s.low, s.first, 1 - kColumns));
+      if (kStep > 0 || group > 0) {  // there is no quad before the first
+        panel = store_quad(before, panel);
+      }
+      const __m512i first = s.in_quad(s.low, s.first, 1), second = s.in_quad(s.high, s.second, -1);
+      before = _mm512_ternarylogic_epi32(here, first, second, 0xfe);
+      here = s.in_quad(s.high, s.second, kColumns - 1);
+    };
+    add(std::integral_constant<int, 0>());
+    add(std::integral_constant<int, 1>());
+    add(std::integral_constant<int, 2>());
+    add(std::integral_constant<int, 3>());
+  }
+  store_quad(before, panel);
+}
+
 template <losa_value_type T>
 void panel_of_tile_as(const losa_parts &p, size_t tile, uint8_t *panel) {
   const Tiles tiles(p);
@@ -120,7 +157,9 @@ void panel_of_tile_as(const losa_parts &p, size_t tile, uint8_t *panel) {
   if (T != LOSA_I8) {
     levels = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i *>(p.table.data)));
   }
-  if (p.m == kQuad) {
+  if (p.layout == LOSA_SLIDING) {
+    panel_of_windows<T>(tiles, tile, levels, panel);
+  } else if (p.m == kQuad) {
     (p.n == 1 ? panel_of_quads<T, 1> : panel_of_quads<T, 2>)(tiles, tile, levels, panel);
   } else if constexpr (T != LOSA_I3) {
     panel_of_groups<T>(tiles, tile, levels, panel);

@@ -19,7 +19,7 @@ inline __m512i load_low(const uint8_t *p) {
 // know what it may read, which some CPUs do slowly (and an emulator wrongly). All 64 bytes are there.
 template <typename Vector>
 inline Vector loaded(Vector v) {
-#if !defined(LOSA_EMULATED_AVX512)
+#if !defined(LOSA_EMULATED)
   __asm__("" : "+v"(v));
 #endif
   return v;

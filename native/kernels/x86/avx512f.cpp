@@ -13,6 +13,7 @@ constexpr Target table() {
   target.matvec_values = matvec_values;
   target.matmul_values = multiply_panels<float, expand_values, values_panel>;
   target.multiply_tiles = multiply_tiles;
+  target.multiply_windows = multiply_windows;
   return target;
 }
 

@@ -8,16 +8,18 @@ namespace {
 
 constexpr size_t kWorthPanels = 32;  // tokens; fewer multiply what is kept of a tile
 
-void tiles_or_panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                     size_t ldy, void *scratch) {
-  (a.tokens < kWorthPanels ? multiply_tiles : matmul_levels)(t, a, begin, end, y, ldy, scratch);
+template <Multiply Few>
+void few_or_panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
+                   void *scratch) {
+  (a.tokens < kWorthPanels ? Few : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 constexpr Target table() {
   Target target{"avx512vnni", &kAvx512};
   target.matvec_levels = matvec_levels;
   target.matmul_levels = matmul_levels;
-  target.multiply_tiles = tiles_or_panels;
+  target.multiply_tiles = few_or_panels<multiply_tiles>;
+  target.multiply_windows = few_or_panels<multiply_windows>;
   return target;
 }
 
