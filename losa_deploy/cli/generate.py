@@ -49,7 +49,8 @@ def add_speculate(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         choices=("off", "ngram", "auto"),
         default="off",
-        help="draft what followed the same words before: ngram the same in every run, auto by measured times",
+        metavar="MODE",
+        help="draft what followed the same words before: off (default), ngram, or auto (by measured times)",
     )
 
 

@@ -99,9 +99,7 @@ def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Eng
             args.model, threads=threads, slots=args.parallel or PARALLEL, context=args.context
         )
         warn_of_fallback(runtime, console)
-        return SlotEngine(
-            runtime.name, slots, queue=args.queue, log=console.warn, speculate=args.speculate
-        )
+        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn, speculate=args.speculate)
     if args.parallel is not None and args.parallel > 1:
         raise UsageError(
             f"--parallel is {args.parallel}, but the runtime {runtime.name} answers one request at a time.",
