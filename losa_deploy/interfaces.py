@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,6 +252,19 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the model; the session cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class RewindableSession(Session, Protocol):
+    """A session that can take tokens back; only such ones are asked to check drafts."""
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens in one pass; logits [len(tokens), vocab] after each. Needs a `prefill` before."""
+        ...
+
+    def rewind(self, length: int) -> bool:
+        """Forget what comes after the first `length` tokens; False, and nothing happens, if it cannot."""
         ...
 
 

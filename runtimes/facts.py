@@ -64,10 +64,15 @@ def check_tokens(tokens: Sequence[int], vocab_size: int, context_length: int) ->
 
 def check_step(token: int, position: int, vocab_size: int, context_length: int) -> None:
     """Checks of one more token at `position` (0 = first); `position` 0 means that no prefill was done."""
+    check_steps((token,), position, vocab_size, context_length)
+
+
+def check_steps(tokens: Sequence[int], position: int, vocab_size: int, context_length: int) -> None:
+    """The same of several tokens, the first of them at `position`."""
     if position == 0:
         raise RuntimeError("step() needs a prefill() before it")
-    check_tokens((token,), vocab_size, 0)
-    if context_length and position >= context_length:
+    check_tokens(tokens, vocab_size, 0)
+    if context_length and position + len(tokens) > context_length:
         raise InputError(
             f"The sequence has {position} tokens, the model's context holds {context_length}.",
             hint="Start a new sequence.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,9 +106,14 @@ def stream_text(
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """The continuation as text pieces; ends before the first of the `stop` strings."""
+    return text_of(generate(session, prompt, options), tokenizer, stop)
+
+
+def text_of(tokens: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Tokens as text pieces; takes no more of them once a `stop` string has come."""
     decoder = StreamDecoder(tokenizer)
     scanner = StopScanner(stop)
-    for token in generate(session, prompt, options):
+    for token in tokens:
         text = scanner.feed(decoder.feed(token))
         if text:
             yield text
@@ -116,6 +122,28 @@ def stream_text(
     rest = scanner.feed(decoder.flush()) + scanner.flush()
     if rest:
         yield rest
+
+
+class TokenClock:
+    """Counts the tokens that pass, and the time from the first to the last."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._first = self._last = 0.0
+
+    def watch(self, tokens: Iterable[int]) -> Iterator[int]:
+        """The same tokens."""
+        for token in tokens:
+            self._last = time.perf_counter()
+            self._first = self._first or self._last
+            self.tokens += 1
+            yield token
+
+    @property
+    def per_second(self) -> float | None:
+        """Tokens per second after the first one, so without the prompt; None of fewer than two."""
+        seconds = self._last - self._first
+        return (self.tokens - 1) / seconds if seconds > 0 else None
 
 
 class StopScanner:

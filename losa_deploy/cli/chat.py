@@ -29,11 +29,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     from losa_deploy.cli.stages import warn_of_fallback
     from losa_deploy.pipeline import pick_runtime
     from losa_deploy.runtimes.chat import ChatSession
+    from losa_deploy.runtimes.speculation import Counts, speculative
     from losa_deploy.text.tokenizer import load_tokenizer
 
     runtime = pick_runtime(args.model, args.runtime)
     tokenizer = load_tokenizer(args.model)
-    session = runtime.open(args.model, threads=thread_count(args))
+    session = speculative(runtime.open(args.model, threads=thread_count(args)), args.speculate, Counts())
     warn_of_fallback(runtime, console)
     try:
         chat = ChatSession(

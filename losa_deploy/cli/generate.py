@@ -39,7 +39,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among N tokens; 0 = all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample within probability X")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
+    add_speculate(parser)
     add_threads(parser)
+
+
+def add_speculate(parser: argparse.ArgumentParser) -> None:
+    """Whether tokens are drafted."""
+    parser.add_argument(
+        "--speculate",
+        choices=("off", "ngram", "auto"),
+        default="off",
+        metavar="MODE",
+        help="draft what followed the same words before: off (default), ngram, or auto (by measured times)",
+    )
 
 
 def sampling(args: argparse.Namespace, stop_ids: tuple[int, ...] = ()) -> GenerateOptions:
@@ -72,7 +84,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
     from losa_deploy.cli.stages import warn_of_fallback
     from losa_deploy.pipeline import pick_runtime
-    from losa_deploy.runtimes.generate import stream_text
+    from losa_deploy.runtimes.generate import TokenClock, generate, text_of
+    from losa_deploy.runtimes.speculation import Counts, speculative
     from losa_deploy.text.tokenizer import load_tokenizer
 
     text = args.prompt if args.prompt is not None else _standard_input()
@@ -84,12 +97,14 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     else:
         prompt = tokenizer.encode(text)
     options = sampling(args, tokenizer.eos_ids)
-    session = runtime.open(args.model, threads=thread_count(args))
+    counts, clock = Counts(), TokenClock()
+    session = speculative(runtime.open(args.model, threads=thread_count(args)), args.speculate, counts)
     warn_of_fallback(runtime, console)
     start = time.perf_counter()
     pieces: list[str] = []
     try:
-        for piece in stream_text(session, tokenizer, prompt, options, args.stop):
+        tokens = clock.watch(generate(session, prompt, options))
+        for piece in text_of(tokens, tokenizer, args.stop):
             pieces.append(piece)
             if not args.json:
                 console.stream(piece)
@@ -106,6 +121,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             "runtime": runtime.name,
             "prompt_tokens": len(prompt),
             "text": "".join(pieces),
+            "generated_tokens": clock.tokens,
+            "drafted_tokens": counts.drafted,
+            "accepted_tokens": counts.accepted,
+            "tokens_per_second": clock.per_second,
             "total_seconds": seconds,
         }
     )

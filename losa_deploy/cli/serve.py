@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
 from losa_deploy.cli.flags import add_threads, positive, thread_count
-from losa_deploy.cli.generate import add_model_folder
+from losa_deploy.cli.generate import add_model_folder, add_speculate
 from losa_deploy.console import Console
 from losa_deploy.errors import MissingError, UsageError
 
@@ -39,6 +39,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="most tokens per request (default: the model's)",
     )
     parser.add_argument("--api-key", metavar="KEY", help=f"key that clients must send (also: {KEY_VARIABLE})")
+    add_speculate(parser)
     add_threads(parser)
 
 
@@ -98,7 +99,7 @@ def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Eng
             args.model, threads=threads, slots=args.parallel or PARALLEL, context=args.context
         )
         warn_of_fallback(runtime, console)
-        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn)
+        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn, speculate=args.speculate)
     if args.parallel is not None and args.parallel > 1:
         raise UsageError(
             f"--parallel is {args.parallel}, but the runtime {runtime.name} answers one request at a time.",
@@ -106,7 +107,14 @@ def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Eng
         )
     session = runtime.open(args.model, threads=threads)
     warn_of_fallback(runtime, console)
-    return QueueEngine(runtime.name, session, queue=args.queue, context=args.context, log=console.warn)
+    return QueueEngine(
+        runtime.name,
+        session,
+        queue=args.queue,
+        context=args.context,
+        log=console.warn,
+        speculate=args.speculate,
+    )
 
 
 def _name(path: Path) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from losa_deploy.bindings.llama_cpp import logged_errors
 from losa_deploy.errors import LosaError, ResourceError
 
-from ..facts import check_step, check_tokens
+from ..facts import check_step, check_steps, check_tokens
 
 BATCH = 512
 """Tokens that llama.cpp is given at once."""
@@ -122,6 +122,25 @@ class LlamaCppSession:
         self._decode((token,), self._length, last=True)
         self._length += 1
         return self._last()
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append up to `BATCH` tokens in one pass; logits [len(tokens), vocab] after each."""
+        length = self._length + len(tokens)
+        check_steps(tokens, self._length, self.vocab_size, self.context_length)
+        if length > self._capacity:
+            self._make_room(length)
+        self._decode(tokens, self._length, every=True)
+        self._length = length
+        rows = self._library.llama_get_logits(self._context)
+        return np.array(np.ctypeslib.as_array(rows, (len(tokens), self.vocab_size)), np.float32)
+
+    def rewind(self, length: int) -> bool:
+        """Forget what comes after the first `length` tokens; False if this model's cache cannot."""
+        memory = self._library.llama_get_memory(self._open_context())
+        if not self._library.llama_memory_seq_rm(memory, 0, length, -1):
+            return False
+        self._length = length
+        return True
 
     def close(self) -> None:
         """Free the context and the model."""

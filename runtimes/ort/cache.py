@@ -60,6 +60,13 @@ class GrowingCache:
         """Keep the present tensors of the run, in the order in which they were bound."""
         self._values = outputs
 
+    def cut(self, length: int) -> None:
+        """Forget what comes after the first `length` tokens."""
+        import onnxruntime as ort
+
+        kept = [np.ascontiguousarray(value.numpy()[:, :, :length]) for value in self._values]
+        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in kept]
+
 
 class SharedCache:
     """Past and present are one buffer with room to spare; the graph writes only the new rows.
@@ -99,6 +106,10 @@ class SharedCache:
 
     def take(self, outputs: Sequence[ort.OrtValue]) -> None:
         """Nothing to keep: the buffers were written in place."""
+
+    def cut(self, length: int) -> None:
+        """Forget what comes after the first `length` tokens: the next run writes over it."""
+        self._used = length
 
     def _grow(self, length: int) -> None:
         import onnxruntime as ort

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from losa_deploy.errors import InputError, MissingError
 from losa_deploy.interfaces import Runtime
 
-from ..facts import ModelFacts, check_step, check_tokens, thread_count
+from ..facts import ModelFacts, check_step, check_steps, check_tokens, thread_count
 from .cache import GrowingCache, SharedCache
 from .graph import Graph, read_graph
 from .library import LOADING_BYTES, check_target, operators_state, register
@@ -151,12 +151,28 @@ class OrtSession:
         check_tokens(tokens, self.vocab_size, self.context_length)
         self._length = 0
         self._cache.reset()
-        return self._run(tokens)
+        return self._last(tokens)
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token; logits [vocab] after it."""
         check_step(token, self._length, self.vocab_size, self.context_length)
-        return self._run((token,))
+        return self._last((token,))
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens in one run; logits [len(tokens), vocab] after each."""
+        start = self._length
+        check_steps(tokens, start, self.vocab_size, self.context_length)
+        rows = np.array(self._run(tokens), np.float32)
+        if len(rows) == len(tokens):
+            return rows
+        self.rewind(start)
+        return np.stack([self.step(token) for token in tokens])
+
+    def rewind(self, length: int) -> bool:
+        """Forget what comes after the first `length` tokens."""
+        self._cache.cut(length)
+        self._length = length
+        return True
 
     def close(self) -> None:
         """Free the session and its cache."""
@@ -190,7 +206,12 @@ class OrtSession:
             feeds["position_ids"] = np.arange(past, total, dtype=self._graph.id_dtype)[None]
         return feeds
 
-    def _run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def _last(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens; logits [vocab] after the last one."""
+        return np.array(self._run(tokens)[-1], np.float32)
+
+    def _run(self, tokens: Sequence[int]) -> NDArray[np.generic]:
+        """Append tokens; the logits that the graph returns [tokens or 1, vocab], valid until the next run."""
         import onnxruntime as ort
 
         total = self._length + len(tokens)
@@ -207,10 +228,12 @@ class OrtSession:
         self._session.run_with_iobinding(self._binding)
         self._length = total
         if stays:
-            return np.array(self._step_logits[0, -1], np.float32)
+            step: NDArray[np.generic] = self._step_logits[0]
+            return step
         outputs = self._binding.get_outputs()
         self._cache.take(outputs[1:])
-        return np.array(outputs[0].numpy()[0, -1], np.float32)
+        several: NDArray[np.generic] = outputs[0].numpy()[0]
+        return several
 
 
 def _cannot_open(folder: Path, error: Exception) -> InputError:

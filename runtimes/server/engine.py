@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..generate import GenerateOptions, pick
+from ..speculation import Counts
 
 FinishReason = Literal["stop", "length"]
 Log = Callable[[str], None]
@@ -61,6 +62,8 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Ticket:
@@ -196,6 +199,7 @@ class ThreadedEngine(ABC):
         self._condition = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._counters = _Counters()
+        self._counts = Counts()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="losa-engine", daemon=True)
 
@@ -219,7 +223,13 @@ class ThreadedEngine(ABC):
         with self._condition:
             c = self._counters
             return EngineStats(
-                c.active, len(self._waiting), c.prompt_tokens, c.generated_tokens, c.cached_tokens
+                c.active,
+                len(self._waiting),
+                c.prompt_tokens,
+                c.generated_tokens,
+                c.cached_tokens,
+                self._counts.drafted,
+                self._counts.accepted,
             )
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Counters of the HTTP layer and the engine in Prometheus' text format.
 
-Written out here: eight counters and three gauges are fewer lines than the client library's setup.
+Written out here: ten counters and three gauges are fewer lines than the client library's setup.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Metrics:
                 stats.cached_tokens,
             ),
             ("losa_generated_tokens_total", "Tokens generated.", stats.generated_tokens),
+            ("losa_drafted_tokens_total", "Tokens drafted from the text.", stats.drafted_tokens),
+            ("losa_accepted_tokens_total", "Those of them generated.", stats.accepted_tokens),
             ("losa_request_seconds_sum", "Seconds of answered completion requests.", self.seconds),
             ("losa_request_seconds_count", "Answered completion requests.", self.finished),
             ("losa_first_token_seconds_sum", "Seconds until the first text.", self.first_token_seconds),

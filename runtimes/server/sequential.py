@@ -6,19 +6,22 @@ import traceback
 
 from losa_deploy.interfaces import Session
 
+from ..speculation import Mode, speculative
 from .engine import Course, EngineFailure, Log, ThreadedEngine
 
 
 class QueueEngine(ThreadedEngine):
     """For runtimes whose session holds a single sequence."""
 
-    def __init__(self, name: str, session: Session, *, queue: int, context: int, log: Log) -> None:
+    def __init__(
+        self, name: str, session: Session, *, queue: int, context: int, log: Log, speculate: Mode = "off"
+    ) -> None:
         """`context` 0: as long as the model allows."""
         limit = min(context or session.context_length, session.context_length or context)
         super().__init__(
             name, slots=1, queue=queue, context_length=limit, vocab_size=session.vocab_size, log=log
         )
-        self._session = session
+        self._session = speculative(session, speculate, self._counts)
         self.start()
 
     def _work(self) -> None:

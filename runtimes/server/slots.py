@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..speculation import COSTS, DRAFTS, Drafter, Mode
 from .engine import Course, EngineFailure, Log, ThreadedEngine, Ticket
 
 CHUNK_BESIDE = 64
@@ -77,6 +79,7 @@ class _Slot:
     """Tokens that the session has to be given before the next one can be chosen."""
     alone: bool = False
     """It was in a pass that failed: until it has passed by itself, it is computed by itself."""
+    drafter: Drafter | None = None
 
     @property
     def ready(self) -> bool:
@@ -96,7 +99,9 @@ class _Slot:
 class SlotEngine(ThreadedEngine):
     """Continuous batching: requests join and leave between any two passes."""
 
-    def __init__(self, name: str, session: BatchSession, *, queue: int, log: Log) -> None:
+    def __init__(
+        self, name: str, session: BatchSession, *, queue: int, log: Log, speculate: Mode = "off"
+    ) -> None:
         super().__init__(
             name,
             slots=session.slots,
@@ -106,6 +111,7 @@ class SlotEngine(ThreadedEngine):
             log=log,
         )
         self._session = session
+        self._costs = COSTS[speculate]() if speculate in COSTS else None
         self._places = [_Slot(number) for number in range(session.slots)]
         self.start()
 
@@ -139,6 +145,7 @@ class SlotEngine(ThreadedEngine):
         kept = self._session.cut(slot.number, slot.shared(course.prompt))
         del slot.held[kept:]
         slot.pending = list(course.prompt[kept:])
+        slot.drafter = None if self._costs is None else Drafter(course.prompt, self._costs)
         self._count_prompt(len(course.prompt), cached=kept)
 
     def _drop_cancelled(self) -> None:
@@ -165,22 +172,66 @@ class SlotEngine(ThreadedEngine):
                 Row(slot.number, token, len(slot.held) + i, whole and i == len(part) - 1)
                 for i, token in enumerate(part)
             ]
+        if len(busy) == 1 and replying:  # passes that several requests share have several rows anyway
+            rows += self._drafted(replying[0])
         return rows
 
+    def _drafted(self, slot: _Slot) -> list[Row]:
+        """Rows after the next token of a slot, for what its reply may go on with."""
+        if slot.drafter is None:
+            return []
+        first = len(slot.held) + 1
+        room = min(self._session.batch - 1, max(DRAFTS))
+        if self.context_length:
+            room = min(room, self.context_length - first)
+        draft = slot.drafter.draft(room)
+        return [Row(slot.number, token, first + i, True) for i, token in enumerate(draft)]
+
     def _pass(self, rows: Sequence[Row]) -> None:
+        start = time.perf_counter()
         try:
-            logits = iter(self._session.decode(rows))
+            logits = self._session.decode(rows)
         except Exception:
             self._log(traceback.format_exc())
             self._start_over({row.slot for row in rows})
             return
+        seconds = time.perf_counter() - start
         for row in rows:
             slot = self._places[row.slot]
             slot.held.append(row.token)
-            slot.pending.pop(0)
-        for row in rows:
-            if row.wanted:
-                self._choose(self._places[row.slot], next(logits))
+            del slot.pending[:1]
+        wanted = [row for row in rows if row.wanted]
+        if len(wanted) == len(rows) and len({row.slot for row in rows}) == 1:
+            if self._costs is not None:
+                self._costs.record(len(rows), seconds)
+            self._choose_among(self._places[rows[0].slot], rows, logits)
+            return
+        for row, values in zip(wanted, logits, strict=True):
+            self._choose(self._places[row.slot], values)
+
+    def _choose_among(self, slot: _Slot, rows: Sequence[Row], logits: Sequence[NDArray[np.float32]]) -> None:
+        """The next tokens of one slot after a draft: those drafted count as long as they are chosen."""
+        length = rows[0].position + 1
+        self._counts.drafted += len(rows) - 1
+        for index, values in enumerate(logits):
+            token = self._choose(slot, values)
+            if token is None or index + 1 == len(rows) or token != rows[index + 1].token:
+                break
+            slot.pending = []
+            length += 1
+            self._counts.accepted += 1
+        if length < len(slot.held):
+            self._take_back(slot, length)
+
+    def _take_back(self, slot: _Slot, length: int) -> None:
+        """Drop what a slot holds beyond its first `length` tokens; if it cannot, nothing is drafted again."""
+        kept = self._session.cut(slot.number, length)
+        if kept < length:
+            self._costs = None
+            slot.drafter = None
+            if slot.course is not None:
+                slot.pending = slot.held[kept:length] + slot.pending
+        del slot.held[kept:]
 
     def _start_over(self, failed: set[int]) -> None:
         """After a pass of these slots failed: all are computed anew, those of the pass one by one.
@@ -199,8 +250,8 @@ class SlotEngine(ThreadedEngine):
                 slot.course.end = EngineFailure("the runtime failed")
                 self._release(slot)
 
-    def _choose(self, slot: _Slot, logits: NDArray[np.float32]) -> None:
-        """The next token of one slot; a failure here is its own, not that of the others."""
+    def _choose(self, slot: _Slot, logits: NDArray[np.float32]) -> int | None:
+        """The next token of one slot, None at its end; a failure here is its own, not that of the others."""
         assert slot.course is not None
         slot.alone = False
         try:
@@ -211,12 +262,16 @@ class SlotEngine(ThreadedEngine):
             token = None
         if token is None:
             self._release(slot)
-        else:
-            slot.pending = [token]
+            return None
+        if slot.drafter is not None:
+            slot.drafter.add(token)
+        slot.pending = [token]
+        return token
 
     def _release(self, slot: _Slot) -> None:
         assert slot.course is not None
         course, slot.course, slot.pending, slot.alone = slot.course, None, [], False
+        slot.drafter = None
         self._done(course.ticket, course.end)
 
     def _fail(self, words: str) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -80,6 +81,16 @@ def test_a_gguf_file_is_served_in_parallel(gguf_models: dict[bool, Path], packed
         assert figures["errors"] == 0
         assert figures["requests"] >= 8
         assert figures["p95_seconds"] >= figures["p50_seconds"] > 0
+
+
+def test_the_flag_of_drafts_reaches_the_engine(gguf_models: dict[bool, Path]) -> None:
+    with served(gguf_models[True], "--model-name", "tiny", "--speculate", "ngram") as ready:
+        assert len(text(ready["url"], "Anna has 2 red apples. " * 4 + "Anna")) > 5
+        address = str(ready["url"]).removesuffix("/v1")
+        with urllib.request.urlopen(f"{address}/metrics", timeout=20) as answer:
+            lines = answer.read().decode().splitlines()
+    (drafted,) = (line for line in lines if line.startswith("losa_drafted_tokens_total "))
+    assert float(drafted.split()[1]) > 0
 
 
 def test_an_onnx_folder_is_served_with_a_key(tiny_dense_onnx: Path) -> None:

@@ -1,0 +1,268 @@
+"""Drafts from the text itself: what followed the same words earlier is checked in one pass of several rows.
+
+A drafted token counts only if the caller then chooses it, with the random numbers of a run without
+drafts. So drafts change the speed, and the text only as far as logits of several rows at once differ
+from those of single ones in their last digits (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from losa_deploy.interfaces import RewindableSession, Session
+
+Mode = Literal["off", "ngram", "auto"]
+SHORTEST_MATCH, LONGEST_MATCH = 2, 4
+"""Tokens at the end of the text that have to have come before."""
+DRAFTS = (0, 1, 3, 7)
+"""Tokens of a draft; with the one before them these are the row counts that kernels like."""
+SURE = 8
+"""A match of so many tokens says no more than one of even more."""
+FADING = 0.9
+"""What an observation weighs after the next one of its kind."""
+ASSUMED_ROW = 0.25
+"""A further row of a pass, in passes of one row, where nothing was measured."""
+SAMPLES, ENOUGH, STALE = 5, 3, 500
+"""Times kept for a row count, those it takes to believe them, and passes after which they are forgotten."""
+
+
+class Costs(Protocol):
+    """What passes of several rows take."""
+
+    def __call__(self, rows: int) -> float:
+        """Time of a pass with so many rows, in passes of one row."""
+        ...
+
+    def record(self, rows: int, seconds: float) -> None:
+        """A pass took so long."""
+        ...
+
+
+class AssumedCosts:
+    """Always the same, so that the same text gets the same passes in every run."""
+
+    def __call__(self, rows: int) -> float:
+        """One pass, and a part of one for each further row."""
+        return 1.0 + ASSUMED_ROW * (rows - 1)
+
+    def record(self, rows: int, seconds: float) -> None:
+        """Nothing is learnt."""
+
+
+class MeasuredCosts:
+    """Medians of recent passes; what is unknown, or was measured long ago, is assumed and so tried again."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, deque[float]] = {}
+        self._passes = 0
+        self._last: dict[int, int] = {}
+
+    def __call__(self, rows: int) -> float:
+        """As measured, with passes of one row as the unit."""
+        one, several = self._median(1), self._median(rows)
+        return several / one if one and several else AssumedCosts()(rows)
+
+    def record(self, rows: int, seconds: float) -> None:
+        """Keep it, and forget what is too old to be compared with it."""
+        self._passes += 1
+        if self._passes - self._last.get(rows, 0) > STALE:
+            self._times.pop(rows, None)
+        self._last[rows] = self._passes
+        self._times.setdefault(rows, deque(maxlen=SAMPLES)).append(seconds)
+
+    def _median(self, rows: int) -> float | None:
+        times = self._times.get(rows, ())
+        fresh = self._passes - self._last.get(rows, 0) <= STALE
+        return median(times) if len(times) >= ENOUGH and fresh else None
+
+
+@dataclass
+class Counts:
+    """Tokens that were drafted, and those of them that were chosen."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass
+class _Agreement:
+    """How often the text went on as foreseen; it starts as one time in two."""
+
+    right: float = 1.0
+    seen: float = 2.0
+
+    def add(self, right: bool) -> None:
+        self.right = FADING * self.right + right
+        self.seen = FADING * self.seen + 1.0
+
+    @property
+    def share(self) -> float:
+        return self.right / self.seen
+
+
+class Drafter:
+    """One sequence: foresees its next tokens, and says how many of them are worth a pass.
+
+    Each token is compared with what was foreseen, drafted or not, so that a text which begins to
+    repeat itself is noticed without a try.
+    """
+
+    def __init__(self, prompt: Sequence[int], costs: Costs) -> None:
+        self._costs = costs
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        """A few tokens in a row → where the text went on after them the last time."""
+        self._next: int | None = None
+        """Where in the text the foreseen next token stands."""
+        self._matched = 0
+        self._agreements = [_Agreement() for _ in range(SURE + 1)]
+        """By the length of the match."""
+        for token in prompt:
+            self._append(token)
+        self._look_up()
+
+    def add(self, token: int) -> None:
+        """The text goes on with `token`."""
+        foreseen = self._next
+        if foreseen is not None:
+            right = self._text[foreseen] == token
+            self._agreements[self._matched].add(right)
+        self._append(token)
+        if foreseen is not None and right:
+            self._next, self._matched = foreseen + 1, min(SURE, self._matched + 1)
+        else:
+            self._look_up()
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """Up to `room` tokens that are worth checking after the text; often none."""
+        if self._next is None:
+            return ()
+        fitting = [count for count in DRAFTS if count <= room]
+        count = max(fitting, key=lambda n: (self._expected(n) / self._costs(1 + n), -n), default=0)
+        found: list[int] = []
+        for place in range(self._next, self._next + count):
+            # Beyond the end of the text the draft repeats itself.
+            found.append(self._text[place] if place < len(self._text) else found[place - len(self._text)])
+        return tuple(found)
+
+    def _append(self, token: int) -> None:
+        for size in range(SHORTEST_MATCH, LONGEST_MATCH + 1):
+            if len(self._text) >= size:
+                self._after[tuple(self._text[-size:])] = len(self._text)
+        self._text.append(token)
+
+    def _look_up(self) -> None:
+        self._next, self._matched = None, 0
+        for size in range(min(LONGEST_MATCH, len(self._text)), SHORTEST_MATCH - 1, -1):
+            place = self._after.get(tuple(self._text[-size:]))
+            if place is not None:
+                self._next, self._matched = place, size
+                return
+
+    def _expected(self, count: int) -> float:
+        """Tokens that a pass with a draft of `count` gives on average."""
+        total = chance = 1.0
+        for index in range(count):
+            chance *= self._agreements[min(SURE, self._matched + index)].share
+            total += chance
+        return total
+
+
+@dataclass
+class _Ahead:
+    """Drafted tokens that the session holds, and the logits after each; what was not chosen yet."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+class SpeculativeSession:
+    """A session whose steps are often answered by an earlier pass; to its caller it is like any other."""
+
+    def __init__(self, session: RewindableSession, costs: Costs, counts: Counts) -> None:
+        self._session = session
+        self._costs = costs
+        self._counts = counts
+        self._text: list[int] = []
+        self._ahead = _Ahead()
+        self._drafter: Drafter | None = None
+        self._can_rewind = True
+        self.vocab_size = session.vocab_size
+        self.context_length = session.context_length
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [len(tokens), vocab] of one sequence from an empty cache."""
+        self._reset()
+        return self._session.logits(tokens)
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Start a new sequence; logits [vocab] after its last token."""
+        self._reset()
+        logits = self._session.prefill(tokens)
+        self._text = list(tokens)
+        self._drafter = Drafter(tokens, self._costs) if self._can_rewind else None
+        return logits
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """Append one token; logits [vocab] after it."""
+        if self._drafter is None:
+            return self._session.step(token)
+        self._drafter.add(token)
+        ahead = self._ahead
+        if ahead.tokens and ahead.tokens[0] == token:
+            self._text.append(ahead.tokens.pop(0))
+            self._counts.accepted += 1
+            return ahead.logits.pop(0)
+        self._drop_ahead()
+        return self._pass(token)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._reset()
+        self._session.close()
+
+    def _reset(self) -> None:
+        self._text, self._ahead, self._drafter = [], _Ahead(), None
+
+    def _drop_ahead(self) -> None:
+        """Take what was drafted and not chosen out of the session."""
+        ahead, self._ahead = self._ahead, _Ahead()
+        if ahead.tokens and not self._session.rewind(len(self._text)):
+            self._session.prefill(self._text)
+            self._can_rewind = False
+
+    def _pass(self, token: int) -> NDArray[np.float32]:
+        draft = self._draft()
+        start = time.perf_counter()
+        rows = self._session.extend((token, *draft)) if draft else self._session.step(token)[None]
+        self._costs.record(len(rows), time.perf_counter() - start)
+        self._text.append(token)
+        self._counts.drafted += len(draft)
+        self._ahead = _Ahead(list(draft), list(rows[1:]))
+        first: NDArray[np.float32] = rows[0]
+        return first
+
+    def _draft(self) -> tuple[int, ...]:
+        if self._drafter is None or not self._can_rewind:
+            return ()
+        room = self.context_length - len(self._text) - 1 if self.context_length else max(DRAFTS)
+        return self._drafter.draft(room)
+
+
+COSTS: dict[Mode, Callable[[], Costs]] = {"ngram": AssumedCosts, "auto": MeasuredCosts}
+"""What decides about drafts, by mode; without an entry there are none."""
+
+
+def speculative(session: Session, mode: Mode, counts: Counts) -> Session:
+    """`session` with drafts as `mode` says; itself if it cannot take tokens back."""
+    if mode == "off" or not isinstance(session, RewindableSession):
+        return session
+    return SpeculativeSession(session, COSTS[mode](), counts)
