@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "buffer.h"
-#include "pages.h"
+#include "memory/huge_pages.h"
 
 namespace losa::ort {
 namespace {
@@ -227,7 +227,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
   demand(losa_parts_check(&parts));  // what shapes and attributes claim costs no memory until the bytes agree
   Weight &weight = weights_[index];
   for (losa_bytes *component : {&parts.positions, &parts.values, &parts.scale}) {
-    if (auto memory = move_to_huge_pages(component->data, component->bytes)) {
+    if (auto memory = huge_pages::move_if_mapped(component->data, component->bytes)) {
       component->data = memory.get();
       weight.moved.push_back(std::move(memory));
     }
