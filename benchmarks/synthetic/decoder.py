@@ -141,9 +141,11 @@ def _block(
     """One decoder block; takes and returns (new summand, residual stream without it)."""
     prefix = f"model.layers.{block}"
 
+    def site(name: str, x: str) -> Site:
+        return Site(f"{prefix}.{name}", x, f"{prefix}.{name}.out", weights[name])
+
     def linears(x: str, *names: str, packed: bool = False) -> list[str]:
-        sites = [Site(f"{prefix}.{name}", x, f"{prefix}.{name}.out", weights[name]) for name in names]
-        return kind.write(graph, sites, packed=packed)
+        return kind.write(graph, [site(name, x) for name in names], packed=packed)
 
     normed, residual = _norm(graph, geometry, f"{prefix}.input_layernorm", *streams)
     heads = linears(normed, *(f"self_attn.{part}_proj" for part in "qkv"), packed=True)
@@ -164,10 +166,8 @@ def _block(
     )
     (attention,) = linears(attended, "self_attn.o_proj")
     normed, residual = _norm(graph, geometry, f"{prefix}.post_attention_layernorm", attention, residual)
-    gate, up = linears(normed, "mlp.gate_proj", "mlp.up_proj")
-    graph.op("Sigmoid", [gate], [f"{gate}.sigmoid"])
-    graph.op("Mul", [gate, f"{gate}.sigmoid"], [f"{gate}.silu"])
-    product = graph.op("Mul", [f"{gate}.silu", up], [f"{prefix}.mlp.product"])
+    gate, up = (site(f"mlp.{part}_proj", normed) for part in ("gate", "up"))
+    product = kind.write_gated(graph, gate, up, f"{prefix}.mlp.product")
     (down,) = linears(product, "mlp.down_proj")
     return down, residual
 

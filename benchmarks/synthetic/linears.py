@@ -62,18 +62,40 @@ class Linear(Protocol):
         """
         ...
 
+    def write_gated(self, graph: GraphWriter, gate: Site, up: Site, output: str) -> str:
+        """Append what makes `output` = SiLU(gate) * up of two linears with the same input; returns it."""
+        ...
+
+
+def write_gating(graph: GraphWriter, gate: str, up: str, output: str) -> str:
+    """SiLU(gate) * up in standard operators."""
+    graph.op("Sigmoid", [gate], [f"{gate}.sigmoid"])
+    graph.op("Mul", [gate, f"{gate}.sigmoid"], [f"{gate}.silu"])
+    return graph.op("Mul", [f"{gate}.silu", up], [output])
+
+
+@dataclass(frozen=True)
+class UsedOperator:
+    """An operator of `ai.losa` in a model."""
+
+    packed: PackedTensor
+    """One tensor that it was used with."""
+    weights: int
+    gated: bool
+
 
 class Ours:
     """Operators of `ai.losa`, run by our library; a dense i8 head may be the tied embedding.
 
-    As in an exported model, linears with the same input share one node, and dense f32 is a plain MatMul.
+    As in an exported model, linears with the same input share one node, which also gates, and dense f32 is a
+    plain MatMul.
     """
 
     def __init__(self, storage: Storage, head: Storage, name: str = OURS) -> None:
         self._storage, self._head, self.name = storage, head, name
         self._plain = OrtFp32()
-        self.operators: dict[str, tuple[PackedTensor, int]] = {}
-        """Operator → one tensor it was used with, and how many weights it takes."""
+        self.operators: dict[str, UsedOperator] = {}
+        """By name."""
         kept = VALUE_TYPES[storage.value_type].bits * 1.05 * (1 - storage.sparsity)  # scales included
         self.bits = kept if storage.layout == "dense" else kept + min(2.0, 1.0 + kept)
 
@@ -83,11 +105,27 @@ class Ours:
 
     def write(self, graph: GraphWriter, sites: Sequence[Site], *, packed: bool = False) -> list[str]:
         storage = self._head if sites[0].head else self._storage
-        if (storage.layout, storage.value_type) == ("dense", "f32"):
+        if _is_plain(storage):
             return self._plain.write(graph, sites)
+        return self._write(graph, sites, storage, [site.y for site in sites])
+
+    def write_gated(self, graph: GraphWriter, gate: Site, up: Site, output: str) -> str:
+        if _is_plain(self._storage):
+            return self._plain.write_gated(graph, gate, up, output)
+        return self._write(graph, [gate, up], self._storage, [output], gated=True)[0]
+
+    def _write(
+        self,
+        graph: GraphWriter,
+        sites: Sequence[Site],
+        storage: Storage,
+        outputs: list[str],
+        *,
+        gated: bool = False,
+    ) -> list[str]:
         tensors = [site.weight.pack(storage) for site in sites]
-        operator = op_type(tensors[0], len(sites))
-        self.operators[operator] = (tensors[0], len(sites))
+        operator = op_type(tensors[0], len(sites), gated=gated)
+        self.operators[operator] = UsedOperator(tensors[0], len(sites), gated)
         as_embedding = storage.value_type == "i8"  # of embeddings, which a tied head shares
         inputs = [
             site.shared[part]
@@ -96,9 +134,12 @@ class Ours:
             for site, tensor in zip(sites, tensors, strict=True)
             for part, array in tensor.arrays.items()
         ]
-        outputs = [site.y for site in sites]
         graph.op(operator, [sites[0].x, *inputs], outputs, DOMAIN, **attributes(tensors[0]))
         return outputs
+
+
+def _is_plain(storage: Storage) -> bool:
+    return (storage.layout, storage.value_type) == ("dense", "f32")
 
 
 Weights = tuple[RandomWeight, ...]
@@ -111,6 +152,9 @@ class _Peer:
     def write(self, graph: GraphWriter, sites: Sequence[Site], *, packed: bool = False) -> list[str]:
         groups = [sites] if packed else [[site] for site in sites]
         return [self._write_group(graph, group) for group in groups]
+
+    def write_gated(self, graph: GraphWriter, gate: Site, up: Site, output: str) -> str:
+        return write_gating(graph, *self.write(graph, [gate, up]), output)
 
     def _write_group(self, graph: GraphWriter, sites: Sequence[Site]) -> str:
         weights = tuple(site.weight for site in sites)

@@ -37,13 +37,16 @@ BLOCK = 8
 F32, I32, U8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.UINT8
 
 
-def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) -> onnx.FunctionProto:
+def function(
+    packed: PackedTensor, weights: int = 1, *, gated: bool = False, unpadded: bool = False
+) -> onnx.FunctionProto:
     """The function that defines the operator of `packed`: Y[..., out] = X[..., in] @ W.T.
 
     With several weights the components are numbered (`values0`, `values1`), and so are the outputs.
-    `unpadded` promises that every tensor of the model that uses it is unpadded.
+    `gated` makes one output of two weights: SiLU(Y0) * Y1. `unpadded` promises that every tensor of the model
+    that uses it is unpadded.
     """
-    body, name, kind = Body(), op_type(packed, weights), VALUE_TYPES[packed.value_type]
+    body, name, kind = Body(), op_type(packed, weights, gated=gated), VALUE_TYPES[packed.value_type]
     inputs, outputs = ["X"], []
     for index in range(weights):
         body.suffix = str(index) if weights > 1 else ""
@@ -51,6 +54,8 @@ def function(packed: PackedTensor, weights: int = 1, *, unpadded: bool = False) 
         _finish(body, matrix, packed, unpadded=unpadded)
         inputs += [body.part(part) for part in packed.arrays]
         outputs.append(body.part("Y"))
+    if gated:
+        outputs = _gate(body, *outputs)
     imports = [helper.make_opsetid("", OPSET)]
     return helper.make_function(
         DOMAIN, name, inputs, outputs, body.nodes, imports, attributes=list(attributes(packed))
@@ -345,6 +350,13 @@ def _finish(body: Body, matrix: str, packed: PackedTensor, *, unpadded: bool) ->
     if "scale" in packed.arrays and not kind.grouped:
         body.op("Mul", product, body.cast(body.part("scale"), F32))
     body.nodes[-1].output[0] = body.part("Y")
+
+
+def _gate(body: Body, gate: str, up: str) -> list[str]:
+    """SiLU(gate) * up, as the only output."""
+    body.op("Mul", body.op("Mul", gate, body.op("Sigmoid", gate)), up)
+    body.nodes[-1].output[0] = "Y"
+    return ["Y"]
 
 
 def _spread_scale(body: Body, features: str, dimensions: int) -> str:

@@ -21,11 +21,34 @@ from .functions import function
 from .graph import DenseGraph
 from .lookup import lookup
 from .plan import Job, linear_options, table_options
-from .rewrite import Site, find_embedding, find_head, find_linears, replace_node, unpack_siblings
+from .rewrite import (
+    Gating,
+    Site,
+    find_embedding,
+    find_gating,
+    find_head,
+    find_linears,
+    replace_node,
+    unpack_siblings,
+)
 from .writer import Writer
 
 MOST_WEIGHTS = 3
 """Of one node: q, k and v."""
+GATED_WEIGHTS = 2
+"""Gate and up."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator that the graph uses."""
+
+    packed: PackedTensor
+    """One of the tensors stored for it."""
+    weights: int
+    gated: bool
+    unpadded: bool
+    """True if all its tensors are."""
 
 
 @dataclass
@@ -36,14 +59,14 @@ class Packing:
     writer: Writer
     linears: list[TensorRecord] = field(default_factory=list)
     others: list[TensorRecord] = field(default_factory=list)
-    used: dict[str, tuple[PackedTensor, int, bool]] = field(default_factory=dict)
-    """Operator → one tensor stored for it, how many weights it takes, and whether all are unpadded."""
+    used: dict[str, Operator] = field(default_factory=dict)
+    """Operators by name."""
 
     def functions(self) -> list[onnx.FunctionProto]:
         """Definitions of the operators in use, by name."""
         return [
-            function(packed, weights, unpadded=unpadded)
-            for _, (packed, weights, unpadded) in sorted(self.used.items())
+            function(use.packed, use.weights, gated=use.gated, unpadded=use.unpadded)
+            for _, use in sorted(self.used.items())
         ]
 
 
@@ -114,7 +137,8 @@ def _packed(job: Job, tensor: PlannedTensor) -> PackedTensor:
 def _place(packing: Packing, group: list[Stored]) -> None:
     """Replace the nodes of linears with the same input: by one node if they are stored alike.
 
-    One node rounds the activations once for all of them, and starts the threads once.
+    One node rounds the activations once for all of them, and starts the threads once. Of gate and up it also
+    makes their product, so that nothing writes and reads them in between.
     """
     first = group[0]
     alike = all(
@@ -125,8 +149,11 @@ def _place(packing: Packing, group: list[Stored]) -> None:
         for stored in group
     )
     together = [group] if alike and len(group) <= MOST_WEIGHTS else [[stored] for stored in group]
+    gating = _gating(packing, group) if alike else None
+    for node in gating.nodes if gating else ():
+        replace_node(packing.graph, node, [])
     for members in together:
-        nodes = [_matmul(packing, members)]
+        nodes = [_matmul(packing, members, gating)]
         for stored in members:
             bias = _bias(stored.site.node)
             if bias:
@@ -139,6 +166,13 @@ def _place(packing: Packing, group: list[Stored]) -> None:
         replace_node(packing.graph, members[0].site.node, nodes)
 
 
+def _gating(packing: Packing, group: list[Stored]) -> Gating | None:
+    """What the graph does with gate and up, if one node can do it: without biases, and with SiLU."""
+    if len(group) != GATED_WEIGHTS or any(_bias(stored.site.node) for stored in group):
+        return None
+    return find_gating(packing.graph, *(_target(stored) for stored in group))
+
+
 def _bias(node: onnx.NodeProto) -> str:
     """The bias of a Gemm, or nothing; it becomes an Add."""
     return node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
@@ -149,10 +183,11 @@ def _target(stored: Stored) -> str:
     return f"{stored.name}.product" if _bias(stored.site.node) else stored.site.node.output[0]
 
 
-def _matmul(packing: Packing, members: list[Stored]) -> onnx.NodeProto:
+def _matmul(packing: Packing, members: list[Stored], gating: Gating | None) -> onnx.NodeProto:
     """The node for one or several packed tensors, named after the first module."""
     first = members[0]
     x, outputs = first.site.node.input[0], [_target(stored) for stored in members]
+    outputs = [gating.output] if gating else outputs
     if first.is_plain:
         weight = packing.writer.add(f"{first.name}.weight", first.packed.arrays["values"].T)
         return helper.make_node("MatMul", [x, weight], outputs, name=first.name)
@@ -162,15 +197,23 @@ def _matmul(packing: Packing, members: list[Stored]) -> onnx.NodeProto:
         for part, array in stored.packed.arrays.items()
     ]
     name = "+".join([first.name, *(stored.name.rpartition(".")[2] for stored in members[1:])])
-    return _packed_node(packing, name, first.packed, [x, *inputs], outputs)
+    return _packed_node(packing, name, first.packed, [x, *inputs], outputs, gated=gating is not None)
 
 
 def _packed_node(
-    packing: Packing, name: str, packed: PackedTensor, inputs: list[str], outputs: list[str]
+    packing: Packing,
+    name: str,
+    packed: PackedTensor,
+    inputs: list[str],
+    outputs: list[str],
+    *,
+    gated: bool = False,
 ) -> onnx.NodeProto:
-    kind, unpadded = op_type(packed, len(outputs)), LAYOUTS[packed.layout].unpadded(packed)
+    weights = GATED_WEIGHTS if gated else len(outputs)
+    kind, unpadded = op_type(packed, weights, gated=gated), LAYOUTS[packed.layout].unpadded(packed)
     before = packing.used.get(kind)
-    packing.used[kind] = (packed, len(outputs), unpadded and (before is None or before[2]))
+    unpadded = unpadded and (before is None or before.unpadded)
+    packing.used[kind] = Operator(packed, weights, gated, unpadded)
     node = helper.make_node(kind, inputs, outputs, name=name, domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes(packed).items())
     return node

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
-from losa_deploy.layouts.operator_names import DOMAIN
+from losa_deploy.layouts.operator_names import DOMAIN, SWIGLU, parse_op_type
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .graph import MODEL_FILE, DenseGraph
@@ -53,17 +53,32 @@ def _reader(source: Checkpoint, module: str) -> Callable[[], NDArray[np.float32]
 
 
 def _plain(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """A packed node as one MatMul per weight; any other node as it is.
+    """A packed node as one MatMul per weight, and the gating if it gates; any other node as it is.
 
     Components are called `<module>.<component>`, and all weights of a node have the same components.
     """
     if node.domain != DOMAIN:
         yield node
         return
-    count = (len(node.input) - 1) // len(node.output)
-    for index, output in enumerate(node.output):
-        module = node.input[1 + index * count].rpartition(".")[0]
+    weights = parse_op_type(node.op_type)[2]
+    count = (len(node.input) - 1) // weights
+    modules = [node.input[1 + index * count].rpartition(".")[0] for index in range(weights)]
+    gated = node.op_type.endswith(SWIGLU)
+    outputs = [f"{module}.product" for module in modules] if gated else node.output
+    for module, output in zip(modules, outputs, strict=True):
         yield helper.make_node("MatMul", [node.input[0], f"{module}.weight"], [output], name=module)
+    if gated:
+        yield from _gating(*outputs, node.output[0])
+
+
+def _gating(gate: str, up: str, output: str) -> Iterator[onnx.NodeProto]:
+    """SiLU(gate) * up."""
+    for kind, inputs, made in (
+        ("Sigmoid", [gate], f"{gate}.sigmoid"),
+        ("Mul", [gate, f"{gate}.sigmoid"], f"{gate}.silu"),
+        ("Mul", [f"{gate}.silu", up], output),
+    ):
+        yield helper.make_node(kind, inputs, [made], name=made)
 
 
 def _without_lookup(nodes: list[onnx.NodeProto], source: Checkpoint) -> Iterator[onnx.NodeProto]:

@@ -108,6 +108,43 @@ def replace_node(graph: DenseGraph, node: onnx.NodeProto, by: list[onnx.NodeProt
         nodes.insert(index + position, new)
 
 
+@dataclass(frozen=True)
+class Gating:
+    """The nodes that make SiLU(gate) * up of two linears' outputs, the last of which is the product."""
+
+    nodes: tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto]
+
+    @property
+    def output(self) -> str:
+        name: str = self.nodes[-1].output[0]
+        return name
+
+
+def find_gating(graph: DenseGraph, gate: str, up: str) -> Gating | None:
+    """Where the graph makes gate * sigmoid(gate) * up and uses neither value otherwise, or None."""
+    users: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.model.graph.node:
+        for name in node.input:
+            users[name].append(node)
+    shown = {value.name for value in graph.model.graph.output}
+    sigmoid = next((node for node in users[gate] if node.op_type == "Sigmoid"), None)
+    if sigmoid is None:
+        return None
+    sigmoid_of_gate = sigmoid.output[0]
+    silu = next((node for node in users[gate] if _multiplies(node, gate, sigmoid_of_gate)), None)
+    if silu is None:
+        return None
+    product = next((node for node in users[up] if _multiplies(node, silu.output[0], up)), None)
+    inner = {gate: 2, sigmoid_of_gate: 1, silu.output[0]: 1, up: 1}
+    if product is None or any(len(users[name]) != count or name in shown for name, count in inner.items()):
+        return None
+    return Gating((sigmoid, silu, product))
+
+
+def _multiplies(node: onnx.NodeProto, first: str, second: str) -> bool:
+    return node.op_type == "Mul" and sorted(node.input) == sorted((first, second))
+
+
 def _sites(graph: DenseGraph, shapes: set[tuple[int, ...]]) -> dict[str, list[Site]]:
     """Fingerprint of a weight in [out, in] orientation → nodes multiplying by it, in graph order."""
     sources = _weights_behind(graph)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from losa_deploy.layouts.base import FORMAT_VERSION, LAYOUTS, Layout, PackedTensor
 
 DOMAIN = "ai.losa"
+SWIGLU = "SwiGLU"
+"""Ends the name of an operator whose two weights are gate and up: Y = SiLU(X @ gate.T) * (X @ up.T)."""
 
 
 def layout_of_form(form: str) -> Layout:
@@ -17,14 +19,18 @@ def form(packed: PackedTensor) -> str:
     return LAYOUTS[packed.layout].form(packed)
 
 
-def op_type(packed: PackedTensor, weights: int = 1) -> str:
-    """Operator of so many weights stored alike, e.g. `BitmaskMatMulI8`, or `NmCodesMatMulI4x3` for three."""
-    return f"{form(packed)}MatMul{packed.value_type.upper()}" + (f"x{weights}" if weights > 1 else "")
+def op_type(packed: PackedTensor, weights: int = 1, *, gated: bool = False) -> str:
+    """Operator of so many weights stored alike, e.g. `BitmaskMatMulI8`, or `NmCodesMatMulI4x3` for three.
+
+    `gated`: of two weights, with `SWIGLU`.
+    """
+    several = f"x{weights}" if weights > 1 else ""
+    return f"{form(packed)}MatMul{packed.value_type.upper()}{several}{SWIGLU if gated else ''}"
 
 
 def parse_op_type(name: str) -> tuple[str, str, int]:
-    """Form, value type and number of weights of an operator name; the inverse of `op_type`."""
-    found, _, rest = name.partition("MatMul")
+    """Form, value type and number of weights of an operator name, gated or not."""
+    found, _, rest = name.removesuffix(SWIGLU).partition("MatMul")
     value_type, _, weights = rest.partition("x")
     return found, value_type.lower(), int(weights or 1)
 

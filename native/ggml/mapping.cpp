@@ -7,6 +7,7 @@
 #include <unordered_map>
 
 #include "losa/kernels.h"
+#include "memory/huge_pages.h"
 
 namespace losa::ggml {
 namespace {
@@ -64,7 +65,7 @@ void refer(const Mapping &mapping, size_t offset, size_t bytes, uint8_t *header)
   std::memcpy(header + kReserved, &reference, sizeof reference);
 }
 
-MappedBlob referred(const uint8_t *header) {
+OwnedBlob referred(const uint8_t *header) {
   Reference reference;
   std::memcpy(&reference, header + kReserved, sizeof reference);
   if (std::memcmp(reference.mark, kMark, sizeof kMark) != 0) {
@@ -82,7 +83,12 @@ MappedBlob referred(const uint8_t *header) {
     return {};
   }
   const uint8_t *data = mapping->data() + reference.offset;
-  return {std::move(mapping), data, static_cast<size_t>(reference.bytes)};
+  const auto bytes = static_cast<size_t>(reference.bytes);
+  if (auto moved = huge_pages::move_mapped(data, bytes)) {
+    data = moved.get();
+    return {std::move(moved), data, bytes};
+  }
+  return {std::move(mapping), data, bytes};
 }
 
 }  // namespace losa::ggml

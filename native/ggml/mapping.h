@@ -33,9 +33,9 @@ class Mapping {
   uint64_t id_;
 };
 
-// A blob inside of a mapping, which it keeps.
-struct MappedBlob {
-  std::shared_ptr<Mapping> mapping;
+// A blob outside of the memory that ggml gave us, which it keeps: a mapping, or what was copied from it.
+struct OwnedBlob {
+  std::shared_ptr<const void> owner;
   const uint8_t *data = nullptr;
   size_t bytes = 0;
 };
@@ -44,8 +44,9 @@ bool starts_as_blob(const uint8_t *data, size_t bytes);
 
 // The header of the blob at `offset` with a reference to it; header has LOSA_HEADER_BYTES.
 void refer(const Mapping &mapping, size_t offset, size_t bytes, uint8_t *header);
-// What a header refers to; without a mapping if that is nothing that is mapped now.
-MappedBlob referred(const uint8_t *header);
+// What a header refers to, in huge pages if it can be moved there; without an owner if that is nothing that
+// is mapped now.
+OwnedBlob referred(const uint8_t *header);
 
 }  // namespace losa::ggml
 

@@ -15,6 +15,7 @@
 #include "format/choose.h"
 #include "format/codes.h"
 #include "format/pack.h"
+#include "memory/huge_pages.h"
 #include "rows.h"
 
 namespace losa::ggml {
@@ -126,11 +127,14 @@ void Weight::release(size_t used) {
 uint8_t *Weight::memory(size_t bytes) {
   own_.reset();
   blob_ = {};
-  if (bytes <= bytes_) {
+  own_ = huge_pages::take(bytes);
+  if (own_ == nullptr && bytes <= bytes_) {
     release(bytes);
     return place_;
   }
-  own_ = std::make_unique<uint8_t[]>(bytes);
+  if (own_ == nullptr) {
+    own_ = std::shared_ptr<uint8_t>(new uint8_t[bytes](), std::default_delete<uint8_t[]>());
+  }
   return own_.get();
 }
 
@@ -146,7 +150,7 @@ void Weight::to_stock() {
     auto copy = std::make_unique<uint8_t[]>(bytes_);
     get(copy.get(), 0, bytes_);
     keep_stock(copy.get());
-  } else if (blob_.mapping) {
+  } else if (blob_.owner) {
     std::memcpy(place_, blob_.data, blob_.bytes < bytes_ ? blob_.bytes : bytes_);
     blob_ = {};
   }
@@ -227,15 +231,14 @@ bool Weight::take_blob(const uint8_t *data) {
   own_.reset();
   blob_ = referred(data);
   losa_parts parts = {};
-  int status =
-      losa_blob_parts(blob_.mapping ? blob_.data : data, blob_.mapping ? blob_.bytes : bytes_, &parts);
+  int status = losa_blob_parts(blob_.owner ? blob_.data : data, blob_.owner ? blob_.bytes : bytes_, &parts);
   if (status == LOSA_OK && (parts.rows != rows_ || parts.columns != columns_)) {
     status = LOSA_BAD_PARAMETER;
   }
   if (status != LOSA_OK) {
     parts = {};  // opening it fails with the reason below
   }
-  if (blob_.mapping) {
+  if (blob_.owner) {
     open(parts, 0, Form::kBlob);
     return true;
   }
@@ -303,7 +306,7 @@ void Weight::read_row(uint32_t row, uint8_t *stock, std::vector<uint8_t> &codes)
 
 void Weight::get(void *data, size_t offset, size_t bytes) const {
   auto *out = static_cast<uint8_t *>(data);
-  if (blob_.mapping) {
+  if (blob_.owner) {
     const size_t there = offset < blob_.bytes ? blob_.bytes - offset : 0,
                  part = there < bytes ? there : bytes;
     std::memcpy(out, blob_.data + offset, part);

@@ -62,8 +62,8 @@ class Weight {
   std::string name_;
   size_t received_ = 0;  // bytes handed over in order so far
   Form form_ = Form::kStock;
-  MappedBlob blob_;                 // in a file, where it is used in place
-  std::unique_ptr<uint8_t[]> own_;  // for the rare form that has no room at its place
+  OwnedBlob blob_;                // of a packed file
+  std::shared_ptr<uint8_t> own_;  // what was packed here: in huge pages, or without room at its place
   std::vector<uint64_t> starts_;
   losa_tensor tensor_ = {};
 };

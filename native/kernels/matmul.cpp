@@ -85,6 +85,18 @@ extern "C" int losa_prepare(const losa_tensor *tensor, const float *x, size_t ld
   return LOSA_OK;
 }
 
+extern "C" int losa_swiglu(float *y, const float *up, size_t count) {
+  if (y == nullptr || up == nullptr) {
+    return LOSA_NULL_POINTER;
+  }
+  const Target *target = current_target();
+  if (target == nullptr) {
+    return LOSA_BAD_TARGET;
+  }
+  own_or_base(target, &Target::swiglu)(y, up, count);
+  return LOSA_OK;
+}
+
 extern "C" int losa_matmul(const losa_tensor *tensor, const void *activations, size_t tokens, size_t begin,
                            size_t end, float *y, size_t ldy, void *scratch) {
   if (tensor == nullptr || activations == nullptr || y == nullptr || scratch == nullptr) {

@@ -217,6 +217,7 @@ constexpr Target table() {
   target.matmul_values = multiply_values;
   target.multiply_tiles = multiply_levels;
   target.multiply_windows = multiply_levels;
+  target.swiglu = plain_swiglu;
   return target;
 }
 

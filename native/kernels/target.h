@@ -1,4 +1,4 @@
-// What an instruction set implements: a table of seven functions, which matmul.cpp drives.
+// What an instruction set implements: a table of eight functions, which matmul.cpp drives.
 //
 // A target names what it does better than its base, another target that every CPU which runs it runs too; a
 // null entry is the base's. So functions of several targets work on the same memory: prepared activations
@@ -28,6 +28,9 @@ using Quantize = void(const float *x, size_t columns, size_t padded, size_t grou
 using Multiply = void(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                       size_t ldy, void *scratch);
 
+// y[i] = SiLU(y[i]) * up[i], where SiLU(g) = g / (1 + exp(-g)); y and up do not overlap.
+using Swiglu = void(float *y, const float *up, size_t count);
+
 struct Target {
   const char *name;
   const Target *base;  // null: there is none, and no entry is null
@@ -51,9 +54,13 @@ struct Target {
   // memory: that of levels, and with several tokens at least Tiles::kExpanded bytes for every step of a tile.
   Multiply *multiply_tiles = nullptr;    // LOSA_TILED
   Multiply *multiply_windows = nullptr;  // LOSA_SLIDING
+
+  // The gate of an MLP, any number of values, to a relative error of 5e-7 where the gate is at least -87.
+  Swiglu *swiglu = nullptr;
 };
 
 extern const Target kScalar;
+Swiglu plain_swiglu;
 #if defined(LOSA_X86)
 extern const Target kAvx2, kAvxVnni, kAvx512, kAvx512Vnni;
 #elif defined(LOSA_ARM)

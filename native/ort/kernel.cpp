@@ -8,7 +8,8 @@
 #include <utility>
 
 #include "buffer.h"
-#include "pages.h"
+#include "format/sizes.h"
+#include "memory/huge_pages.h"
 
 namespace losa::ort {
 namespace {
@@ -19,11 +20,13 @@ constexpr uint64_t kChunkBytes = 32 * 1024;
 // More chunks than threads, so that a thread that was held up does not hold up the others.
 constexpr size_t kChunksPerThread = 4;
 constexpr size_t kTokensPerPrepare = 8;
+constexpr size_t kGatedFloats = 32 * 1024;  // of each of two products, which stay in the cache until gated
 
 size_t ceil_div(size_t value, size_t by) { return (value + by - 1) / by; }
 
 thread_local Buffer activation_buffer;
 thread_local Buffer scratch_buffer;
+thread_local Buffer gated_buffer;
 
 size_t most_chunks() {
   static const size_t count = std::max<size_t>(1, std::thread::hardware_concurrency()) * kChunksPerThread;
@@ -145,6 +148,10 @@ Kernel::Kernel(const Operator &op, const OrtApi *api, const OrtKernelInfo *info)
       refuse("weight " + std::to_string(i) + " cannot share the input of weight 0");
     }
   }
+  const uint32_t rows = weights_[0].tensor.parts.rows, others = weights_[1].tensor.parts.rows;
+  if (op.gated && rows != others) {
+    refuse("the gate has " + std::to_string(rows) + " rows, but what it gates has " + std::to_string(others));
+  }
 }
 
 void Kernel::open(const OrtKernelInfo *info, size_t index) {
@@ -227,7 +234,7 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
   demand(losa_parts_check(&parts));  // what shapes and attributes claim costs no memory until the bytes agree
   Weight &weight = weights_[index];
   for (losa_bytes *component : {&parts.positions, &parts.values, &parts.scale}) {
-    if (auto memory = move_to_huge_pages(component->data, component->bytes)) {
+    if (auto memory = huge_pages::move_if_mapped(component->data, component->bytes)) {
       component->data = memory.get();
       weight.moved.push_back(std::move(memory));
     }
@@ -265,7 +272,7 @@ class Kernel::Run {
     }
     tokens_ = shape.elements() / columns_;
     x_ = static_cast<const float *>(data(input));
-    for (size_t i = 0; i < kernel_.op_.weights; ++i) {
+    for (size_t i = 0; i < kernel_.op_.output_count(); ++i) {
       *last = static_cast<int64_t>(kernel_.weights_[i].tensor.parts.rows);
       OrtValue *output = nullptr;
       kernel_.check(KernelContext_GetOutput(kernel_.api_, context, i, shape.dims(), shape.rank(), &output));
@@ -281,13 +288,20 @@ class Kernel::Run {
     if (activations_ == nullptr) {
       throw std::bad_alloc();
     }
+    if (gated()) {
+      y_[1] = static_cast<float *>(gated_buffer.get(tokens_ * tensor(1).parts.rows * sizeof(float)));
+      if (y_[1] == nullptr) {
+        throw std::bad_alloc();
+      }
+    }
     const size_t parts = ceil_div(tokens_, kTokensPerPrepare);
     parallel(tokens_ * columns_ * sizeof(float) < kInlineBytes ? 1 : parts, parts,
              [](void *run, size_t part) { static_cast<Run *>(run)->prepare(part); });
     const size_t chunks = cut();
-    parallel(chunks == kernel_.op_.weights ? 1 : chunks, chunks,
-             [](void *run, size_t chunk) { static_cast<Run *>(run)->multiply(chunk); });
+    parallel(chunks == kernel_.op_.output_count() ? 1 : chunks, chunks,
+             [](void *run, size_t chunk) { static_cast<Run *>(run)->compute(chunk); });
     activation_buffer.trim();
+    gated_buffer.trim();
     const int status = status_.load(std::memory_order_relaxed);
     if (status == kNoMemory) {
       throw std::bad_alloc();
@@ -301,6 +315,7 @@ class Kernel::Run {
   static constexpr int kNoMemory = -1;
 
   const losa_tensor &tensor(size_t weight) const { return kernel_.weights_[weight].tensor; }
+  bool gated() const { return kernel_.op_.gated; }
 
   void *data(const OrtValue *value) const {
     void *data = nullptr;
@@ -308,7 +323,7 @@ class Kernel::Run {
     return data;
   }
 
-  // Chunks of rows of each weight, in proportion to its bytes, and their total.
+  // Chunks of rows of each output, in proportion to the bytes of its weights, and their total.
   size_t cut() {
     uint64_t work = 0;
     for (size_t i = 0; i < kernel_.op_.weights; ++i) {
@@ -316,8 +331,9 @@ class Kernel::Run {
     }
     const uint64_t wanted = work < kInlineBytes ? 1 : std::min<uint64_t>(most_chunks(), work / kChunkBytes);
     size_t total = 0;
-    for (size_t i = 0; i < kernel_.op_.weights; ++i) {
-      const uint64_t share = wanted * kernel_.weights_[i].bytes * tokens_ / std::max<uint64_t>(work, 1);
+    for (size_t i = 0; i < kernel_.op_.output_count(); ++i) {
+      const uint64_t own = gated() ? work : kernel_.weights_[i].bytes * tokens_;
+      const uint64_t share = wanted * own / std::max<uint64_t>(work, 1);
       const size_t steps = ceil_div(tensor(i).parts.rows, LOSA_ROW_STEP);
       chunks_[i] = std::min(std::max<size_t>(1, static_cast<size_t>(share)), steps);
       total += chunks_[i];
@@ -341,18 +357,41 @@ class Kernel::Run {
     note(losa_prepare(&tensor(0), x_, columns_, begin, end, tokens_, activations_));
   }
 
-  void multiply(size_t chunk) {
-    size_t weight = 0;
-    while (chunk >= chunks_[weight]) {
-      chunk -= chunks_[weight++];
+  void compute(size_t chunk) {
+    size_t output = 0;
+    while (chunk >= chunks_[output]) {
+      chunk -= chunks_[output++];
     }
-    const losa_tensor &t = tensor(weight);
-    const size_t rows = t.parts.rows, steps = ceil_div(rows, LOSA_ROW_STEP), chunks = chunks_[weight];
+    const size_t rows = tensor(output).parts.rows, steps = ceil_div(rows, LOSA_ROW_STEP);
+    const size_t chunks = chunks_[output];
     const size_t begin = steps * chunk / chunks * LOSA_ROW_STEP;
     const size_t end = std::min(steps * (chunk + 1) / chunks * LOSA_ROW_STEP, rows);
+    if (!gated()) {
+      multiply(output, begin, end);
+      return;
+    }
+    const size_t step = std::max<size_t>(1, kGatedFloats / tokens_ / kPanelRows) * kPanelRows;
+    for (size_t first = begin; first < end; first += step) {
+      gate(first, std::min(first + step, end));
+    }
+  }
+
+  // Both products of some rows, then the result in the place of the first.
+  void gate(size_t begin, size_t end) {
+    multiply(0, begin, end);
+    multiply(1, begin, end);
+    const size_t rows = tensor(0).parts.rows;
+    for (size_t t = 0; t < tokens_; ++t) {
+      note(losa_swiglu(y_[0] + t * rows + begin, y_[1] + t * rows + begin, end - begin));
+    }
+  }
+
+  void multiply(size_t weight, size_t begin, size_t end) {
+    const losa_tensor &t = tensor(weight);
     void *scratch = scratch_buffer.get(losa_scratch_bytes(&t, tokens_));
-    note(scratch == nullptr ? kNoMemory
-                            : losa_matmul(&t, activations_, tokens_, begin, end, y_[weight], rows, scratch));
+    note(scratch == nullptr
+             ? kNoMemory
+             : losa_matmul(&t, activations_, tokens_, begin, end, y_[weight], t.parts.rows, scratch));
     scratch_buffer.trim();
   }
 
@@ -367,7 +406,7 @@ class Kernel::Run {
   const float *x_ = nullptr;
   size_t tokens_ = 0, columns_ = 0;
   void *activations_ = nullptr;
-  std::array<float *, kMostWeights> y_ = {};
+  std::array<float *, kMostWeights> y_ = {};  // products; of a gate the second is no output
   std::array<size_t, kMostWeights> chunks_ = {};
   std::atomic<int> status_{LOSA_OK};
 };

@@ -31,10 +31,12 @@ struct Operator : OrtCustomOp {
   bool position_codes;  // LOSA_NM: codes instead of mask bits; LOSA_TILED: groups of 4 instead of 16
   losa_value_type value_type;
   size_t weights;
+  bool gated;  // of two weights one output: SiLU of the first product, times the second
   std::array<const char *, kMostComponents> components;  // names in the order of the inputs, then null
   std::string name;
 
   size_t component_count() const;
+  size_t output_count() const { return gated ? 1 : weights; }
   // Of input `index`, where 0 is X and the components of all weights follow.
   ElementType input_type(size_t index) const;
 };

@@ -50,15 +50,16 @@ OrtStatus *compute(void *kernel, OrtKernelContext *context) {
 }
 
 Operator make_operator(const char *layout_name, losa_layout layout, bool codes, losa_value_type type,
-                       size_t weights) {
+                       size_t weights, bool gated) {
   Operator op = {};
   op.layout = layout;
   op.position_codes = codes;
   op.value_type = type;
   op.weights = weights;
+  op.gated = gated;
   op.name = std::string(layout_name) + "MatMul" + kStoredTypes[type].name;
   if (weights > 1) {
-    op.name += "x" + std::to_string(weights);
+    op.name += "x" + std::to_string(weights) + (gated ? "SwiGLU" : "");
   }
   size_t count = 0;
   const bool inside = layout == LOSA_TILED && !codes && type == LOSA_I4;  // in the bytes of the values
@@ -80,7 +81,7 @@ Operator make_operator(const char *layout_name, losa_layout layout, bool codes, 
     return 1 + as_operator(self).weights * as_operator(self).component_count();
   };
   op.GetOutputType = [](const OrtCustomOp *, size_t) { return kFloat; };
-  op.GetOutputTypeCount = [](const OrtCustomOp *self) { return as_operator(self).weights; };
+  op.GetOutputTypeCount = [](const OrtCustomOp *self) { return as_operator(self).output_count(); };
   op.KernelDestroy = [](void *kernel) { delete static_cast<Instance *>(kernel); };
   op.GetInputCharacteristic = op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t) { return 0; };
   op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return 0; };
@@ -94,25 +95,34 @@ Operator make_operator(const char *layout_name, losa_layout layout, bool codes, 
   return op;
 }
 
+// Operators of all forms and value types.
+void add_forms(std::deque<Operator> &list, size_t weights, bool gated) {
+  const auto add = [&](const char *name, losa_layout layout, bool codes, losa_value_type type) {
+    list.push_back(make_operator(name, layout, codes, type, weights, gated));
+  };
+  for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4}) {
+    add("Dense", LOSA_DENSE, false, type);
+    add("Bitmask", LOSA_BITMASK, false, type);
+    add("NmBits", LOSA_NM, false, type);
+    add("NmCodes", LOSA_NM, true, type);
+  }
+  for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
+    add("Tiled", LOSA_TILED, false, type);
+    add("TiledQuads", LOSA_TILED, true, type);
+    add("Sliding", LOSA_SLIDING, false, type);
+  }
+  add("Dense", LOSA_DENSE, false, LOSA_I3);
+  add("TiledQuads", LOSA_TILED, true, LOSA_I3);
+  add("Sliding", LOSA_SLIDING, false, LOSA_I3);
+}
+
 const std::deque<Operator> &operators() {
   static const std::deque<Operator> all = [] {
     std::deque<Operator> list;
     for (size_t weights = 1; weights <= kMostWeights; ++weights) {
-      for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4}) {
-        list.push_back(make_operator("Dense", LOSA_DENSE, false, type, weights));
-        list.push_back(make_operator("Bitmask", LOSA_BITMASK, false, type, weights));
-        list.push_back(make_operator("NmBits", LOSA_NM, false, type, weights));
-        list.push_back(make_operator("NmCodes", LOSA_NM, true, type, weights));
-      }
-      for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
-        list.push_back(make_operator("Tiled", LOSA_TILED, false, type, weights));
-        list.push_back(make_operator("TiledQuads", LOSA_TILED, true, type, weights));
-        list.push_back(make_operator("Sliding", LOSA_SLIDING, false, type, weights));
-      }
-      list.push_back(make_operator("Dense", LOSA_DENSE, false, LOSA_I3, weights));
-      list.push_back(make_operator("TiledQuads", LOSA_TILED, true, LOSA_I3, weights));
-      list.push_back(make_operator("Sliding", LOSA_SLIDING, false, LOSA_I3, weights));
+      add_forms(list, weights, false);
     }
+    add_forms(list, 2, true);
     return list;
   }();
   return all;

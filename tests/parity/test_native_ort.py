@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from losa_deploy._native import targets
 from losa_deploy.cli.main import main
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.exporters.onnx.functions import OPSET, VERSION
@@ -70,12 +72,13 @@ def model_of(
     *,
     changed: dict[str, NDArray[np.generic]] | None = None,
     dynamic: str = "",
+    gated: bool = False,
     **overrides: int | None,
 ) -> onnx.ModelProto:
     """One node without a function, so that only the library can run it.
 
-    `changed` replaces components, `dynamic` makes one a graph input, `overrides` sets attributes or,
-    with None, leaves them out.
+    `changed` replaces components, `dynamic` makes one a graph input, `gated` makes one output of two weights,
+    `overrides` sets attributes or, with None, leaves them out.
     """
     arrays = {
         f"w{i}.{name}": (changed or {}).get(name, array)
@@ -83,9 +86,9 @@ def model_of(
         for name, array in packed.arrays.items()
     }
     values = attributes(weights[0]) | overrides
-    outputs = [f"Y{i}" for i in range(len(weights))]
+    outputs = [f"Y{i}" for i in range(1 if gated else len(weights))]
     node = helper.make_node(
-        op_type(weights[0], len(weights)),
+        op_type(weights[0], len(weights), gated=gated),
         ["X", *arrays],
         outputs,
         name=NODE,
@@ -177,6 +180,97 @@ def test_tiles_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> Non
         session = open_native(model_of(weights[:shared]), threads=3)
         for tokens in (1, 17):
             check(session, weights[:shared], activations(tokens, 176))
+
+
+def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    activated: NDArray[np.float64] = x / (1 + np.exp(np.minimum(-x, 700)))
+    return activated
+
+
+def check_gated(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Array) -> None:
+    """Both products may be off by their tolerance; SiLU is at most 1.1 times as steep as its argument."""
+    (result,) = session.run(None, {"X": x})
+    gate, up = (unpack(packed).weight.astype(np.float64) for packed in weights)
+    exact = x.astype(np.float64)
+    off_gate, off_up = tolerance(weights[0], x, gate), tolerance(weights[1], x, up)
+    activated, other = silu(exact @ gate.T), exact @ up.T
+    assert result.shape == activated.shape
+    bound = 1.1 * off_gate * (np.abs(other) + off_up) + np.abs(activated) * off_up
+    bound += 8 * ROUNDING * np.abs(activated * other) + 1e-30
+    assert (np.abs(result - activated * other) <= bound).all()
+
+
+GATED = [
+    *product(("dense", "bitmask", "nm 2:4", "nm 1:4"), VALUE_TYPES),
+    *product(("tiled 6:16", "tiled 2:4", "sliding"), ("i8", "i4")),
+    *product(("dense", "tiled 2:4", "sliding"), ("i3",)),
+]
+
+
+@pytest.mark.parametrize(("layout", "value_type"), GATED)
+def test_gated_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:
+    """Also where threads split the rows, and where a prompt is gated in blocks of rows."""
+    tiles = layout.startswith(("tiled", "sliding"))
+    for rows, columns in ((80, 176), (1024, 576)) if tiles else ((67, 172), (1021, 576)):
+        weights = [pack(layout, value_type, rows, columns, seed=i) for i in range(2)]
+        session = open_native(model_of(weights, gated=True), threads=3)
+        for tokens in (1, 5, 90):
+            check_gated(session, weights, activations(tokens, columns))
+
+
+def test_a_gated_operator_equals_the_graph_without_it(pack: Pack) -> None:
+    """But for the sigmoid, which ONNX Runtime's operator computes to some 1e-7 of 1, not of itself."""
+    weights = [pack("bitmask", "i4", 1021, 576, seed=i) for i in range(2)]
+    together = model_of(weights)
+    together.graph.node.extend(
+        helper.make_node(kind, inputs, [output])
+        for kind, inputs, output in (
+            ("Sigmoid", ["Y0"], "sigmoid"),
+            ("Mul", ["Y0", "sigmoid"], "silu"),
+            ("Mul", ["silu", "Y1"], "Y"),
+        )
+    )
+    together.graph.output.append(helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None))
+    apart, gated = open_native(together, threads=2), open_native(model_of(weights, gated=True), threads=2)
+    for tokens in (1, 40):
+        x = activations(tokens, 576)
+        gate, up, expected = apart.run(None, {"X": x})
+        (found,) = gated.run(None, {"X": x})
+        assert np.abs(expected).max() > 1
+        assert (np.abs(found - expected) <= 1e-6 * np.abs(gate * up) + 1e-12).all()
+
+
+GATES = """
+import sys
+import numpy as np, onnxruntime as ort
+from losa_deploy.runtimes.ort import register
+options = ort.SessionOptions()
+register(options)
+session = ort.InferenceSession(sys.argv[1], options)
+np.save(sys.argv[3], session.run(None, {"X": np.load(sys.argv[2])})[0])
+"""
+
+
+@pytest.mark.parametrize("target", targets())
+def test_the_gate_of_every_target_and_size(target: str, tmp_path: Path) -> None:
+    """Identity matrices, so that the products are the activations: -120 to 120, in a row of odd length."""
+    count = 1203
+    eye, mask = np.eye(count, dtype=np.float32), np.ones((count, count), np.bool_)
+    weights = [LAYOUTS["dense"].pack(eye, mask, PackOptions("f32"))] * 2
+    x = np.linspace(-120, 120, count, dtype=np.float32)[None, None]
+    onnx.save(model_of(weights, gated=True), tmp_path / "gate.onnx")
+    np.save(tmp_path / "x.npy", x)
+    paths = [str(tmp_path / name) for name in ("gate.onnx", "x.npy", "y.npy")]
+    environment = {**os.environ, "LOSA_KERNELS": target}
+    subprocess.run([sys.executable, "-c", GATES, *paths], env=environment, check=True)
+    exact = x.astype(np.float64)
+    error = np.abs(np.load(paths[2]) - silu(exact) * exact)
+    assert (error <= 6e-7 * np.abs(silu(exact) * exact) + 4e-34).all()
+
+
+def test_a_gate_of_other_size_is_refused(pack: Pack) -> None:
+    weights = [pack("bitmask", "i8", rows, 64) for rows in (9, 10)]
+    assert "the gate has 9 rows, but what it gates has 10" in refused(model_of(weights, gated=True))
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4", "tiled 5:16", "tiled 2:4"])

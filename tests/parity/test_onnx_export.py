@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -140,6 +141,49 @@ def test_llama_equals_torch_on_the_decoded_weights(
         assert np.array_equal(weights[record.name], unpack(packed).weight)
         assert not weights[record.name][~mask].any()
     check_session(tmp_path, torch_model(merged_llama, {**weights, **tables_of(job)}))
+
+
+def operators(folder: Path) -> Counter[str]:
+    """Operators of the graph, those of a single linear left out."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node if not node.op_type.endswith("MatMulI8"))
+
+
+def test_gate_and_up_are_one_node_that_gates(
+    merged_llama: SparseModel, llama_graph: DenseGraph, tmp_path: Path
+) -> None:
+    recipe = ExportRecipe(layout="bitmask", value_type="i8")
+    job = Job(merged_llama.checkpoint, recipe, merged_llama.mask)
+    graph = DenseGraph(copy.deepcopy(llama_graph.model), llama_graph.folder)
+    write_graph(job, planned(job), graph, tmp_path, {}, no_progress)
+    found = operators(tmp_path)
+    assert found["BitmaskMatMulI8x2SwiGLU"] == found["BitmaskMatMulI8x3"] == 2
+    assert found["BitmaskMatMulI8x2"] == found["Sigmoid"] == 0
+    assert found["Mul"] == 1, "of the embedding"
+
+
+@pytest.mark.parametrize(
+    "case", ["another activation", "the gate is used elsewhere", "the gate is an output"]
+)
+def test_other_gates_stay_in_the_graph(
+    case: str, merged_llama: SparseModel, llama_graph: DenseGraph, tmp_path: Path
+) -> None:
+    recipe = ExportRecipe(layout="bitmask", value_type="i8")
+    job = Job(merged_llama.checkpoint, recipe, merged_llama.mask)
+    model = copy.deepcopy(llama_graph.model)
+    activations = [node for node in model.graph.node if node.op_type == "Sigmoid"]
+    gate = activations[0].input[0]
+    if case == "another activation":
+        activations[0].op_type = "HardSigmoid"
+    elif case == "the gate is used twice":
+        model.graph.node.append(onnx.helper.make_node("Abs", [gate], ["probe"]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("probe", 1, None))
+    else:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(gate, 1, None))
+    write_graph(job, planned(job), DenseGraph(model, llama_graph.folder), tmp_path, {}, no_progress)
+    found = operators(tmp_path)
+    assert found["BitmaskMatMulI8x2"] == found["BitmaskMatMulI8x2SwiGLU"] == 1
+    assert found["Sigmoid"] + found["HardSigmoid"] == 1 and found["Mul"] == 2 + 1
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -173,3 +174,39 @@ def test_one_operator_of_three_weights(layout: str, value_type: str, pack: Pack)
     for results in (session.run(None, {"X": x}), ReferenceEvaluator(model).run(None, {"X": x})):
         for y, packed in zip(results, weights, strict=True):
             assert np.allclose(y, x @ unpack(packed).weight.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
+def test_one_operator_of_a_gated_pair(layout: str, value_type: str, pack: Pack) -> None:
+    """As gate and up: one input, one output, in a model that has the other operator of two weights too."""
+    first = pack(layout, value_type, 24, 172)
+    turned = np.roll(first.arrays["values"], 1, axis=0)
+    weights = [first, replace(first, arrays={**first.arrays, "values": turned})]
+    inputs = {f"w{i}.{name}": array for i, w in enumerate(weights) for name, array in w.arrays.items()}
+    nodes = [
+        helper.make_node(
+            op_type(first, 2, gated=gated), ["X", *inputs], outputs, domain=DOMAIN, **attributes(first)
+        )
+        for gated, outputs in ((True, ["Y"]), (False, ["G", "U"]))
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "gated",
+        [value("X", onnx.TensorProto.FLOAT, ["batch", "tokens", 172])],
+        [value(name, onnx.TensorProto.FLOAT, ["batch", "tokens", 24]) for name in ("Y", "G", "U")],
+        [numpy_helper.from_array(array, name) for name, array in inputs.items()],
+    )
+    functions = [function(first, 2, gated=gated, unpadded=unpadded(first)) for gated in (True, False)]
+    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=10)
+    onnx.checker.check_model(model)
+    x = np.random.default_rng(0).standard_normal((1, 2, 172)).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString())
+    for y, gate, up in (session.run(None, {"X": x}), ReferenceEvaluator(model).run(None, {"X": x})):
+        assert np.abs(gate - up).max() > 0.1
+        assert np.allclose(gate, x @ unpack(first).weight.T, atol=1e-4)
+        # A Sigmoid is right to some 1e-7 of 1, not of itself.
+        bound = 1e-6 * np.abs(gate * up) + 1e-12
+        assert (np.abs(y - gate / (1 + np.exp(-gate.astype(np.float64))) * up) <= bound).all()

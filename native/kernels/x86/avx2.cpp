@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C.
 #include "kernels/x86/avx2_levels.h"
 #include "kernels/x86/avx2_panel.h"
+#include "kernels/x86/avx2_swiglu.h"
 #include "kernels/x86/avx2_tiles.h"
 #include "kernels/x86/avx2_values.h"
 
@@ -16,6 +17,7 @@ constexpr Target table() {
   target.matmul_values = multiply_panels<float, expand_values, values_panel>;
   target.multiply_tiles = multiply_tiles;
   target.multiply_windows = multiply_windows;
+  target.swiglu = swiglu;
   return target;
 }
 

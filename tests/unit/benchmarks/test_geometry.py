@@ -33,7 +33,9 @@ QUICK = ("--prompt-tokens", "8", "--decode-tokens", "4", "--prefill-tokens", "16
 def portable(folder: Path, kind: Ours) -> Path:
     """Add the operators' definitions, so that ONNX Runtime opens the model without our library."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    model.functions.extend(functions.function(*used) for used in kind.operators.values())
+    model.functions.extend(
+        functions.function(use.packed, use.weights, gated=use.gated) for use in kind.operators.values()
+    )
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     return folder
 
@@ -118,7 +120,7 @@ def test_our_dense_peers_keep_every_weight_in_our_operators(dense: Path, tmp_pat
     for contender, operator, agreement in zip(made[1:], ("I4", "I3"), (0.85, 0.65), strict=True):
         model = onnx.load(contender.folder / "model.onnx", load_external_data=False)
         counts = Counter(node.op_type for node in model.graph.node if node.domain == "ai.losa")
-        assert {f"DenseMatMul{operator}x3", f"DenseMatMul{operator}x2"} <= set(counts)
+        assert {f"DenseMatMul{operator}x3", f"DenseMatMul{operator}x2SwiGLU"} <= set(counts)
         session = OrtRuntime().open(contender.folder, threads=1)
         found = session.logits(TOKENS)
         session.close()

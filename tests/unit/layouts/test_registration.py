@@ -98,6 +98,7 @@ def test_a_value_type_is_one_class(
     assert len(np.unique(decoded[0, :32])) > 1
     x = np.random.default_rng(1).standard_normal((2, columns)).astype(np.float32)
     assert parse_op_type(op_type(packed)) == (LAYOUTS[layout].form(packed), kind.name, 1)
+    assert parse_op_type(op_type(packed, 2, gated=True)) == (LAYOUTS[layout].form(packed), kind.name, 2)
     assert np.allclose(product(packed, x), x @ decoded.T, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-#include "pages.h"
+#include "memory/huge_pages.h"
 
 #if defined(__linux__)
 #include <fcntl.h>
@@ -17,7 +17,7 @@
 #include "losa/kernels.h"
 #endif
 
-namespace losa::ort {
+namespace losa::huge_pages {
 
 #if defined(__linux__)
 namespace {
@@ -42,7 +42,7 @@ uint64_t number_in(const char *file, std::string_view key, uint64_t otherwise) {
   return otherwise;
 }
 
-bool wanted() {
+bool are_offered() {
   const char *variable = std::getenv("LOSA_HUGE_PAGES");
   if (variable != nullptr && std::string_view(variable) == "0") {
     return false;
@@ -105,7 +105,13 @@ class Block {
   uint8_t *mapped_ = nullptr, *next_ = nullptr, *end_ = nullptr;
 };
 
-std::shared_ptr<uint8_t> take(size_t bytes) {
+// Are so many bytes wanted in huge pages?
+bool wanted(size_t bytes) {
+  static const bool offered = are_offered();
+  return offered && bytes >= kLeast;
+}
+
+std::shared_ptr<uint8_t> take_from_block(size_t bytes) {
   static std::mutex mutex;
   static std::weak_ptr<Block> last;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -159,22 +165,27 @@ bool are_of_file(const Pages &pages) {
 
 }  // namespace
 
-std::shared_ptr<const uint8_t> move_to_huge_pages(const void *data, size_t bytes) {
-  static const bool used = wanted();
-  if (!used || bytes < kLeast) {
-    return nullptr;
-  }
-  const Pages pages(data, bytes);
-  const std::shared_ptr<uint8_t> memory =
-      are_of_file(pages) ? take(round_up(bytes, LOSA_ALIGNMENT)) : nullptr;
+std::shared_ptr<uint8_t> take(size_t bytes) {
+  return wanted(bytes) ? take_from_block(round_up(bytes, LOSA_ALIGNMENT)) : nullptr;
+}
+
+std::shared_ptr<const uint8_t> move_mapped(const void *data, size_t bytes) {
+  const std::shared_ptr<uint8_t> memory = take(bytes);
   if (memory != nullptr) {
+    const Pages pages(data, bytes);
     std::memcpy(memory.get(), data, bytes);
     madvise(pages.at(0), pages.count * pages.size, MADV_DONTNEED);
   }
   return memory;
 }
+
+std::shared_ptr<const uint8_t> move_if_mapped(const void *data, size_t bytes) {
+  return wanted(bytes) && are_of_file(Pages(data, bytes)) ? move_mapped(data, bytes) : nullptr;
+}
 #else
-std::shared_ptr<const uint8_t> move_to_huge_pages(const void *, size_t) { return nullptr; }
+std::shared_ptr<uint8_t> take(size_t) { return nullptr; }
+std::shared_ptr<const uint8_t> move_mapped(const void *, size_t) { return nullptr; }
+std::shared_ptr<const uint8_t> move_if_mapped(const void *, size_t) { return nullptr; }
 #endif
 
-}  // namespace losa::ort
+}  // namespace losa::huge_pages
