@@ -98,7 +98,7 @@ const std::deque<Operator> &operators() {
   static const std::deque<Operator> all = [] {
     std::deque<Operator> list;
     for (size_t weights = 1; weights <= kMostWeights; ++weights) {
-      for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4}) {
+      for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4, LOSA_I3}) {
         list.push_back(make_operator("Dense", LOSA_DENSE, false, type, weights));
         list.push_back(make_operator("Bitmask", LOSA_BITMASK, false, type, weights));
         list.push_back(make_operator("NmBits", LOSA_NM, false, type, weights));
@@ -109,7 +109,6 @@ const std::deque<Operator> &operators() {
         list.push_back(make_operator("TiledQuads", LOSA_TILED, true, type, weights));
         list.push_back(make_operator("Sliding", LOSA_SLIDING, false, type, weights));
       }
-      list.push_back(make_operator("Dense", LOSA_DENSE, false, LOSA_I3, weights));
       list.push_back(make_operator("TiledQuads", LOSA_TILED, true, LOSA_I3, weights));
       list.push_back(make_operator("Sliding", LOSA_SLIDING, false, LOSA_I3, weights));
     }
