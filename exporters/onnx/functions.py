@@ -28,13 +28,15 @@ from losa_deploy.layouts.steps import STEP, TILE
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 from .body import Body
+from .planes import levels_of_rows
 
 VERSION = 1
 OPSET = 20
 """Version of the standard operators that the bodies use."""
 BLOCK = 8
 """Levels per block in the bitmask decoding."""
-F32, I32, U8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.UINT8
+F32, I32, I64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+U8 = onnx.TensorProto.UINT8
 
 
 def function(
@@ -147,15 +149,16 @@ def _decode_bits(body: Body, kind: ValueType, unpadded: bool) -> str:
     blocks of 8 levels. A table indexed by `first % 8` and the byte says which of the 16 levels
     each of the byte's 8 positions takes, or the zero behind them if it is pruned.
     """
-    levels = _levels(body, kind)
     byte = body.cast(body.part("positions"), I32)
     bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
     kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
-    if kind.bits < 8:
-        levels = body.op("Transpose", levels, perm=[1, 0])  # of i4: first all low nibbles, then all high ones
+    if len(kind.planes) > 1:
+        levels, first = _levels_by_row(body, kind, kept)
+    elif kind.bits < 8:
+        levels = body.op("Transpose", _levels(body, kind), perm=[1, 0])  # of i4: first all low nibbles
         first = _first_in_streams(body, kept, body.size(levels, 1), 8 // kind.bits)
     else:
-        flat = body.reshape(kept, body.ints(-1))
+        levels, flat = _levels(body, kind), body.reshape(kept, body.ints(-1))
         first = body.op("CumSum", flat, body.const(np.array(0, np.int64)), exclusive=1)
     first, byte = body.reshape(first, body.ints(-1)), body.reshape(byte, body.ints(-1))
     blocks = body.reshape(levels, body.ints(-1, BLOCK))
@@ -169,6 +172,18 @@ def _decode_bits(body: Body, kind: ValueType, unpadded: bool) -> str:
     run = body.op("Gather", pairs, body.op("Div", first, eight), axis=0)
     found = body.op("GatherElements", run, column, axis=1)
     return body.reshape(found, body.size(body.part("positions"), 0), body.ints(-1))
+
+
+def _levels_by_row(body: Body, kind: ValueType, kept: str) -> tuple[str, str]:
+    """Bits per mask byte [out, bytes] → levels, flat, and the index of each byte's first one."""
+    one, rows = body.ints(1), body.size(body.part("positions"), 0)
+    levels = levels_of_rows(body, kind, body.cast(body.op("ReduceSum", kept, one, keepdims=1), I64))
+    zero, step = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
+    starts = body.op("Mul", body.op("Range", zero, body.scalar(rows), step), body.size(levels, 1))
+    inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
+    first = body.op("Add", inside, body.reshape(body.cast(starts, I32), body.ints(-1, 1)))
+    flat = body.reshape(levels, body.ints(-1))
+    return body.op("Concat", flat, body.zeros(kind.level, body.ints(BLOCK)), axis=0), first
 
 
 def _first_in_streams(body: Body, kept: str, length: str, together: int) -> str:
@@ -326,6 +341,11 @@ def _slots_by_row(body: Body, slots: str, rows: str, used: str) -> str:
 
 def _slot_levels(body: Body, kind: ValueType, rows: str, slots: str) -> str:
     """Stream of a fixed count per row → levels [out, slots]."""
+    if len(kind.planes) > 1:
+        counts = body.op(
+            "Expand", body.reshape(slots, body.ints(1, 1)), body.op("Concat", rows, body.ints(1), axis=0)
+        )
+        return body.head(levels_of_rows(body, kind, counts), slots, 1)
     levels = _levels(body, kind)
     if kind.bits >= 8:
         return body.reshape(body.head(levels, body.op("Mul", rows, slots), 0), rows, slots)

@@ -101,9 +101,8 @@ def chosen_storage(args: argparse.Namespace) -> Storage:
         )
     if not LAYOUTS[layout].stores(VALUE_TYPES[args.value_type or "i4"]):
         raise UsageError(
-            f"{args.value_type} values are stored dense or in tiles of 1:4, 2:4 or sliding windows, "
-            f"not as {layout}.",
-            hint="Add --layout dense, or e.g. --pattern 2:4 or sliding.",
+            f"--layout {layout} stores no {args.value_type} values.",
+            hint="Add --layout dense, or e.g. --value-type i4.",
         )
     if structure.sparsity is not None and args.sparsity:
         raise UsageError(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
 from losa_deploy.layouts.dense import known
-from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes, streams
+from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
 ROW_POSITIONS = 64
@@ -92,7 +92,5 @@ def form(packed: PackedTensor) -> str:
 
 
 BITMASK = register(
-    Layout(
-        "bitmask", 1, ("Bitmask",), pack, unpack, sizes, known, shapes, check, form, unpadded, stores=streams
-    )
+    Layout("bitmask", 1, ("Bitmask",), pack, unpack, sizes, known, shapes, check, form, unpadded)
 )

@@ -19,6 +19,7 @@ from losa_deploy.layouts.dense import DENSE
 from losa_deploy.layouts.nm import NM
 from losa_deploy.layouts.sliding import SLIDING
 from losa_deploy.layouts.steps import TILE
+from losa_deploy.layouts.streams import rows_together
 from losa_deploy.layouts.tiled import TILED
 from losa_deploy.layouts.values import VALUE_TYPES, by_number
 
@@ -81,8 +82,6 @@ def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE
     if mask.all():
         return Choice("dense", options, dense_bytes, "nothing is pruned")
     kind = VALUE_TYPES[options.value_type]
-    if not BITMASK.stores(kind):
-        return _dense_or_tiled(mask, options)
     bitmask_bytes = BITMASK.size(mask, options)
     reason = f"{mask.mean():.0%} kept: bitmask takes {_share(bitmask_bytes, dense_bytes)}"
     best = Choice("bitmask", options, bitmask_bytes, reason)
@@ -97,7 +96,7 @@ def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE
             compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
             reason = f"{name} mask in tiles: {_share(tiles.bytes, dense_bytes)}, {compared}"
             return tiles.chosen(options, reason)
-    streams = -(-len(mask) // (max(8, kind.bits) // kind.bits))
+    streams = -(-len(mask) // rows_together(kind))
     if best.bytes + streams * terms.start_bytes < dense_bytes:
         return best
     return Choice("dense", options, dense_bytes, reason)
@@ -159,17 +158,6 @@ def _tiles_of(mask: NDArray[np.bool_], options: PackOptions, m: int, exact: bool
     if exact and not nm.fits(mask, n, m):
         return None
     return _Tiles("tiled", TILED.size(mask, replace(options, pattern=(n, m))), (n, m))
-
-
-def _dense_or_tiled(mask: NDArray[np.bool_], options: PackOptions) -> Choice:
-    """The layout for a value type that is not stored as a stream of kept values."""
-    size, kept = DENSE.size(mask, options), f"{mask.mean():.0%} kept"
-    tiles = _find_tiles(mask, options, exact=True)
-    if tiles is None:
-        reason = f"{kept}: {options.value_type} is stored sparse in tiles of N:M or sliding windows only"
-        return Choice("dense", options, size, reason)
-    reason = f"{kept}: tiles take {_share(tiles.bytes, size)}"
-    return tiles.chosen(options, reason) if tiles.bytes < size else Choice("dense", options, size, reason)
 
 
 def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptions) -> Choice:

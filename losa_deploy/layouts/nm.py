@@ -22,7 +22,7 @@ from losa_deploy.layouts.base import (
     Unpacked,
     register,
 )
-from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes, streams
+from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
 
 MAX_M = 32
@@ -157,9 +157,10 @@ def form(packed: PackedTensor) -> str:
 
 
 def unpadded(packed: PackedTensor) -> bool:
-    """Rows end with a whole group, or a whole word of mask bits."""
-    whole = packed.params["m"] if packed.params["position_bits"] else BLOCK_POSITIONS
-    return packed.shape[1] % whole == 0
+    """Rows end with a whole group, and with a whole word of mask bits if they have some."""
+    columns = packed.shape[1]
+    words = packed.params["position_bits"] == 0
+    return columns % packed.params["m"] == 0 and not (words and columns % BLOCK_POSITIONS)
 
 
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
@@ -233,7 +234,6 @@ NM = register(
         form,
         unpadded,
         tolerates,
-        streams,
-        ("n", "m", "position_bits"),
+        parameters=("n", "m", "position_bits"),
     )
 )

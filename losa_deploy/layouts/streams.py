@@ -1,18 +1,21 @@
 """Value streams: how the kept codes of a sparse layout follow one another.
 
-Codes of 8 bits and more are one stream, row after row. Below, there is one stream per *8 / bits rows*, of i4
-per pair of rows: byte k holds the k-th kept code of each of them, that of the first row in the lowest bits.
-A kernel that computes two rows at once then
-reads every byte of both with one load and splits them without a shuffle, and rows of unequal counts cost
-only their difference.
+Codes of 8 bits and more are one stream, row after row. Codes of several planes are row after row too, each
+row stored as a dense one of as many positions as it keeps. Of other codes there is one stream per
+*8 / bits rows*, of i4 per pair of rows: byte k holds the k-th kept code of each of them, that of the first
+row in the lowest bits. A kernel that computes two rows at once then reads every byte of both with one load
+and splits them without a shuffle, and rows of unequal counts cost only their difference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, PackedTensor
+from losa_deploy.layouts.rows import BLOCK, load_rows, row_bytes, store_rows
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 ALIGNMENT = 64
@@ -21,21 +24,24 @@ SLACK = 64
 """... and followed by so many zero bytes, because a kernel reads one whole register from any kept code."""
 
 Mask = NDArray[np.bool_]
+Counts = NDArray[np.int64]
 
 
-def streams(kind: ValueType) -> bool:
-    """Whether codes of this type can be a stream: those of several planes have none yet."""
-    return len(kind.planes) == 1
+def rows_together(kind: ValueType) -> int:
+    """Rows that share the bytes of a stream."""
+    return 1 if kind.bits >= 8 or len(kind.planes) > 1 else 8 // kind.bits
 
 
-def used_bytes(counts: NDArray[np.int64], kind: ValueType) -> int:
+def used_bytes(counts: Counts, kind: ValueType) -> int:
     """Bytes of the codes of rows with these counts [out], without padding."""
     if kind.bits >= 8:
         return int(counts.sum()) * kind.bits // 8
-    return int(_lengths(counts, 8 // kind.bits).sum())
+    if len(kind.planes) > 1:
+        return int(_block_bytes(_blocks(counts), kind).sum())
+    return int(_lengths(counts, rows_together(kind)).sum())
 
 
-def stream_bytes(counts: NDArray[np.int64], kind: ValueType) -> int:
+def stream_bytes(counts: Counts, kind: ValueType) -> int:
     """Stored bytes of rows with these counts of kept codes [out]."""
     return -(-used_bytes(counts, kind) // ALIGNMENT) * ALIGNMENT + SLACK
 
@@ -47,7 +53,12 @@ def store_stream(codes: NDArray[np.generic], slots: Mask, kind: ValueType) -> Co
     if kind.bits >= 8:
         values[: int(counts.sum())] = codes[slots]
         return values
-    rows = 8 // kind.bits
+    if len(kind.planes) > 1:
+        kept = codes[slots]
+        for length, ordinals, places in _blocks_by_length(counts, kind):
+            values[places] = store_rows(kept[ordinals].reshape(-1, length), kind)
+        return values
+    rows = rows_together(kind)
     for row in range(rows):
         kept = codes[row::rows][slots[row::rows]].astype(np.uint8)
         values[_places(counts, row, rows)] |= kept << np.uint8(kind.bits * row)
@@ -61,32 +72,65 @@ def load_stream(values: Component, slots: Mask, kind: ValueType) -> NDArray[np.g
     if kind.bits >= 8:
         codes[slots] = values[: int(counts.sum())]
         return codes
-    stream, rows, ones = values.astype(np.uint8), 8 // kind.bits, np.uint8((1 << kind.bits) - 1)
+    if len(kind.planes) > 1:
+        found = np.zeros(int(counts.sum()), kind.code)
+        for length, ordinals, places in _blocks_by_length(counts, kind):
+            found[ordinals] = load_rows(values[places], kind, length)
+        codes[slots] = found
+        return codes
+    stream, rows, ones = values.astype(np.uint8), rows_together(kind), np.uint8((1 << kind.bits) - 1)
     for row in range(rows):
         kept = stream[_places(counts, row, rows)] >> np.uint8(kind.bits * row) & ones
         codes[row::rows][slots[row::rows]] = kept
     return codes
 
 
-def _lengths(counts: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """Counts of rows [out] → bytes of the stream that each `rows` of them share [ceil(out / rows)]."""
-    padded = np.zeros(-(-len(counts) // rows) * rows, np.int64)
-    padded[: len(counts)] = counts
-    lengths: NDArray[np.int64] = padded.reshape(-1, rows).max(axis=1, initial=0)
+def _blocks(counts: Counts) -> Counts:
+    """Counts of rows [out] → codes of each block of up to 128, in the order of the stream."""
+    blocks = -(-counts // BLOCK)
+    lengths: Counts = np.full(int(blocks.sum()), BLOCK, np.int64)
+    there = blocks > 0
+    lengths[np.cumsum(blocks)[there] - 1] = (counts - (blocks - 1) * BLOCK)[there]
     return lengths
 
 
-def _places(counts: NDArray[np.int64], row: int, rows: int) -> NDArray[np.int64]:
+def _block_bytes(lengths: Counts, kind: ValueType) -> Counts:
+    """Bytes of blocks of so many codes."""
+    sizes: Counts = np.array([row_bytes(length, kind) for length in range(BLOCK + 1)])[lengths]
+    return sizes
+
+
+def _blocks_by_length(counts: Counts, kind: ValueType) -> Iterator[tuple[int, Counts, Counts]]:
+    """For all blocks of one length: the length, the ordinals of their kept codes [blocks, length], and
+    their bytes in the stream [blocks, bytes]."""
+    lengths = _blocks(counts)
+    sizes = _block_bytes(lengths, kind)
+    first_codes, first_bytes = np.cumsum(lengths) - lengths, np.cumsum(sizes) - sizes
+    for length in np.unique(lengths).tolist():
+        here = lengths == length
+        ordinals = first_codes[here][:, None] + np.arange(length)
+        yield length, ordinals, first_bytes[here][:, None] + np.arange(row_bytes(length, kind))
+
+
+def _lengths(counts: Counts, rows: int) -> Counts:
+    """Counts of rows [out] → bytes of the stream that each `rows` of them share [ceil(out / rows)]."""
+    padded = np.zeros(-(-len(counts) // rows) * rows, np.int64)
+    padded[: len(counts)] = counts
+    lengths: Counts = padded.reshape(-1, rows).max(axis=1, initial=0)
+    return lengths
+
+
+def _places(counts: Counts, row: int, rows: int) -> Counts:
     """Byte of each kept code of the rows that come as number `row` of their stream, in row order."""
     lengths = _lengths(counts, rows)
     starts = (np.cumsum(lengths) - lengths)[: len(counts[row::rows])]
     mine = counts[row::rows]
     first = np.cumsum(mine) - mine
-    places: NDArray[np.int64] = np.arange(int(mine.sum())) + np.repeat(starts - first, mine)
+    places: Counts = np.arange(int(mine.sum())) + np.repeat(starts - first, mine)
     return places
 
 
-def check_stream(packed: PackedTensor, counts: NDArray[np.int64]) -> None:
+def check_stream(packed: PackedTensor, counts: Counts) -> None:
     """Raise `ValueError` if the values are not as many bytes as rows with these counts [out] need."""
     expected = stream_bytes(counts, VALUE_TYPES[packed.value_type])
     found = packed.arrays["values"].nbytes if "values" in packed.arrays else 0

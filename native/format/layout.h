@@ -35,13 +35,20 @@ static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : t
 // Dense rows: `n` codes, at most a block of 128, take so many bytes in each plane.
 static inline size_t plane_bytes(size_t n, size_t bits) { return (n * bits + 7) / 8; }
 
+// Both planes of a block of i3, of a row of n codes, and the lower plane of a block whose planes take `bytes`.
+constexpr size_t kPlaneBytes = kPadding / 8 * 3;
+static inline size_t planes_row_bytes(size_t n) {
+  const size_t rest = n % kPadding;
+  return (n - rest) / 8 * 3 + plane_bytes(rest, 2) + plane_bytes(rest, 1);
+}
+static inline size_t quarter_of(size_t bytes) { return bytes * 2 / 3; }
+
 static inline size_t dense_row_bytes(const losa_parts &p) {
-  const size_t rest = p.columns % kPadding, whole = p.columns - rest;
   switch (p.value_type) {
     case LOSA_I4:
       return (p.columns + size_t{1}) / 2;
     case LOSA_I3:
-      return whole / 8 * 3 + plane_bytes(rest, 2) + plane_bytes(rest, 1);
+      return planes_row_bytes(p.columns);
     default:
       return p.columns * value_bytes(p.value_type);
   }
@@ -55,6 +62,11 @@ static inline uint64_t stream_bytes(uint64_t raw) {
 // N:M: groups and values of a row.
 static inline size_t group_count(const losa_parts &p) { return (p.columns + p.m - 1u) / p.m; }
 static inline size_t slots_per_row(const losa_parts &p) { return group_count(p) * p.n; }
+
+// N:M: how far the values of rows, of i4 of pairs of rows, are apart: in values, of i4 and i3 in bytes.
+static inline size_t slot_stride(const losa_parts &p) {
+  return p.value_type == LOSA_I3 ? planes_row_bytes(slots_per_row(p)) : slots_per_row(p);
+}
 
 // Positions of a row: the last group of N:M may reach beyond the columns.
 static inline size_t row_width(const losa_parts &p) {
@@ -73,13 +85,19 @@ static inline size_t position_row_bytes(const losa_parts &p) {
 // True if every block of 64 positions keeps the same count, so that a kernel need not count bits.
 static inline bool fixed_count(const losa_parts &p) { return p.layout == LOSA_NM && kBlock % p.m == 0; }
 
-// First value of a row: an index into values, or for i4 the first byte of the row's pair.
+// First value of a row: an index into values, or for i4 the first byte of the row's pair, for i3 that of the
+// row.
 static inline size_t row_start(const losa_tensor &t, size_t row) {
   const losa_parts &p = t.parts;
   if (p.layout == LOSA_NM) {
-    return slots_per_row(p) * (p.value_type == LOSA_I4 ? row / 2 : row);
+    return slot_stride(p) * (p.value_type == LOSA_I4 ? row / 2 : row);
   }
   return t.starts[p.value_type == LOSA_I4 ? row / 2 : row];
+}
+
+// I3: bytes of a row of a stream.
+static inline size_t stream_row_bytes(const losa_tensor &t, size_t row) {
+  return t.parts.layout == LOSA_NM ? slot_stride(t.parts) : t.starts[row + 1] - t.starts[row];
 }
 
 static inline uint64_t load_word(const uint8_t *bytes) {
@@ -213,6 +231,14 @@ static inline void split_planes(const uint8_t *bytes, size_t n, uint8_t *codes) 
   }
 }
 
+// I3: code number k of a row of a stream that takes so many bytes.
+static inline unsigned kept_code(const uint8_t *row, size_t bytes, size_t k) {
+  const size_t start = k / kPadding * kPlaneBytes, i = k % kPadding, left = bytes - start;
+  const size_t quarter = quarter_of(left < kPlaneBytes ? left : kPlaneBytes), eighth = (quarter + 1) / 2;
+  const unsigned low = row[start + i % quarter] >> i / quarter * 2 & 3u;
+  return low | (row[start + quarter + i % eighth] >> i / eighth & 1u) << 2;
+}
+
 static inline float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 1023u;
   uint32_t bits;
@@ -278,7 +304,7 @@ struct RowPlaces {
       : values(static_cast<const uint8_t *>(t.parts.values.data)),
         starts(t.starts),
         columns(t.parts.columns),
-        slots(t.parts.layout == LOSA_NM ? slots_per_row(t.parts) : 0) {
+        slots(t.parts.layout == LOSA_NM ? slot_stride(t.parts) : 0) {
     if (t.parts.layout != LOSA_DENSE) {
       first_positions = Positions(t.parts, 0);
       position_bytes = position_row_bytes(t.parts);
@@ -296,6 +322,9 @@ struct RowPlaces {
     const size_t line = i4 ? row / 2 : row;
     return slots ? slots * line : starts[line];
   }
+
+  // I3: of a row of a stream.
+  size_t bytes_of(size_t row) const { return slots ? slots : starts[row + 1] - starts[row]; }
 
   const uint8_t *values;
   const uint64_t *starts;

@@ -35,8 +35,7 @@ bool known_positions(const losa_parts &p) {
 
 int check_parameters(const losa_parts &p) {
   const bool shape = p.rows >= 1 && p.columns >= 1 && p.rows <= kMost && p.columns <= kMost;
-  if (!shape || p.layout > LOSA_SLIDING || p.value_type > LOSA_I3 || !known_positions(p) ||
-      (p.value_type == LOSA_I3 && (p.layout == LOSA_BITMASK || p.layout == LOSA_NM))) {
+  if (!shape || p.layout > LOSA_SLIDING || p.value_type > LOSA_I3 || !known_positions(p)) {
     return LOSA_BAD_PARAMETER;
   }
   const bool group = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
@@ -103,7 +102,8 @@ Sizes sizes_of(const losa_parts &p) {
     return tiled_sizes(p);
   }
   const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
-  const uint64_t of_row = p.layout == LOSA_NM ? slots_per_row(p) : p.columns;
+  const uint64_t most_of_row = p.value_type == LOSA_I3 ? planes_row_bytes(p.columns) : p.columns;
+  const uint64_t of_row = p.layout == LOSA_NM ? slot_stride(p) : most_of_row;
   const uint64_t most = stream_bytes(streams * of_row * value_bytes(p.value_type));
   return {uint64_t{p.rows} * position_row_bytes(p), p.layout == LOSA_NM ? most : stream_bytes(0), most};
 }
@@ -336,7 +336,7 @@ int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
     tensor->kept += kept;
     if (p.value_type != LOSA_I4) {
       starts[row] = total;
-      total += kept;
+      total += p.value_type == LOSA_I3 ? planes_row_bytes(kept) : kept;
     } else if (row % 2 == 0) {
       starts[row / 2] = total;
       pair = kept;
@@ -344,6 +344,9 @@ int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
     } else {
       total += kept > pair ? kept : pair;
     }
+  }
+  if (p.value_type == LOSA_I3) {
+    starts[p.rows] = total;
   }
   return has(p.values, stream_bytes(total * value_bytes(p.value_type))) ? LOSA_OK : LOSA_BAD_SIZE;
 }
@@ -376,7 +379,8 @@ extern "C" size_t losa_starts_count(const losa_parts *parts) {
   if (losa_parts_check(parts) != LOSA_OK || parts->layout != LOSA_BITMASK) {
     return 0;
   }
-  return parts->value_type == LOSA_I4 ? (size_t{parts->rows} + 1) / 2 : parts->rows;
+  const size_t rows = parts->rows;
+  return parts->value_type == LOSA_I4 ? (rows + 1) / 2 : parts->value_type == LOSA_I3 ? rows + 1 : rows;
 }
 
 extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_tensor *tensor) {

@@ -100,7 +100,7 @@ void add_forms(std::deque<Operator> &list, size_t weights, bool gated) {
   const auto add = [&](const char *name, losa_layout layout, bool codes, losa_value_type type) {
     list.push_back(make_operator(name, layout, codes, type, weights, gated));
   };
-  for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4}) {
+  for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4, LOSA_I3}) {
     add("Dense", LOSA_DENSE, false, type);
     add("Bitmask", LOSA_BITMASK, false, type);
     add("NmBits", LOSA_NM, false, type);
@@ -111,7 +111,6 @@ void add_forms(std::deque<Operator> &list, size_t weights, bool gated) {
     add("TiledQuads", LOSA_TILED, true, type);
     add("Sliding", LOSA_SLIDING, false, type);
   }
-  add("Dense", LOSA_DENSE, false, LOSA_I3);
   add("TiledQuads", LOSA_TILED, true, LOSA_I3);
   add("Sliding", LOSA_SLIDING, false, LOSA_I3);
 }

@@ -105,6 +105,36 @@ def test_dense_i3_has_two_planes_per_block() -> None:
     }
 
 
+def test_streams_of_i3_are_rows_of_planes() -> None:
+    weight, mask = np.zeros((3, 20)), np.zeros((3, 20), int)
+    mask[0, ::2] = 1  # 10 codes: 3 bytes of lower bits, 2 of the highest
+    weight[0, [0, 6, 12, 16, 18]] = [-4, 3, 2, -2, -1]  # the kept ones number 0, 3, 6, 8, 9
+    mask[2, [1, 3]] = 1  # row 1 keeps nothing and takes no byte; of row 2 one byte for each plane
+    weight[2, [1, 3]] = [-4, 1]
+    packed = pack("bitmask", weight.tolist(), mask.tolist(), PackOptions("i3", 32))
+    low = bytes([0 | 3 << 2 | 2 << 4 | 3 << 6, 0, 2 << 4])  # j, j + 3, j + 6, j + 9
+    high = bytes([1 << 0 | 1 << 4, 1 << 4])  # j, j + 2, ...: 0 and 8; 9
+    assert stored(packed) == {
+        "positions": bytes([0x55, 0x55, 0x05, 0, 0, 0, 0, 0]) + bytes(8) + bytes([0x0A]) + bytes(7),
+        "values": padded(low + high + bytes([1 << 2, 1])),
+        "scale": bytes.fromhex("003c0080003c"),
+        "table": bytes([0, 1, 2, 3, 0xFC, 0xFD, 0xFE, 0xFF]) + bytes(8),
+    }
+
+
+def test_a_row_of_a_stream_of_i3_is_a_dense_row_of_what_is_kept() -> None:
+    levels = np.resize([-4, 3, 2, 1, -1, -2, -3, 0], 300)
+    kept = [[float(level) for level in levels]] * 2
+    spread = [[value for level in row for value in (level, 0.0)] for row in kept]
+    of_rows = pack("dense", kept, [[1] * 300] * 2, PackOptions("i3", 128)).arrays["values"].tobytes()
+    end = bytes(-len(of_rows) % 64) + SLACK
+    assert len(of_rows) == 2 * (2 * 48 + 11 + 6)
+    for layout, pattern in (("bitmask", None), ("nm", (1, 2))):
+        options = PackOptions("i3", 128, pattern=pattern)
+        packed = pack(layout, spread, [[1, 0] * 300] * 2, options)
+        assert stored(packed)["values"] == of_rows + end
+
+
 def test_nm_2_of_4_stores_mask_bits() -> None:
     mask = [[1, 0, 0, 1, 0, 1, 1, 0]]
     packed = pack("nm", [[1.0] * 8], mask, PackOptions("f16", pattern=(2, 4)))

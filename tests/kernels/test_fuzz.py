@@ -20,7 +20,7 @@ from losa_deploy.layouts.blob import to_blob
 
 pytestmark = pytest.mark.slow
 SECONDS = 30
-TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
+TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
 PATTERNS = ((2, 4), (1, 4), (3, 5), (3, 16), (1, 8))
 SHAPES = ((3, 70), (2, 256))
 

@@ -78,10 +78,11 @@ def damaged(blob: bytes) -> Iterator[bytes]:
 
 
 SPARSE = ("bitmask", "nm 2:4", "nm 1:4", "nm 3:5", "nm 3:16")
-STREAMS = tuple((layout, kind) for layout in ("dense", *SPARSE) for kind in ("f32", "f16", "i8", "i4"))
+TYPES = ("f32", "f16", "i8", "i4", "i3")
+STREAMS = tuple((layout, kind) for layout in ("dense", *SPARSE) for kind in TYPES)
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*STREAMS, ("dense", "i3")])
+@pytest.mark.parametrize(("layout", "value_type"), STREAMS)
 def test_no_damage_reads_outside(
     statuses: Statuses, targets: list[str], layout: str, value_type: str
 ) -> None:
@@ -142,7 +143,7 @@ def check_damage(statuses: Statuses, targets: Sequence[str], blob: bytes, column
         assert len(set(found)) >= 4 or len(chosen) < len(blobs), target
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("value_type", TYPES)
 @pytest.mark.parametrize("columns", [64, 128, 256])
 def test_a_last_group_beyond_the_padding_stays_inside(
     statuses: Statuses, targets: list[str], columns: int, value_type: str

@@ -105,7 +105,7 @@ def compare(packed: PackedTensor, x: Matrix, y: Matrix) -> None:
 
 
 LAYOUTS_AND_TYPES = tuple(
-    (layout, kind) for layout in ("dense", "bitmask") for kind in ("f32", "f16", "i8", "i4")
+    (layout, kind) for layout in ("dense", "bitmask") for kind in ("f32", "f16", "i8", "i4", "i3")
 )
 QUADS = ((1, 4), (2, 4))
 TILES = tuple(
@@ -115,7 +115,7 @@ TILES = tuple(
 )
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*LAYOUTS_AND_TYPES, ("dense", "i3")])
+@pytest.mark.parametrize(("layout", "value_type"), LAYOUTS_AND_TYPES)
 def test_dense_and_bitmask(
     multiply_all: MultiplyAll, packed_of: Callable[..., PackedTensor], layout: str, value_type: str
 ) -> None:
@@ -123,7 +123,7 @@ def test_dense_and_bitmask(
     check(multiply_all, [case(weight, tokens) for weight in weights for tokens in TOKENS])
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4", "i3"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}of{p[1]}")
 def test_n_of_m(
     multiply_all: MultiplyAll,
@@ -230,6 +230,34 @@ def test_groups_and_tables_of_i3(
         for table in tables
     ]
     check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5, 18, PROMPT)])
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 4), (2, 5)])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_and_tables_of_streams_of_i3(
+    multiply_all: MultiplyAll,
+    packed_of: Callable[..., PackedTensor],
+    pattern: tuple[int, int] | None,
+    group_size: int,
+) -> None:
+    """Also rows of which more codes are kept than a kernel unpacks at a time."""
+    tables = (None, (0, 20, 60, 127, -127, -60, -20, -5), (0, -1, 2, -3, 4, -4, 3, 1))
+    layout = "nm" if pattern else "bitmask"
+    weights = [
+        packed_of(layout, "i3", *shape, group_size=group_size, table=table, pattern=pattern)
+        for shape in ((9, 65), (33, 172), (7, 576), (5, 3000))
+        for table in tables
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 5, 18)])
+
+
+def test_rows_of_i3_of_every_length(multiply_all: MultiplyAll) -> None:
+    """Row r keeps r of 260 positions: every length of a short block, and nothing."""
+    mask = np.arange(260)[None].repeat(261, 0) < np.arange(261)[:, None]
+    mask = np.random.default_rng(0).permuted(mask, axis=1)
+    weight = np.random.default_rng(1).standard_normal(mask.shape).astype(np.float32)
+    packed = LAYOUTS["bitmask"].pack(weight, mask, PackOptions("i3", 64))
+    check(multiply_all, [case(packed, tokens) for tokens in (1, 3)])
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm"])

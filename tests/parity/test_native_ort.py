@@ -32,7 +32,7 @@ from .conftest import export_as
 LAYOUT_NAMES = (
     "dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:5", "nm 2:16", "nm 4:16", "nm 1:32",
 )  # fmt: skip
-VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
+VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
 NODE = "layer.7.the_node"
 ROUNDING = 2.0**-24
 Array = NDArray[np.float32]
@@ -155,7 +155,7 @@ def check(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Arr
         assert (error <= tolerance(packed, x, weight)).all()
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*product(LAYOUT_NAMES, VALUE_TYPES), ("dense", "i3")])
+@pytest.mark.parametrize(("layout", "value_type"), [*product(LAYOUT_NAMES, VALUE_TYPES)])
 def test_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:
     """One awkward size: tests/kernels has the others."""
     weights = [pack(layout, value_type, count, 172, seed=i) for i, count in enumerate((67, 69, 1))]

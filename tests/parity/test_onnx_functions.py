@@ -88,13 +88,14 @@ def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool
         assert (np.abs(ReferenceEvaluator(model).run(None, {"X": x})[0] - expected) <= tolerance).all()
 
 
-STREAMS = ("bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32")
-LAYOUTS_AND_TYPES = [(layout, kind) for layout in ("dense", *STREAMS) for kind in ("f32", "f16", "i8", "i4")]
+STREAMS = ("bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32", "nm 3:5")
+TYPES = ("f32", "f16", "i8", "i4", "i3")
+LAYOUTS_AND_TYPES = [(layout, kind) for layout in ("dense", *STREAMS) for kind in TYPES]
 PATTERNS = [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)]
 TILES = [(pattern, kind) for pattern in PATTERNS for kind in ("i8", "i4")]
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*LAYOUTS_AND_TYPES, ("dense", "i3")])
+@pytest.mark.parametrize(("layout", "value_type"), LAYOUTS_AND_TYPES)
 def test_operator_equals_the_unpacked_weight(layout: str, value_type: str, pack: Pack) -> None:
     for rows, columns in SIZES:
         group_size = 32 if columns < 100 else 128
@@ -120,7 +121,7 @@ def test_operator_of_sliding_windows_equals_the_unpacked_weight(
         check(LAYOUTS["sliding"].pack(weight, sliding_mask(rows, columns, 0), options), reference=True)
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("value_type", TYPES)
 @pytest.mark.parametrize("keep", [False, True])
 def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
     weight = np.random.default_rng(1).standard_normal((3, 70)).astype(np.float32)
@@ -128,10 +129,10 @@ def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
     check(LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type)), reference=True)
 
 
-FOLDED = [(layout, kind) for layout in ("dense", "bitmask", "nm 1:4") for kind in ("f32", "f16", "i8", "i4")]
+FOLDED = [(layout, kind) for layout in ("dense", "bitmask", "nm 1:4") for kind in TYPES]
 
 
-@pytest.mark.parametrize(("layout", "value_type"), [*FOLDED, ("dense", "i3")])
+@pytest.mark.parametrize(("layout", "value_type"), FOLDED)
 def test_decoding_is_folded_at_load(layout: str, value_type: str, pack: Pack, tmp_path: object) -> None:
     packed = pack(layout, value_type, 64, 172)
     options = ort.SessionOptions()
@@ -143,7 +144,7 @@ def test_decoding_is_folded_at_load(layout: str, value_type: str, pack: Pack, tm
     assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})
 
 
-@pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4"])
+@pytest.mark.parametrize("value_type", TYPES)
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
 def test_one_operator_of_three_weights(layout: str, value_type: str, pack: Pack) -> None:
     """As q, k and v: different numbers of rows, one input, three outputs."""

@@ -98,11 +98,10 @@ def facts(tensor: PlannedTensor | TensorRecord) -> tuple[object, ...]:
 CASES = [
     ({"layout": layout, "value_type": value_type}, layouts)
     for layout, value_types, layouts in (
-        ("auto", ("f32", "f16", "i8", "i4"), None),
-        ("auto", ("i3",), {"tiled", "dense"}),
-        ("bitmask", ("f16", "i4"), {"bitmask"}),
+        ("auto", ("f32", "f16", "i8", "i4", "i3"), None),
+        ("bitmask", ("f16", "i4", "i3"), {"bitmask"}),
         ("dense", ("f32", "i8", "i4", "i3"), {"dense"}),
-        ("nm", ("f32", "i4"), {"nm", "dense"}),
+        ("nm", ("f32", "i4", "i3"), {"nm", "dense"}),
         ("tiled", ("i8", "i4"), {"tiled", "dense"}),
     )
     for value_type in value_types

@@ -64,8 +64,9 @@ typedef struct {
 // A checked tensor. Refers to the caller's parts and starts, which have to outlive it.
 typedef struct {
   losa_parts parts;
-  const uint64_t *starts;  // LOSA_BITMASK: first value of each row (I4: first byte of each row pair)
-  uint64_t kept;           // values stored, padding excluded
+  // LOSA_BITMASK: first value of each row (I4: first byte of each row pair; I3: of each row, then the end).
+  const uint64_t *starts;
+  uint64_t kept;  // values stored, padding excluded
 } losa_tensor;
 
 const char *losa_status_text(int status);

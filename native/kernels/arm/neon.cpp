@@ -3,6 +3,7 @@
 #include <arm_neon.h>
 
 #include "kernels/arm/neon_tiles.h"
+#include "kernels/planes.h"
 #include "kernels/shuffle_table.h"
 #include "kernels/target.h"
 
@@ -66,11 +67,13 @@ class Row {
       : parts_(t.parts),
         dense_(t.parts.layout == LOSA_DENSE),
         grouped_(is_grouped(t.parts)),
-        high_(row % 2 != 0),
+        planes_(!dense_ && t.parts.value_type == LOSA_I3),
+        high_(row % 2 != 0 && !planes_),
         count_(count_per_byte(t.parts)),
         positions_(dense_ ? Positions() : Positions(t.parts, row)),
         at_(static_cast<const uint8_t *>(t.parts.values.data) +
             (dense_ ? row * dense_row_bytes(t.parts) : row_start(t, row))),
+        kept_(at_, planes_ ? stream_row_bytes(t, row) : 0),
         levels_(grouped_ ? table_of(t.parts) : vdupq_n_s8(0)) {}
 
   size_t blocks() const { return (parts_.columns + kBlock - 1) / kBlock; }
@@ -81,8 +84,10 @@ class Row {
     }
     const uint64_t word = positions_.word(block);
     unsigned used = 8 * count_;
-    Block found = count_ ? scatter_fixed(word, at_, count_) : scatter(word, at_, &used);
+    const uint8_t *from = planes_ ? kept_.next() : at_;
+    Block found = count_ ? scatter_fixed(word, from, count_) : scatter(word, from, &used);
     at_ += used;
+    kept_.take(used);
     if (grouped_) {
       for (auto &part : found.part) {
         part = nibbles(part, high_, levels_);
@@ -132,10 +137,11 @@ class Row {
   }
 
   const losa_parts &parts_;
-  bool dense_, grouped_, high_;
+  bool dense_, grouped_, planes_, high_;
   unsigned count_;
   Positions positions_;
   const uint8_t *at_;
+  KeptCodes<unpack_block> kept_;  // of i3, which has no use for at_
   int8x16_t levels_;
 };
 

@@ -2,6 +2,7 @@
 #ifndef LOSA_AVX2_ROWS_H
 #define LOSA_AVX2_ROWS_H
 
+#include "kernels/planes.h"
 #include "kernels/x86/avx2_shuffle.h"
 #include "kernels/x86/prefetch.h"
 
@@ -224,6 +225,46 @@ class DenseRowOfPlanes {
   __m256i levels_, codes_[4] = {};
 };
 
+inline void unpack_run(const uint8_t *planes, uint8_t *codes) {
+  __m256i found[4];
+  fetch_ahead(planes);
+  split_run(planes, found);
+  std::memcpy(codes, found, sizeof found);
+}
+
+// Levels of one sparse i3 row: its codes are placed, and then looked up as those of a dense one.
+template <bool Codes>
+class SparseRowOfPlanes {
+ public:
+  static constexpr bool kGrouped = true;
+
+  SparseRowOfPlanes(const Matrix &m, size_t row)
+      : positions_(m.positions_of(row)),
+        kept_(m.values + m.start(row, false), m.bytes_of(row)),
+        levels_(m.levels) {}
+
+  size_t blocks() const { return positions_.blocks; }
+
+  Block next(size_t block) {
+    const uint8_t *mask = positions_.bytes + block * positions_.step;
+    fetch_ahead(mask);
+    uint64_t word;
+    if (Codes) {
+      word = positions_.word(block);
+      mask = reinterpret_cast<const uint8_t *>(&word);
+    }
+    unsigned used;
+    const Block codes = scatter(mask, kept_.next(), &used);
+    kept_.take(used);
+    return {_mm256_shuffle_epi8(levels_, codes.low), _mm256_shuffle_epi8(levels_, codes.high)};
+  }
+
+ private:
+  Positions positions_;
+  KeptCodes<unpack_run> kept_;
+  __m256i levels_;
+};
+
 // Scales of one row of weights, per activation group.
 template <bool Grouped>
 class RowScales {
@@ -267,7 +308,7 @@ class RowScales {
   float whole_;
 };
 
-// Calls use(tag) with a tag of the class that reads the rows of the tensor: SparseRow, CodesRow or DenseRow.
+// Calls use(tag) with a tag of the class that reads the rows of the tensor.
 template <typename T>
 struct Tag {
   using Row = T;
@@ -290,9 +331,20 @@ void with_reader_of(const losa_tensor &t, Use use) {
 }
 
 template <typename Use>
+void with_reader_of_planes(const losa_parts &p, Use use) {
+  if (p.layout == LOSA_DENSE) {
+    use(Tag<DenseRowOfPlanes>());
+  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
+    use(Tag<SparseRowOfPlanes<true>>());
+  } else {
+    use(Tag<SparseRowOfPlanes<false>>());
+  }
+}
+
+template <typename Use>
 void with_reader(const losa_tensor &t, Use use) {
   if (t.parts.value_type == LOSA_I3) {
-    use(Tag<DenseRowOfPlanes>());
+    with_reader_of_planes(t.parts, use);
     return;
   }
   t.parts.value_type == LOSA_I4 ? with_reader_of<true>(t, use) : with_reader_of<false>(t, use);

@@ -2,6 +2,7 @@
 #ifndef LOSA_AVX512_ROWS_H
 #define LOSA_AVX512_ROWS_H
 
+#include "kernels/planes.h"
 #include "kernels/x86/avx512_values.h"
 
 namespace losa {
@@ -265,16 +266,71 @@ class DenseRowOfPlanes {
   const uint8_t *row_;
 };
 
+inline void unpack_run(const uint8_t *planes, uint8_t *codes) {
+  _mm512_storeu_si512(codes, codes_of_planes<false>(planes));
+  _mm512_storeu_si512(codes + kBlock, codes_of_planes<true>(planes));
+}
+
+// Factors of one sparse i3 row: its codes are expanded, and then looked up as those of a dense one.
+template <Levels How, bool Codes>
+class SparseRowOfPlanes {
+ public:
+  using Even = SparseRowOfPlanes;
+  using Odd = SparseRowOfPlanes;
+  static constexpr Levels kLevels = How;
+  static constexpr bool kMasked = true;
+  static constexpr unsigned kLines = 1;
+  static constexpr float kScaled = 1.0f;
+
+  static size_t start(const Matrix512 &m, size_t row) { return m.start(row, false); }
+  static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
+
+  SparseRowOfPlanes(const Matrix512 &m, size_t row)
+      : m_(m),
+        positions_(m.first_positions.bytes + row * m.position_bytes),
+        kept_(m.values + start(m, row), m.bytes_of(row)) {}
+
+  template <bool Second, bool Whole>
+  __m512i next_scaled(size_t block) {
+    return next<Second, Whole>(block);
+  }
+
+  template <bool Second, bool Whole>
+  __m512i next(size_t block) {
+    const uint64_t word =
+        Codes ? m_.first_positions.word_at(positions_, block) : load_word(positions_ + 8 * block);
+    const __m512i codes = _mm512_maskz_expand_epi8(word, loaded(load512(kept_.next())));
+    kept_.take(static_cast<unsigned>(__builtin_popcountll(word)));
+    return _mm512_shuffle_epi8(m_.levels, codes);
+  }
+
+ private:
+  const Matrix512 &m_;
+  const uint8_t *positions_;
+  KeptCodes<unpack_run> kept_;
+};
+
 template <typename T>
 struct Tag {
   using Row = T;
 };
 
+template <Levels How, typename Use>
+void with_rows_of_planes(const losa_parts &p, Use use) {
+  if (p.layout == LOSA_DENSE) {
+    use(Tag<DenseRowOfPlanes<How>>());
+  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
+    use(Tag<SparseRowOfPlanes<How, true>>());
+  } else {
+    use(Tag<SparseRowOfPlanes<How, false>>());
+  }
+}
+
 // Calls use(tag) with a tag of the class that reads the rows of an integer tensor.
 template <Levels How, typename Use>
 void with_rows_of(const losa_parts &p, Use use) {
   if (p.value_type == LOSA_I3) {
-    use(Tag<DenseRowOfPlanes<How>>());
+    with_rows_of_planes<How>(p, use);
   } else if (p.layout == LOSA_DENSE) {
     use(Tag<DenseRow<How>>());
   } else if (p.layout == LOSA_NM && p.position_bits != 0) {

@@ -61,6 +61,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         Storage("bitmask", "i4", 0.5, group_size=32),
         Storage("bitmask", "i8", 0.5),
+        Storage("bitmask", "i3", 0.5),
         Storage("nm", "i8", 0.5, (2, 4)),
         Storage("tiled", "i4", 0.5, (2, 4)),
         Storage("sliding", "i8", 0.5, stride=2),
@@ -83,7 +84,7 @@ def test_ours_computes_what_the_dense_peer_computes(
     found, expected = logits(portable(folder, kind)), logits(dense)
     assert found.shape == (len(TOKENS), TINY.vocab)
     agreement = np.corrcoef(found.ravel(), expected.ravel())[0, 1]
-    assert agreement > (0.95 if storage.value_type == "i4" else 0.999)
+    assert agreement > {"i8": 0.999, "i4": 0.95, "i3": 0.8}[storage.value_type]
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -279,7 +280,6 @@ def test_the_command_prints_the_document_of_the_issue(
         (["--geometry", "tiny", "--peers", "ort-int4,ort-int4"], "twice"),
         (["some/model", "--geometry", "tiny"], "makes its own models"),
         (["--geometry", "tiny", "--pattern", "2:4", "--sparsity", "0.5"], "Leave out --sparsity"),
-        (["--geometry", "tiny", "--value-type", "i3"], "i3 values are stored dense or in tiles"),
         (["--geometry", "tiny", "--pattern", "4:2"], "no pattern N:M"),
         (["--geometry", "tiny", "--pattern", "sliding:4"], "a stride above 1 and at most 3"),
         (["--geometry", "tiny", "--pattern", "slide"], "is none of 'unstructured', 'pair', 'sliding'"),

@@ -12,7 +12,7 @@ from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
 from losa_deploy.layouts.base import PackedTensor
 from losa_deploy.layouts.blob import FIXED, HEADER_BYTES, blob_bytes, from_blob, read_header, to_blob
 
-VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
+VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
 
 
 def packed(layout: str, value_type: str, rows: int = 5, columns: int = 100) -> PackedTensor:
@@ -62,7 +62,7 @@ def test_a_shortened_blob_is_refused(layout: str) -> None:
         (4, b"\x02", "no packed tensor"),
         (8, b"\x05", "layout 5"),
         (9, b"\x05", "value type 5"),
-        (9, b"\x04", "not in the format for bitmask"),
+        (9, b"\x04", "levels for codes that do not exist"),
         (10, b"\x00", "scale type 0"),
         (11, b"\x01", "1:0"),
         (14, b"\x07", "groups of 7"),

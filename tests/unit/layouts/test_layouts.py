@@ -19,7 +19,7 @@ from losa_deploy.layouts.nm import fits, position_bits
 from losa_deploy.layouts.values import dequantize, quantize
 from losa_deploy.layouts.values.i4 import LINEAR_TABLE
 
-VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4")
+VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
 Matrix = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -56,7 +56,7 @@ options_strategy = st.builds(
     group_size=st.sampled_from((32, 64, 128)),
     scale_type=st.sampled_from(("f32", "f16")),
     table=st.sampled_from((LINEAR_TABLE, (0, 1, 2, 3, 4, 5, 6, 8, -8, -6, -5, -4, -3, -2, -1, 7))),
-)
+).map(lambda options: replace(options, table=None) if options.value_type == "i3" else options)
 
 
 @settings(max_examples=150, deadline=None)

@@ -121,17 +121,21 @@ def test_an_unknown_value_type_is_refused_with_those_there_are() -> None:
         load_recipe(overrides=[("export.value_type", "i2")])
 
 
-def test_what_a_layout_cannot_store_is_not_chosen_and_refused_by_name(kind: ValueType) -> None:
-    mask = matrix(128, 512, (3, 8))[1]
-    options = PackOptions(kind.name, group_size=32)
-    if len(kind.planes) == 1:
-        assert choose(mask, options).layout == "nm"
-        return
+def test_a_value_type_is_chosen_a_layout_for_by_its_bytes(kind: ValueType) -> None:
+    mask, options = matrix(128, 512, (3, 8))[1], PackOptions(kind.name, group_size=32)
+    assert choose(mask, options).layout == "nm"
+    assert choose(matrix(128, 512, (1, 4))[1], options).layout == "tiled"
+    mask[0, 0] ^= True
+    assert choose(mask, options).layout == "bitmask"
+    mask = matrix(128, 512, (7, 8))[1]
     assert (choose(mask, options).layout, choose(mask, options).bytes) == ("dense", DENSE.size(mask, options))
-    assert choose(matrix(128, 512, (2, 4))[1], options).layout == "tiled"
-    for layout in ("bitmask", "nm"):
-        with pytest.raises(UsageError, match=f"--layout {layout} stores .*, not {kind.name}"):
-            forced(layout, "model.layers.0.mlp.up_proj", mask, options)
+
+
+def test_what_a_layout_cannot_store_is_refused_by_name() -> None:
+    mask = matrix(128, 512, (2, 4))[1]
+    for layout in ("tiled", "sliding"):
+        with pytest.raises(UsageError, match=f"--layout {layout} stores .*, not f16"):
+            forced(layout, "model.layers.0.mlp.up_proj", mask, PackOptions("f16"))
 
 
 def reverse(packed: PackedTensor) -> PackedTensor:
