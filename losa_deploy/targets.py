@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from losa_deploy.errors import UsageError
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, tiled
+from losa_deploy.layouts import VALUE_TYPES, tiled
 from losa_deploy.structure import fixed_bits, parse_structure
 
 NO_PATTERN = "unstructured"
@@ -77,8 +77,8 @@ def fastest(
             f"There are no kernels {target!r}; known: {', '.join((*TARGETS, *BEST_AVX512))}.",
             hint="Give --kernels one of them.",
         )
-    kernels, streamed = TARGETS[name], LAYOUTS["bitmask"].stores(kind)
-    if streamed and (kernels.any_integers if kind.bits <= 8 else kernels.any_floats):
+    kernels = TARGETS[name]
+    if kernels.any_integers if kind.bits <= 8 else kernels.any_floats:
         return Pick(name, NO_PATTERN, f"{name} {kernels.why}, and masks without a pattern lose least quality")
     found = candidates(value_type, group_size)
     best = min(found, key=lambda c: abs(c.sparsity - sparsity if bits is None else c.bits - bits))
@@ -89,10 +89,9 @@ def fastest(
             f"there are {offered}.",
             hint="Give --sparsity one of these.",
         )
-    why = f"{name} {kernels.why}" if streamed else f"{value_type} is stored sparse in tiles only"
     kept = "in tiles" if kind.bits <= 8 else f"that keeps N of {GROUP}"
     cost = f"{best.sparsity:.4g} of the weights zero, {best.bits:.4g} bits per weight"
-    return Pick(name, best.pattern, f"{why}, and this is the nearest pattern {kept} ({cost})")
+    return Pick(name, best.pattern, f"{name} {kernels.why}, and this is the nearest pattern {kept} ({cost})")
 
 
 def candidates(value_type: str, group_size: int) -> list[Candidate]:
