@@ -69,9 +69,9 @@ def test_a_compression_with_streams_in_files_leaves_the_same_bytes(
     made: list[int] = []
     mapped = Streams._mapped
 
-    def spy(streams: Streams, shape: tuple[int, ...]) -> torch.Tensor:
+    def spy(streams: Streams, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         made.append(1)
-        return mapped(streams, shape)
+        return mapped(streams, shape, dtype)
 
     monkeypatch.setattr(Streams, "_mapped", spy)
     blocks = {"train": ["weights", "scales"], "grid": "export", "tokens": 300, "window": 2}
