@@ -86,7 +86,7 @@ class PhaseRecipe(Part):
     """Of `kl`. `resident`: all that the dense model says, which takes its last states of the calibration, or
     the model itself for other text; `cached`: its `top_k`, noted before training. `auto`: `cached` for other
     text where memory is short."""
-    top_k: Positive = 64
+    top_k: Positive = 256
     """Tokens per position that a `cached` teacher knows; all others together are one more."""
     grid: Grid = "none"
     """The values that weights may have while they train (straight-through); `export`: as the value type."""

@@ -103,7 +103,7 @@ def _towards_likeliest(student: Tensor, teacher: Likeliest, slope: Tensor, kl: f
     own, aim, rest = student.gather(1, tokens), scores.exp(), teacher.rest.to(student.dtype)
     chances = student.exp()
     outside = chances.scatter(1, tokens, 0.0).sum(dim=1).clamp_min(1e-30)
-    found = (aim * (scores - own)).sum() + torch.special.xlogy(rest, rest / outside).sum()
+    found: Tensor = (aim * (scores - own)).sum() + torch.special.xlogy(rest, rest / outside).sum()
     factor = (1.0 - rest / outside)[:, None].expand_as(chances).scatter(1, tokens, 1.0)
     slope += kl * chances.mul_(factor)
     slope.scatter_add_(1, tokens, -kl * aim)
