@@ -21,6 +21,7 @@ from losa_deploy.compress.memory import (
     activation_bytes,
     moving_bytes,
 )
+from losa_deploy.compress.precision import STORED
 from losa_deploy.compress.sample import FEWEST, most_together
 from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.compress.tune import MICRO_TOKENS
@@ -149,7 +150,12 @@ def stream_room(shape: Geometry, recipe: Recipe, memory: int) -> int:
 
 
 def _streams(shape: Geometry, recipe: Recipe) -> int:
-    return STREAMS * 4 * _tokens(recipe) * shape.hidden
+    return STREAMS * _stored(recipe) * _tokens(recipe) * shape.hidden
+
+
+def _stored(recipe: Recipe) -> int:
+    """Bytes of a number of a stream."""
+    return STORED[recipe.streams].itemsize
 
 
 def part_of(recipe: Recipe, processes: int) -> Recipe:
@@ -215,7 +221,7 @@ def teacher_room(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: in
 def _resident(shape: Geometry, recipe: Recipe, phase: PhaseRecipe) -> int:
     """Of what the dense model says by its states, or by itself."""
     if phase.on_calibration:
-        return 2 * 4 * _tokens(recipe) * shape.hidden
+        return 2 * _stored(recipe) * _tokens(recipe) * shape.hidden
     return 4 * shape.blocks * shape.weights
 
 
@@ -223,7 +229,7 @@ def _cache(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, processes: int) 
     """Of what a cached teacher says (tokens, their scores, the rest), and of the streams that make it."""
     asked, own = -(-max(phase.tokens, phase.final_tokens) // processes), _tokens(recipe)
     positions = min(asked or own, own) if phase.on_calibration else asked or own
-    streams = 0 if phase.on_calibration else 2 * 4 * min(positions, CHUNK_TOKENS) * shape.hidden
+    streams = 0 if phase.on_calibration else 2 * _stored(recipe) * min(positions, CHUNK_TOKENS) * shape.hidden
     return (8 * min(phase.top_k, shape.vocabulary) + 4) * positions + streams
 
 

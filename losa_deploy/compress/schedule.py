@@ -34,6 +34,7 @@ from losa_deploy.compress.memory import (
 )
 from losa_deploy.compress.optimizer import settled
 from losa_deploy.compress.partial import Partial
+from losa_deploy.compress.precision import STORED
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.sharded import collect, shared_out, take_up
@@ -129,7 +130,7 @@ def compress(
     student = Student(source, dense)
     own = part_of(recipe, room.team.count)
     limit = stream_room(Geometry.of_checkpoint(source), own, room.bytes)
-    dense.streams = student.streams = Streams(folder, limit)
+    dense.streams = student.streams = Streams(folder, limit, STORED[recipe.streams])
     on_cpu = room.bytes if room.device == CPU else available_bytes()
     team = room.team
     if team.count > recipe.calibration.samples:
@@ -416,7 +417,8 @@ def _teacher(run: _Run, partial: Partial, work: _PhaseWork, dense: list[Stream],
             return run.dense.finish(dense[0])
         stack.enter_context(run.dense.open(*range(len(run.dense.blocks))))
         return None
-    room = Streams(run.folder, teacher_room(shape, own, mine, run.memory, team.count))
+    limit = teacher_room(shape, own, mine, run.memory, team.count)
+    room = Streams(run.folder, limit, STORED[recipe.streams])
     read = sequences_read(work.tokens.shape[0], phase, work.steps, recipe.seed, work.labels, team)
     if phase.on_calibration:
         outputs = from_states(dense[0], [team.place(index) for index in read])

@@ -19,9 +19,12 @@ class Streams:
     A file goes with the last tensor that lies in it, also if the process is killed.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        """`folder` is made when the first file is; it must lie on a disk with room for a few streams."""
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path, limit: int, dtype: torch.dtype = torch.float32) -> None:
+        """`folder` is made when the first file is; it must lie on a disk with room for a few streams.
+
+        `dtype` is that of streams.
+        """
+        self._folder, self._limit, self.dtype = folder, limit, dtype
         self.held = 0
         """Bytes of streams in memory."""
 

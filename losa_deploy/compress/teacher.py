@@ -68,7 +68,7 @@ def is_cached(phase: PhaseRecipe, name: str, partial: Partial, team: Team, *, sh
 def from_states(stream: Stream, places: Sequence[int]) -> Iterator[Tensor]:
     """Batches of a stream after the last block, of the sequences at `places`."""
     for part in slices(0, len(places), stream.batch):
-        yield stream.hidden[torch.tensor(places[part], device=stream.hidden.device)]
+        yield stream.rows(torch.tensor(places[part], device=stream.hidden.device))
 
 
 def through_model(dense: Decoder, tokens: Tensor, precision: str, room: Streams) -> Iterator[Tensor]:
@@ -82,7 +82,7 @@ def through_model(dense: Decoder, tokens: Tensor, precision: str, room: Streams)
             for block in range(len(dense.blocks)):
                 stream = dense.advance(block, stream, precision)
             for part in stream.batches():
-                yield stream.hidden[part]
+                yield stream.rows(part)
     finally:
         dense.streams = usual
 

@@ -173,9 +173,9 @@ def _descend_by_block(task: ModelTask, batch: list[int], share: float) -> Tensor
     stream = student.stream(task.tokens[batch], len(batch))
     inputs: list[Tensor] = []
     for block in range(len(student.blocks)):
-        inputs.append(stream.hidden)
+        inputs.append(stream.hidden.float())
         stream = student.advance(block, stream, precision)
-    output = stream.hidden.requires_grad_(True)
+    output = stream.hidden.float().requires_grad_(True)
     with products(precision, student.device):
         found = student.last_norm(output)
     loss = share * _head_loss(task, batch, found.float())
@@ -207,17 +207,21 @@ def _whole_loss(task: ModelTask, batch: list[int]) -> float:
 def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
     """The loss of the sequences `batch`, of which the head reads `hidden` [batch, tokens, hidden]."""
     weights, tokens = task.phase.losses, task.tokens[batch]
-    teacher: Tensor | Likeliest | None = None
-    if weights.kl and isinstance(task.teacher, Cached):
-        teacher = task.teacher.of(batch)
-    elif weights.kl and task.teacher is not None:
-        own = [task.team.place(index) for index in batch]
-        teacher = task.teacher[torch.tensor(own, device=task.teacher.device)]
-    elif weights.kl:
-        with torch.no_grad():
-            teacher = task.dense.features(tokens, task.precision)
+    teacher = _teacher(task, batch) if weights.kl else None
     dtype = torch.bfloat16 if uses_bf16(task.precision, task.student.device) else torch.float32
     return head_loss(hidden, teacher, tokens, task.student.head, kl=weights.kl, ce=weights.ce, dtype=dtype)
+
+
+def _teacher(task: ModelTask, batch: list[int]) -> Tensor | Likeliest:
+    """What the dense model's head reads of the sequences `batch`, or what it says of them."""
+    known = task.teacher
+    if isinstance(known, Cached):
+        return known.of(batch)
+    if known is not None:
+        own = [task.team.place(index) for index in batch]
+        return known[torch.tensor(own, device=known.device)]
+    with torch.no_grad():
+        return task.dense.features(task.tokens[batch], task.precision)
 
 
 def _factor(task: ModelTask) -> float:

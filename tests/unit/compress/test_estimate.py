@@ -145,3 +145,11 @@ def test_a_cached_teacher_takes_its_tokens_instead_of_the_dense_model() -> None:
     without = estimate(LLAMA_7B, plain, 60 * GIB, RATES, bf16=True)
     assert short.stages["phase 1"] == without.stages["phase 1"]
     assert short.disk_bytes == without.disk_bytes + noted + streams
+
+
+def test_streams_in_bf16_take_half() -> None:
+    found = [
+        estimate(LLAMA_7B, load_recipe(overrides=[("streams", kind)]), 60 * GIB, RATES, bf16=True).stages
+        for kind in ("f32", "bf16")
+    ]
+    assert found[0]["blocks"] - found[1]["blocks"] == 5 * 2 * 128 * 256 * 4096
