@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Grid = Literal["none", "export", "i8", "i4", "i3", "i2"]
 LEVELS: Mapping[str, tuple[int, int]] = {"i8": (-127, 127), "i4": (-8, 7), "i3": (-4, 3), "i2": (-2, 1)}
 """Grid → lowest and highest level. Not every grid has a value type: some only tell what it would be worth."""
+OptimizerName = Literal["auto", "adamw", "adamw8bit"]
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0.0)]
 TEACHING: Mapping[str, Mapping[str, object]] = {
@@ -81,6 +82,12 @@ class PhaseRecipe(Part):
     """Tokens per sequence of other text than the calibration; 0: as the calibration's."""
     loss: LossRecipe = LossRecipe()
     """All weights 0 means `block` for block phases and `kl` for the others."""
+    teacher: Literal["auto", "resident", "cached"] = "auto"
+    """Of `kl`. `resident`: all that the dense model says, which takes its last states of the calibration, or
+    the model itself for other text; `cached`: its `top_k`, noted before training. `auto`: `cached` for other
+    text where memory is short."""
+    top_k: Positive = 256
+    """Tokens per position that a `cached` teacher knows; all others together are one more."""
     grid: Grid = "none"
     """The values that weights may have while they train (straight-through); `export`: as the value type."""
     group_size: Annotated[int, Field(ge=0)] = 0
@@ -96,6 +103,9 @@ class PhaseRecipe(Part):
     rate: Literal["relative", "absolute", "probe"] = "relative"
     """`relative` to the RMS of each linear's kept weights; `probe`: also searched around it for a while."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    optimizer: OptimizerName = "auto"
+    """Of phases through the model. `adamw8bit` keeps moments in eight bits, on CUDA devices; `auto` is that
+    where it can be, else `adamw`. Where processes share out the weights, and for blocks: `adamw`."""
     weight_decay: Weight = 0.0
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -114,6 +124,11 @@ class PhaseRecipe(Part):
         if self.loss.block or self.loss.kl or self.loss.ce:
             return self.loss
         return LossRecipe(block=1.0) if self.where == "blocks" else LossRecipe(kl=1.0)
+
+    @property
+    def on_calibration(self) -> bool:
+        """Whether it trains on the calibration and on no other text."""
+        return all(item.source == "calibration" for item in self.data)
 
     def steps(self, available: int, length: int, *, last: bool) -> int:
         """Optimizer steps for `available` sequences of `length` tokens in this or the last schedule step."""
@@ -138,6 +153,8 @@ class PhaseRecipe(Part):
             raise ValueError("a block has no logits; loss.kl and loss.ce need where: model")
         if self.where == "model" and self.loss.block:
             raise ValueError("loss.block needs where: blocks")
+        if self.where == "blocks" and self.optimizer == "adamw8bit":
+            raise ValueError("adamw8bit saves memory in phases through the model; leave optimizer out")
         if self.where == "model" and self.window > 1:
             raise ValueError("window is of block phases; a phase with where: model trains all blocks")
         if self.where == "blocks" and "adapters" in trained:

@@ -195,6 +195,8 @@ class Recipe(Part):
     seed: int = 0
     precision: Literal["auto", "f32", "bf16"] = "auto"
     """Of products while training; `auto` takes bf16 where the CPU computes it faster."""
+    streams: Literal["f32", "bf16"] = "f32"
+    """How hidden states of the calibration are kept between blocks; bf16 takes half of the room."""
     sparsity: SparsityRecipe = SparsityRecipe()
     calibration: CalibrationRecipe = CalibrationRecipe()
     allocation: AllocationRecipe = AllocationRecipe()

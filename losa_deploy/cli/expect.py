@@ -28,6 +28,7 @@ def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: 
     """Memory, disk and time; measures this machine for less than a second."""
     from losa_deploy.cli.stages import set_threads
     from losa_deploy.compress.estimate import Geometry, estimate, measured_rates
+    from losa_deploy.compress.optimizer import settled
     from losa_deploy.compress.precision import uses_bf16
 
     set_threads(thread_count(args))
@@ -35,6 +36,7 @@ def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: 
     bf16 = uses_bf16(recipe.precision, device)
     rates = measured_rates(bf16=bf16, device=device)
     shape, processes = Geometry.of(linears, others), launcher.size()
+    recipe = settled(recipe, device)
     return estimate(shape, recipe, budget(args), rates, bf16=bf16, processes=processes)
 
 

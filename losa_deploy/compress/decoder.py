@@ -85,6 +85,10 @@ class Stream:
     arguments: tuple[BlockArguments, ...]
     batch: int
 
+    def rows(self, part: slice | Tensor) -> Tensor:
+        """The hidden states of some samples, in f32 whatever they are stored in."""
+        return self.hidden[part].float()
+
     def batches(self) -> Iterator[slice]:
         """Slices of `batch` samples; the last one may hold fewer."""
         return slices(0, self.hidden.shape[0], self.batch)
@@ -238,7 +242,7 @@ class Decoder:
         """Room for hidden states."""
         if self.streams is None:
             return torch.empty(*shape, dtype=torch.float32, device=self.device)
-        return self.streams.empty(shape, self.device)
+        return self.streams.empty(shape, self.device, self.streams.dtype)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, tuple[BlockArguments, ...]]:
         """What the model passes to block 0, and what to every block besides the hidden states."""
@@ -253,10 +257,10 @@ class Decoder:
     @torch.no_grad()
     def finish(self, stream: Stream) -> Tensor:
         """What the head reads, [samples, tokens, hidden], of the stream after the last block."""
-        width = self.last_norm(stream.hidden[:1, :1]).shape[-1]  # OPT projects to another one
+        width = self.last_norm(stream.rows(slice(1))[:, :1]).shape[-1]  # OPT projects to another one
         result = self._room((*stream.hidden.shape[:2], width))
         for part in stream.batches():
-            result[part] = self.last_norm(stream.hidden[part])
+            result[part] = self.last_norm(stream.rows(part))
         return result
 
     def last_norm(self, hidden: Tensor) -> Tensor:
@@ -295,9 +299,9 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self, block: int, stream: Stream, precision: str = "f32") -> Stream:
-        """The stream after `block`; hidden states stay f32 (see `precision.products`)."""
+        """The stream after `block`; sums are f32 (see `precision.products`)."""
         result = self._room(stream.hidden.shape)
         with self.open(block), products(precision, self.device):
             for part in stream.batches():
-                result[part] = self.run_block(block, stream.hidden[part], stream.arguments[block])
+                result[part] = self.run_block(block, stream.rows(part), stream.arguments[block])
         return Stream(result, stream.arguments, stream.batch)

@@ -19,8 +19,11 @@ from losa_deploy.compress.memory import (
     MOVING_BYTES,
     ROUNDED_BYTES,
     activation_bytes,
+    moving_bytes,
 )
+from losa_deploy.compress.precision import STORED
 from losa_deploy.compress.sample import FEWEST, most_together
+from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
@@ -128,14 +131,16 @@ def estimate(
     """What `compress` takes with `memory` bytes at hand; of several processes what each takes."""
     own = part_of(recipe, processes)
     streams, room = _streams(shape, own), stream_room(shape, own, memory)
+    in_files = max(0, streams - room)
     stages = {"check": _check(shape, memory), "blocks": _blocks(shape, own) + min(streams, room)}
     if recipe.calibration.source == "self":
         stages["text"] = _text(shape, own, memory, 2 if bf16 else 4)
     for number, phase in enumerate(own.phases):
         if phase.where == "model":
             stages[f"phase {number}"] = _phase(shape, own, phase, memory, processes)
+            in_files = max(in_files, _cache_in_files(shape, own, phase, memory, processes))
     seconds = _seconds(shape, recipe, rates, processes)
-    disk = _disk(shape, recipe) + max(0, streams - room)
+    disk = _disk(shape, recipe) + in_files
     return Estimate(max(stages.values()), disk, seconds, stages)
 
 
@@ -145,7 +150,12 @@ def stream_room(shape: Geometry, recipe: Recipe, memory: int) -> int:
 
 
 def _streams(shape: Geometry, recipe: Recipe) -> int:
-    return STREAMS * 4 * _tokens(recipe) * shape.hidden
+    return STREAMS * _stored(recipe) * _tokens(recipe) * shape.hidden
+
+
+def _stored(recipe: Recipe) -> int:
+    """Bytes of a number of a stream."""
+    return STORED[recipe.streams].itemsize
 
 
 def part_of(recipe: Recipe, processes: int) -> Recipe:
@@ -192,11 +202,65 @@ def _blocks(shape: Geometry, recipe: Recipe) -> int:
     return LIBRARY_BYTES + 4 * shape.outer + held + max(statistics, trained)
 
 
+def memory_is_short(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> bool:
+    """Whether a phase through the model leaves no room for the dense model beside it.
+
+    `recipe` and `phase` are a process's part. The dense model's states of the calibration, which are enough
+    where there is no other text, need no room: past a limit they lie in files.
+    """
+    if phase.on_calibration:
+        return False
+    return _training(shape, recipe, phase, memory, processes, _resident(shape, recipe, phase)) > memory
+
+
+def teacher_room(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> int:
+    """Bytes of memory for what a cached teacher says; the rest lies in files."""
+    return max(0, memory - _training(shape, recipe, phase, memory, processes, 0))
+
+
+def _resident(shape: Geometry, recipe: Recipe, phase: PhaseRecipe) -> int:
+    """Of what the dense model says by its states, or by itself."""
+    if phase.on_calibration:
+        return 2 * _stored(recipe) * _tokens(recipe) * shape.hidden
+    return 4 * shape.blocks * shape.weights
+
+
+def _cache(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, processes: int) -> int:
+    """Of what a cached teacher says (tokens, their scores, the rest), and of the streams that make it."""
+    asked, own = -(-max(phase.tokens, phase.final_tokens) // processes), _tokens(recipe)
+    positions = min(asked or own, own) if phase.on_calibration else asked or own
+    streams = 0 if phase.on_calibration else 2 * _stored(recipe) * min(positions, CHUNK_TOKENS) * shape.hidden
+    return (8 * min(phase.top_k, shape.vocabulary) + 4) * positions + streams
+
+
+def _is_cached(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> bool:
+    if not phase.losses.kl or phase.teacher != "auto":
+        return phase.losses.kl > 0 and phase.teacher == "cached"
+    return memory_is_short(shape, recipe, phase, memory, processes)
+
+
+def _cache_in_files(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> int:
+    if not _is_cached(shape, recipe, phase, memory, processes):
+        return 0
+    room = teacher_room(shape, recipe, phase, memory, processes)
+    return max(0, _cache(shape, recipe, phase, processes) - room)
+
+
 def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int) -> int:
-    """Of a phase through the model."""
+    """Of a phase through the model, with what teaches it."""
+    if not _is_cached(shape, recipe, phase, memory, processes):
+        known = _resident(shape, recipe, phase) if phase.losses.kl else 0
+        return _training(shape, recipe, phase, memory, processes, known)
+    room = teacher_room(shape, recipe, phase, memory, processes)
+    held = min(room, _cache(shape, recipe, phase, processes))
+    return held + _training(shape, recipe, phase, memory, processes, 0)
+
+
+def _training(
+    shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, processes: int, known: int
+) -> int:
+    """Of a phase through the model beside `known` bytes about the dense one."""
     length = phase.sequence_length or recipe.calibration.sequence_length
-    taught = phase.losses.kl and all(item.source == "calibration" for item in phase.data)
-    known = 2 * 4 * _tokens(recipe) * shape.hidden if taught else 0
     frozen = set(phase.train) == {"norms"}
     tokens = (
         min(phase.batch_size * length, max(MICRO_TOKENS, length)) if frozen else phase.batch_size * length
@@ -206,10 +270,12 @@ def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, pro
     base = LIBRARY_BYTES + 4 * shape.outer + known + head
     if not frozen:
         weights = shape.blocks * shape.weights
-        whole = base + (MOVING_BYTES + ROUNDED_BYTES) * weights + shape.blocks * activations
+        moving = moving_bytes(phase.optimizer)
+        whole = base + (moving + ROUNDED_BYTES) * weights + shape.blocks * activations
         inputs = 4 * tokens * shape.hidden * shape.blocks
-        again = MOVING_BYTES * weights + inputs + 2 * BLOCK_BYTES * shape.weights + activations
-        if processes > 1 and LIBRARY_BYTES + 4 * shape.outer + MOVING_BYTES * weights > memory:
+        again = moving * weights + inputs + 2 * BLOCK_BYTES * shape.weights + activations
+        if processes > 1 and LIBRARY_BYTES + 4 * shape.outer + moving * weights > memory:
+            again += (MOVING_BYTES - moving) * weights  # in eight bits moments are not shared out
             again += TOGETHER_BYTES * shape.weights - MOVING_BYTES * weights * (processes - 1) // processes
         return whole if whole <= memory else base + again
     if FROZEN_BYTES * shape.all + LIBRARY_BYTES <= memory:
@@ -218,10 +284,10 @@ def _phase(shape: Geometry, recipe: Recipe, phase: PhaseRecipe, memory: int, pro
 
 
 def _disk(shape: Geometry, recipe: Recipe) -> int:
-    """The finished and the unfinished step, and the point that training goes on from."""
+    """The finished and the unfinished step, and the point that training goes on from beside the next one."""
     state = int(2 * 4.2 * shape.blocks * shape.weights)
     points = [p for p in recipe.phases if p.where == "model" and {"weights", "adapters"} & set(p.train)]
-    return state + (12 * shape.blocks * shape.weights if points else 0)
+    return state + (24 * shape.blocks * shape.weights if points else 0)
 
 
 def _seconds(shape: Geometry, recipe: Recipe, rates: Rates, processes: int) -> float:
@@ -256,6 +322,8 @@ def _trained_seconds(
     )
     passes = PASSES if {"weights", "adapters", "scales"} & set(phase.train) else 8
     seconds = 6 * tokens * weights / rates.products + steps * passes * weights / rates.elements
+    if phase.where == "model" and phase.losses.kl and not phase.on_calibration:
+        seconds += 2 * tokens * weights / rates.products  # the dense model
     if phase.where == "model":
         seconds += 6 * tokens * shape.vocabulary * shape.hidden / rates.products
         seconds += 30 * tokens * shape.vocabulary / rates.elements

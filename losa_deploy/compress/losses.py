@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,26 @@ def token_error(output: Tensor, target: Tensor) -> Tensor:
     return (error / target.square().sum(dim=-1).clamp_min(1e-30)).mean()
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The k likeliest next tokens by some model, at each position, and how likely all others are together."""
+
+    tokens: Tensor
+    """[…, k] int32."""
+    scores: Tensor
+    """[…, k] f32: logarithms of their probabilities."""
+    rest: Tensor
+    """[…] f32: probability of the others, 0 if there are none."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Likeliest:
+        return Likeliest(self.tokens[rows], self.scores[rows], self.rest[rows])
+
+    def flat(self, device: torch.device) -> Likeliest:
+        """[b, t, …] as [b·t, …] on a device."""
+        tokens, scores, rest = (x.to(device).flatten(0, 1) for x in (self.tokens, self.scores, self.rest))
+        return Likeliest(tokens, scores, rest)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Hidden states ↦ loss through a frozen head; the gradient is made in the forward pass.
 
@@ -32,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | Likeliest | None,
         labels: Tensor,
         head: nn.Linear,
         weights: tuple[float, float],
@@ -47,7 +69,10 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + POSITIONS)
             student = _log_softmax(hidden[part], matrix, bias)
             slope = torch.zeros_like(student)
-            if teacher is not None and kl:
+            if isinstance(teacher, Likeliest) and kl:
+                total += kl * _towards_likeliest(student, teacher[part], slope, kl).to(total.dtype)
+            elif teacher is not None and kl:
+                assert isinstance(teacher, Tensor)
                 aim = _log_softmax(teacher[part], matrix, bias)
                 chances = aim.exp()
                 total += kl * (aim.sub_(student).mul_(chances)).sum(dtype=total.dtype)
@@ -68,6 +93,37 @@ class _HeadLoss(torch.autograd.Function):
         return saved * grad, None, None, None, None, None
 
 
+def _towards_likeliest(student: Tensor, teacher: Likeliest, slope: Tensor, kl: float) -> Tensor:
+    """KL over the teacher's tokens and all others as one, summed over positions; its gradient is added.
+
+    `student` [n, vocab] are log-probabilities, `slope` [n, vocab] the gradient by logits. Inside of the rest
+    the student is free: there the gradient scales its probabilities alike.
+    """
+    tokens, scores = teacher.tokens.long(), teacher.scores.to(student.dtype)
+    own, aim, rest = student.gather(1, tokens), scores.exp(), teacher.rest.to(student.dtype)
+    chances = student.exp()
+    outside = chances.scatter(1, tokens, 0.0).sum(dim=1).clamp_min(1e-30)
+    found: Tensor = (aim * (scores - own)).sum() + torch.special.xlogy(rest, rest / outside).sum()
+    factor = (1.0 - rest / outside)[:, None].expand_as(chances).scatter(1, tokens, 1.0)
+    slope += kl * chances.mul_(factor)
+    slope.scatter_add_(1, tokens, -kl * aim)
+    return found
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, head: nn.Linear, count: int, dtype: torch.dtype) -> Likeliest:
+    """The `count` likeliest next tokens of a model whose head reads `hidden` [n, h]; products in `dtype`."""
+    matrix = head.weight.detach().to(dtype)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+    parts = []
+    for start in range(0, len(hidden), POSITIONS):
+        found = _log_softmax(hidden[start : start + POSITIONS], matrix, bias)
+        scores, tokens = found.topk(min(count, found.shape[1]), dim=1)
+        rest = found.exp_().scatter_(1, tokens, 0.0).sum(dim=1)
+        parts.append((tokens.to(torch.int32), scores.float(), rest.float()))
+    return Likeliest(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
 def _log_softmax(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """Log-probabilities [n, vocab] of hidden states [n, hidden]; f32 or wider."""
     logits = nn.functional.linear(hidden.to(matrix.dtype), matrix, bias)
@@ -76,7 +132,7 @@ def _log_softmax(hidden: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def head_loss(
     hidden: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | Likeliest | None,
     tokens: Tensor,
     head: nn.Linear,
     *,
@@ -86,11 +142,13 @@ def head_loss(
 ) -> Tensor:
     """kl · mean KL(dense ‖ student) per position + ce · mean cross-entropy of the next token.
 
-    `hidden` and `teacher` [b, t, h] are what the head reads in the student and in the dense model (None if
-    `kl` is 0); `tokens` [b, t]; `head`, which both share, does not train; `dtype` is that of its products.
+    `hidden` [b, t, h] is what the head reads in the student; `teacher` the same in the dense model, or what
+    that says of [b, t] (None if `kl` is 0); `tokens` [b, t]; `head`, which both share, does not train;
+    `dtype` is that of its products.
     """
     labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten().to(hidden.device)
-    flat = None if teacher is None else teacher.flatten(0, 1)
+    flat = teacher.flatten(0, 1) if isinstance(teacher, Tensor) else teacher
+    flat = flat.flat(hidden.device) if isinstance(flat, Likeliest) else flat
     result: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden.flatten(0, 1), flat, labels, head, (kl, ce), dtype
     )

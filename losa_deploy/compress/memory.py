@@ -20,6 +20,8 @@ CACHE_COPIES = 1.5
 """Keys and values that exist at once: transformers makes them anew for every token, block after block."""
 MOVING_BYTES = 17
 """Per weight of a model in memory whose weights train: f32 weight, mask, gradient, two moments."""
+MOVING_BYTES_8BIT = 11
+"""The same with moments in eight bits."""
 ROUNDED_BYTES = 4
 """More per weight if rounded weights stay until the backward pass."""
 LIBRARY_BYTES = 450_000_000
@@ -58,19 +60,24 @@ def activation_bytes(hidden: int, inner: int, tokens: int) -> int:
     return 4 * tokens * (10 * hidden + 4 * inner)
 
 
-def fits_at_once(source: Checkpoint, tokens: int, memory: int) -> bool:
+def moving_bytes(optimizer: str) -> int:
+    """Per weight that trains through the model, by the optimizer of the phase."""
+    return MOVING_BYTES_8BIT if optimizer == "adamw8bit" else MOVING_BYTES
+
+
+def fits_at_once(source: Checkpoint, tokens: int, memory: int, optimizer: str = "adamw") -> bool:
     """Whether weights that train and what all blocks keep for the backward pass are in memory together."""
     inner = max(max(shape) for shape in source.linears.values())
     kept = source.block_count * activation_bytes(int(str(source.config["hidden_size"])), inner, tokens)
     outer = outer_parameters(source)
-    moving = (MOVING_BYTES + ROUNDED_BYTES) * (all_parameters(source) - outer)
+    moving = (moving_bytes(optimizer) + ROUNDED_BYTES) * (all_parameters(source) - outer)
     return LIBRARY_BYTES + 4 * outer + moving + kept <= memory
 
 
-def trains_whole(source: Checkpoint, memory: int) -> bool:
+def trains_whole(source: Checkpoint, memory: int, optimizer: str = "adamw") -> bool:
     """Whether all weights can train in one process."""
     outer = outer_parameters(source)
-    return LIBRARY_BYTES + 4 * outer + MOVING_BYTES * (all_parameters(source) - outer) <= memory
+    return LIBRARY_BYTES + 4 * outer + moving_bytes(optimizer) * (all_parameters(source) - outer) <= memory
 
 
 def _by_block(source: Checkpoint) -> Mapping[int, int]:

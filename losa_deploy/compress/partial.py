@@ -76,10 +76,27 @@ class Partial:
         return time.monotonic() - self.saved > SAVE_SECONDS
 
     def save_point(self, point: Point, name: str = "point") -> None:
-        """Replace the point that was saved before under this name."""
-        record = {"labels": list(point.labels), "factor": point.factor, "losses": list(point.losses)}
-        self._write(name, point.tensors, record)
+        """Replace the point that was saved before under this name; a kill leaves the old one or the new one.
+
+        Its tensors therefore lie in one of two files, which the record names.
+        """
+        labels, losses = list(point.labels), list(point.losses)
+        before = self._file(name)
+        file = f"{name}.b.safetensors" if before == f"{name}.a.safetensors" else f"{name}.a.safetensors"
+        record = {"labels": labels, "factor": point.factor, "losses": losses, "file": file}
+        self._write(name, point.tensors, record, file)
+        if before is not None:
+            (self.path / before).unlink(missing_ok=True)
         self.saved = time.monotonic()
+
+    def _file(self, name: str) -> str | None:
+        """The file of the tensors that a record names."""
+        record = self._read(name, check=False)
+        return None if record is None else self._tensors(name, record)
+
+    @staticmethod
+    def _tensors(name: str, record: Mapping[str, object]) -> str:
+        return str(record.get("file", f"{name}.safetensors"))
 
     def point(self, labels: tuple[str | int, ...], name: str = "point") -> Point | None:
         """The point saved in the phase with these labels, None if there is none."""
@@ -90,7 +107,16 @@ class Partial:
             return None
         losses, factor = record["losses"], record["factor"]
         assert isinstance(losses, list) and isinstance(factor, float)
-        return Point(labels, factor, tuple(losses), load_file(self.path / f"{name}.safetensors"))
+        return Point(labels, factor, tuple(losses), load_file(self.path / self._tensors(name, record)))
+
+    def choice(self, name: str) -> str | None:
+        """What `save_choice` was told under this name."""
+        record = self._read(f"choice-{name}")
+        return None if record is None else str(record["choice"])
+
+    def save_choice(self, name: str, choice: str) -> None:
+        """Note what was decided by circumstances, so that a resumed run decides alike."""
+        self._write(f"choice-{name}", {}, {"choice": choice})
 
     def phase(self, number: int) -> Mapping[str, object] | None:
         """The record of a phase whose blocks were all saved by `save_phase`."""
@@ -114,13 +140,17 @@ class Partial:
         """The step is finished."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
+    def _write(
+        self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, object], other: str | None = None
+    ) -> None:
+        """Write tensors and their record; to an `other` file than that of the record that is there now."""
         from safetensors.torch import save_file
 
         self.path.mkdir(parents=True, exist_ok=True)
         # The record is written last and names the hash: without it the tensors do not count.
-        (self.path / f"{name}.json").unlink(missing_ok=True)
-        file, partial = self.path / f"{name}.safetensors", self.path / f"{name}.partial"
+        if other is None:
+            (self.path / f"{name}.json").unlink(missing_ok=True)
+        file, partial = self.path / (other or f"{name}.safetensors"), self.path / f"{name}.partial"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
         os.replace(partial, file)
         text = json.dumps({"step": self.step, "sha256": sha256_file(file), **record})
@@ -130,7 +160,8 @@ class Partial:
     def _read(self, name: str, *, check: bool = True) -> Mapping[str, object] | None:
         try:
             record = json.loads((self.path / f"{name}.json").read_text("utf-8"))
-            whole = not check or record["sha256"] == sha256_file(self.path / f"{name}.safetensors")
-        except (OSError, ValueError, KeyError, TypeError):
+            file = self.path / self._tensors(name, record)
+            whole = not check or record["sha256"] == sha256_file(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return record if whole and record.get("step") == self.step else None

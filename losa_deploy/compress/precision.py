@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,6 +23,10 @@ def has_bf16(device: torch.device = CPU) -> bool:
 def uses_bf16(precision: str, device: torch.device = CPU) -> bool:
     """What a recipe's `precision` (`auto`, `f32` or `bf16`) means on a device."""
     return precision == "bf16" or (precision == "auto" and has_bf16(device))
+
+
+STORED: Mapping[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+"""A recipe's `streams` → how hidden states are kept between blocks."""
 
 
 def products(precision: str, device: torch.device = CPU) -> AbstractContextManager[object]:

@@ -45,7 +45,7 @@ class BlockTask:
 
     def output(self, part: slice) -> Tensor:
         """The last block's output on a batch; differentiable."""
-        found = self.stream.hidden[part]
+        found = self.stream.rows(part)
         with products(self.precision, self.student.device):
             for block in self.blocks:
                 found = self.student.run_block(block, found, self.stream.arguments[block])
@@ -60,7 +60,7 @@ class BlockTask:
     @torch.no_grad()
     def error(self, rows: slice) -> float:
         """Mean relative error per token of these samples."""
-        own, found = self.team.part(rows), self.target.new_zeros(())
+        own, found = self.team.part(rows), torch.zeros((), device=self.target.device)
         for part in slices(own.start, own.stop, self.stream.batch):
             found += self.share(part, rows)
         return float(self.team.total(found))
@@ -68,7 +68,7 @@ class BlockTask:
     def share(self, part: slice, rows: slice) -> Tensor:
         """What a part of this process's samples adds to the mean error per token of `rows`."""
         weight = (part.stop - part.start) / (rows.stop - rows.start)
-        error: Tensor = weight * token_error(self.output(part), self.target[part])
+        error: Tensor = weight * token_error(self.output(part), self.target[part].float())
         return error
 
 
@@ -147,7 +147,7 @@ def _descend(
         part = train[order.pop(0)]
         set_rates(optimizer, learning_factor(number, steps, phase.warmup))
         optimizer.zero_grad(set_to_none=True)
-        own, loss = task.team.part(part), task.target.new_zeros(())
+        own, loss = task.team.part(part), torch.zeros((), device=task.target.device)
         if own.start < own.stop:
             loss = phase.losses.block * task.share(own, part)
             loss.backward()  # type: ignore[no-untyped-call]

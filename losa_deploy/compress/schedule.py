@@ -22,7 +22,7 @@ from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.device import CPU, HERE, Room
-from losa_deploy.compress.estimate import Geometry, part_of, stream_room
+from losa_deploy.compress.estimate import Geometry, memory_is_short, part_of, stream_room, teacher_room
 from losa_deploy.compress.importance import block_gram, block_importance, linear_cka
 from losa_deploy.compress.memory import (
     FROZEN_BYTES,
@@ -32,14 +32,24 @@ from losa_deploy.compress.memory import (
     fits_at_once,
     trains_whole,
 )
+from losa_deploy.compress.optimizer import settled
 from losa_deploy.compress.partial import Partial
+from losa_deploy.compress.precision import STORED
 from losa_deploy.compress.prune import kept_of_group
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.sharded import collect, shared_out, take_up
 from losa_deploy.compress.streams import Streams
 from losa_deploy.compress.student import StoredBlock, Student
+from losa_deploy.compress.teacher import (
+    Teacher,
+    cached,
+    from_states,
+    is_cached,
+    reads_states,
+    through_model,
+)
 from losa_deploy.compress.team import Team
-from losa_deploy.compress.tune import ModelTask, tune
+from losa_deploy.compress.tune import ModelTask, sequences_read, tune
 from losa_deploy.compress.walk import Walk, finished_block, grid_of, settle_grid, walk_blocks
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.manifest import SourceRecord, TrainingRecord
@@ -115,12 +125,12 @@ def compress(
     state = adapted.read_state(folder) if folder.is_dir() else None
     if state is not None and state.fingerprint == mark and state.complete:
         return AdaptedModel(folder, state)
-    masked = masked_linears(source, recipe)
+    masked, chosen = masked_linears(source, recipe), settled(recipe, room.device)
     dense = Decoder(source, device=room.device)
     student = Student(source, dense)
     own = part_of(recipe, room.team.count)
     limit = stream_room(Geometry.of_checkpoint(source), own, room.bytes)
-    dense.streams = student.streams = Streams(folder, limit)
+    dense.streams = student.streams = Streams(folder, limit, STORED[recipe.streams])
     on_cpu = room.bytes if room.device == CPU else available_bytes()
     team = room.team
     if team.count > recipe.calibration.samples:
@@ -145,7 +155,7 @@ def compress(
         state = _together(team, folder, lambda: _start(folder, tokens, empty))
     tokens = _load_tokens(folder)
     student.restore_rest(adapted.load_rest(folder, state, student.rest(None)))
-    run = _Run(recipe, dense, student, tokens, folder, source.folder, masked, progress, room.bytes, team)
+    run = _Run(chosen, dense, student, tokens, folder, source.folder, masked, progress, room.bytes, team)
     for step in range(state.step + 1, recipe.schedule.steps + 1):
         partial = Partial(folder, step)
         with ExitStack() as stack:
@@ -243,7 +253,7 @@ def _step(run: _Run, state: AdaptedState, partial: Partial, stack: ExitStack) ->
     run.student.stored = _stored(run, state, partial)
     label = f"step {step}/{steps}: pruning to {target:.3f}"
     walk = Walk(run.student, run.dense, run.masked, recipe, step, label, run.progress, partial, run.team)
-    results, dense = walk_blocks(walk, run.tokens, rates, kept)
+    results, *dense = walk_blocks(walk, run.tokens, rates, kept)
     ranks = tuple(0 for _ in results)
     adapters = any("adapters" in phase.train for phase in recipe.phases)
     through = [phase for phase in recipe.phases if phase.where == "model" and phase.runs(last=step == steps)]
@@ -306,14 +316,20 @@ def _is_sharded(run: _Run, phases: Sequence[PhaseRecipe]) -> bool:
     """
     if run.team.count == 1 or not phases or any("weights" not in phase.train for phase in phases):
         return False
-    fits = torch.tensor(float(trains_whole(run.student.checkpoint, run.memory)))
+    # Of several phases the one that takes most.
+    plain = any(phase.optimizer == "adamw" for phase in phases)
+    optimizer = "adamw" if plain else "adamw8bit"
+    fits = torch.tensor(float(trains_whole(run.student.checkpoint, run.memory, optimizer)))
     return float(run.team.total(fits)) < run.team.count
 
 
 def _model_phases(
-    run: _Run, partial: Partial, step: int, dense: Stream, *, sharded: bool
+    run: _Run, partial: Partial, step: int, dense: list[Stream], *, sharded: bool
 ) -> list[TrainingRecord]:
-    """The phases through the whole model that this step has; `dense` is the dense model's last stream."""
+    """The phases through the whole model that this step has.
+
+    `dense` holds the dense model's last stream, which is taken out as soon as no phase needs it.
+    """
     recipe, last = run.recipe, step == run.recipe.schedule.steps
     records: list[TrainingRecord] = []
     for number, phase in enumerate(recipe.phases):
@@ -322,29 +338,12 @@ def _model_phases(
         tokens = phase_tokens(phase, run.tokens, run.source, recipe.seed)
         steps = phase.steps(*tokens.shape, last=last)
         trained = steps * min(phase.batch_size, tokens.shape[0]) * tokens.shape[1]
-        if sharded:
-            work = _PhaseWork(step, number, phase, tokens, steps, _teacher(run, phase, dense))
-            losses = _sharded_phase(run, partial, work)
-            records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
-            continue
-        linears = [run.student.masked(name) for name in run.student.names]
-        settle_grid(linears, phase, [None] * len(linears))
-        labels = ("tune", step, number)
-        whole = run.student.is_open(0)
-        names = tuple(n for n in run.student.names if n in run.masked) if whole else ()
-        task = ModelTask(
-            run.student, run.dense, names, tokens, phase, steps, recipe.precision, recipe.seed, labels,
-            recompute=bool(names) and not fits_at_once(
-                run.student.checkpoint, -(-phase.batch_size // run.team.count) * tokens.shape[1], run.memory
-            ),
-            teacher=_teacher(run, phase, dense),
-            team=run.team,
-        )  # fmt: skip
-        losses = tune(
-            task, partial, _reporter(run, steps, f"step {step}/{recipe.schedule.steps}: phase {number}")
-        )
-        for linear in linears if whole else ():
-            linear.settle()
+        work = _PhaseWork(step, number, phase, tokens, steps)
+        with ExitStack() as stack:
+            teacher = _teacher(run, partial, work, dense, stack)
+            if not any(reads_states(later, last=last) for later in recipe.phases[number + 1 :]):
+                dense.clear()
+            losses = (_sharded_phase if sharded else _phase)(run, partial, work, teacher)
         records.append(TrainingRecord(step=step, phase=number, tokens=trained, losses=_thinned(losses)))
     return records
 
@@ -361,11 +360,35 @@ class _PhaseWork:
     """[sequences, length]"""
     steps: int
     """Of the optimizer."""
-    teacher: Tensor | None
-    """What the dense model's head reads, where that is known."""
+
+    @property
+    def labels(self) -> tuple[str | int, ...]:
+        return ("tune", self.step, self.number)
 
 
-def _sharded_phase(run: _Run, partial: Partial, work: _PhaseWork) -> tuple[float, ...]:
+def _phase(run: _Run, partial: Partial, work: _PhaseWork, teacher: Teacher) -> tuple[float, ...]:
+    """A phase with all parameters in this process; its losses."""
+    linears, tokens = [run.student.masked(name) for name in run.student.names], work.tokens
+    settle_grid(linears, work.phase, [None] * len(linears))
+    whole = run.student.is_open(0)
+    names = tuple(n for n in run.student.names if n in run.masked) if whole else ()
+    task = ModelTask(
+        run.student, run.dense, names, tokens, work.phase, work.steps, run.recipe.precision, run.recipe.seed,
+        work.labels,
+        recompute=bool(names) and not fits_at_once(
+            run.student.checkpoint, -(-work.phase.batch_size // run.team.count) * tokens.shape[1], run.memory,
+            work.phase.optimizer,
+        ),
+        teacher=teacher,
+        team=run.team,
+    )  # fmt: skip
+    losses = tune(task, partial, _reporter(run, work))
+    for linear in linears if whole else ():
+        linear.settle()
+    return losses
+
+
+def _sharded_phase(run: _Run, partial: Partial, work: _PhaseWork, teacher: Teacher) -> tuple[float, ...]:
     """A phase whose parameters the processes share out; its losses. What an interrupted run has is taken."""
     known = take_up(run.student, partial, work.number)
     if known is not None:
@@ -373,23 +396,40 @@ def _sharded_phase(run: _Run, partial: Partial, work: _PhaseWork) -> tuple[float
     trained = shared_out(run.student, work.phase, run.team)
     task = ModelTask(
         trained, run.dense, tuple(n for n in trained.names if n in run.masked), work.tokens, work.phase,
-        work.steps, run.recipe.precision, run.recipe.seed, ("tune", work.step, work.number),
-        recompute=True, teacher=work.teacher, team=run.team, sharded=True,
+        work.steps, run.recipe.precision, run.recipe.seed, work.labels,
+        recompute=True, teacher=teacher, team=run.team, sharded=True,
     )  # fmt: skip
-    label = f"step {work.step}/{run.recipe.schedule.steps}: phase {work.number}"
-    losses = tune(task, partial, _reporter(run, work.steps, label))
+    losses = tune(task, partial, _reporter(run, work))
     collect(trained, run.student, partial, run.team, work.number, losses)
     return losses
 
 
-def _teacher(run: _Run, phase: PhaseRecipe, dense: Stream) -> Tensor | None:
-    """What the dense model's head reads, where the walk through the blocks has computed it."""
-    known = all(item.source == "calibration" for item in phase.data)
-    return run.dense.finish(dense) if known and phase.losses.kl else None
+def _teacher(run: _Run, partial: Partial, work: _PhaseWork, dense: list[Stream], stack: ExitStack) -> Teacher:
+    """What is known of the dense model before the phase; if it runs itself, `stack` has its blocks open."""
+    phase, team, recipe = work.phase, run.team, run.recipe
+    if not phase.losses.kl:
+        return None
+    shape, own = Geometry.of_checkpoint(run.student.checkpoint), part_of(recipe, team.count)
+    mine = own.phases[work.number]
+    short = memory_is_short(shape, own, mine, run.memory, team.count)
+    if not is_cached(phase, f"teacher-{work.number}", partial, team, short=short):
+        if phase.on_calibration:
+            return run.dense.finish(dense[0])
+        stack.enter_context(run.dense.open(*range(len(run.dense.blocks))))
+        return None
+    limit = teacher_room(shape, own, mine, run.memory, team.count)
+    room = Streams(run.folder, limit, STORED[recipe.streams])
+    read = sequences_read(work.tokens.shape[0], phase, work.steps, recipe.seed, work.labels, team)
+    if phase.on_calibration:
+        outputs = from_states(dense[0], [team.place(index) for index in read])
+    else:
+        outputs = through_model(run.dense, work.tokens[read], recipe.precision, room)
+    return cached(run.dense, outputs, read, work.tokens.shape[1], phase.top_k, recipe.precision, room)
 
 
-def _reporter(run: _Run, steps: int, label: str) -> Callable[[int], None]:
-    return lambda done: run.progress(done, steps, label)
+def _reporter(run: _Run, work: _PhaseWork) -> Callable[[int], None]:
+    label = f"step {work.step}/{run.recipe.schedule.steps}: phase {work.number}"
+    return lambda done: run.progress(done, work.steps, label)
 
 
 def _thinned(losses: Sequence[float], most: int = 200) -> tuple[float, ...]:

@@ -11,11 +11,19 @@ from torch import Tensor
 from losa_deploy.compress.data import Batches
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import wide_type
-from losa_deploy.compress.losses import head_loss, learning_factor, require_finite
+from losa_deploy.compress.losses import Likeliest, head_loss, learning_factor, require_finite
+from losa_deploy.compress.optimizer import (
+    moments,
+    new_optimizer,
+    optimizer_on,
+    restore_moments,
+    saved_kind,
+)
 from losa_deploy.compress.partial import Partial, Point
 from losa_deploy.compress.points import Points
 from losa_deploy.compress.precision import products, uses_bf16
 from losa_deploy.compress.student import Student
+from losa_deploy.compress.teacher import Cached, Teacher
 from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.compress.train import Trained, local, set_rates
 from losa_deploy.phases import PhaseRecipe
@@ -45,8 +53,8 @@ class ModelTask:
     """What the random numbers of this phase depend on besides the seed."""
     recompute: bool = False
     """Blocks are computed a second time in the backward pass: memory for time."""
-    teacher: Tensor | None = None
-    """[n, length, hidden]: what the dense model's head reads of this process's `tokens`, if that is known."""
+    teacher: Teacher = None
+    """What is known of `dense` and this process's `tokens`; `dense` runs if it is nothing."""
     team: Team = ALONE
     """Each of its processes computes a part of every batch; all take the same step."""
     sharded: bool = False
@@ -62,7 +70,7 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
     saved = points.saved(task.labels)
     factor = saved.factor if saved else _factor(task)
     trained = _trained(task, factor)
-    optimizer = _optimizer(trained, task.phase)
+    optimizer = _optimizer(task, trained, saved)
     losses = list(saved.losses) if saved else []
     if saved:
         _resume(trained, optimizer, saved)
@@ -80,6 +88,25 @@ def tune(task: ModelTask, partial: Partial, report: Callable[[int], None]) -> tu
     return tuple(losses)
 
 
+def sequences_read(
+    count: int, phase: PhaseRecipe, steps: int, seed: int, labels: tuple[str | int, ...], team: Team
+) -> list[int]:
+    """Which of `count` sequences `tune` reads in this process, ascending."""
+    found: set[int] = {min(team.rank, count - 1)} if team.count > 1 else set()  # of a process without a part
+    kinds = [(labels, steps)]
+    if phase.rate == "probe":
+        kinds.append(((*labels, "probe"), _probe_steps(steps) + 1))
+    for names, number in kinds:
+        batches = Batches(count, phase.batch_size, seed, *names)
+        for batch in range(number):
+            found.update(team.mine(batches[batch]))
+    return sorted(found)
+
+
+def _probe_steps(steps: int) -> int:
+    return max(2, steps // PROBE_SHARE)
+
+
 def _trained(task: ModelTask, factor: float) -> Trained:
     student = task.student
     rest = [p for block in (*range(len(student.blocks)), None) for p in student.rest(block).values()]
@@ -88,8 +115,10 @@ def _trained(task: ModelTask, factor: float) -> Trained:
     return Trained(linears, task.phase, rest=rest, factor=factor, team=team)
 
 
-def _optimizer(trained: Trained, phase: PhaseRecipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained.groups, weight_decay=phase.weight_decay, fused=True)
+def _optimizer(task: ModelTask, trained: Trained, saved: Point | None = None) -> torch.optim.Optimizer:
+    """Of the kind that left `saved`, if there is a point."""
+    kind = saved_kind(saved.tensors) if saved else optimizer_on(task.phase.optimizer, task.student.device)
+    return new_optimizer("adamw" if task.sharded else kind, trained.groups, task.phase.weight_decay)
 
 
 def _step(task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, batch: list[int]) -> float:
@@ -144,9 +173,9 @@ def _descend_by_block(task: ModelTask, batch: list[int], share: float) -> Tensor
     stream = student.stream(task.tokens[batch], len(batch))
     inputs: list[Tensor] = []
     for block in range(len(student.blocks)):
-        inputs.append(stream.hidden)
+        inputs.append(stream.hidden.float())
         stream = student.advance(block, stream, precision)
-    output = stream.hidden.requires_grad_(True)
+    output = stream.hidden.float().requires_grad_(True)
     with products(precision, student.device):
         found = student.last_norm(output)
     loss = share * _head_loss(task, batch, found.float())
@@ -177,27 +206,34 @@ def _whole_loss(task: ModelTask, batch: list[int]) -> float:
 
 def _head_loss(task: ModelTask, batch: list[int], hidden: Tensor) -> Tensor:
     """The loss of the sequences `batch`, of which the head reads `hidden` [batch, tokens, hidden]."""
-    weights, tokens, teacher = task.phase.losses, task.tokens[batch], None
-    if weights.kl and task.teacher is not None:
-        own = [task.team.place(index) for index in batch]
-        teacher = task.teacher[torch.tensor(own, device=task.teacher.device)]
-    elif weights.kl:
-        with torch.no_grad():
-            teacher = task.dense.features(tokens, task.precision)
+    weights, tokens = task.phase.losses, task.tokens[batch]
+    teacher = _teacher(task, batch) if weights.kl else None
     dtype = torch.bfloat16 if uses_bf16(task.precision, task.student.device) else torch.float32
     return head_loss(hidden, teacher, tokens, task.student.head, kl=weights.kl, ce=weights.ce, dtype=dtype)
+
+
+def _teacher(task: ModelTask, batch: list[int]) -> Tensor | Likeliest:
+    """What the dense model's head reads of the sequences `batch`, or what it says of them."""
+    known = task.teacher
+    if isinstance(known, Cached):
+        return known.of(batch)
+    if known is not None:
+        own = [task.team.place(index) for index in batch]
+        return known[torch.tensor(own, device=known.device)]
+    with torch.no_grad():
+        return task.dense.features(task.tokens[batch], task.precision)
 
 
 def _factor(task: ModelTask) -> float:
     """1, or with `rate: probe` the factor with the lowest loss on a batch that the probes do not train on."""
     if task.phase.rate != "probe":
         return 1.0
-    steps = max(2, task.steps // PROBE_SHARE)
+    steps = _probe_steps(task.steps)
     batches = Batches(task.tokens.shape[0], task.phase.batch_size, task.seed, *task.labels, "probe")
     losses: dict[float, float] = {}
     for factor in PROBES:
         trained = _trained(task, factor)
-        start, optimizer = trained.snapshot(), _optimizer(trained, task.phase)
+        start, optimizer = trained.snapshot(), _optimizer(task, trained)
         for number in range(1, steps + 1):
             set_rates(optimizer, learning_factor(number, steps + 1, task.phase.warmup))
             _step(task, trained, optimizer, batches[number])
@@ -212,11 +248,8 @@ def _point(
     task: ModelTask, trained: Trained, optimizer: torch.optim.Optimizer, factor: float, losses: list[float]
 ) -> Point:
     """Everything that training needs to go on."""
-    tensors: dict[str, Tensor] = {}
-    for index, parameter in enumerate(trained.parameters):
-        tensors[f"{index}.value"] = local(parameter.detach()).cpu()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{index}.{key}"] = local(optimizer.state[parameter][key]).cpu()
+    values = {f"{i}.value": local(value.detach()).cpu() for i, value in enumerate(trained.parameters)}
+    tensors = {**values, **moments(optimizer, trained.parameters)}
     return Point(task.labels, factor, tuple(losses), tensors)
 
 
@@ -224,8 +257,4 @@ def _point(
 def _resume(trained: Trained, optimizer: torch.optim.Optimizer, saved: Point) -> None:
     for index, parameter in enumerate(trained.parameters):
         local(parameter.detach()).copy_(saved.tensors[f"{index}.value"])
-        state = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        for key, value in state.items():
-            local(value).copy_(saved.tensors[f"{index}.{key}"])
-        step = torch.tensor(float(len(saved.losses)), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **state}
+    restore_moments(optimizer, trained.parameters, saved.tensors, len(saved.losses))

@@ -277,9 +277,9 @@ def _needs_local_error(recipe: Recipe) -> bool:
 
 def block_error(output: Stream, dense: Stream, team: Team = ALONE) -> float:
     """LoSA's L_i: mean over channels of ‖dense - output‖² / ‖dense‖² over all tokens."""
-    difference, scale = output.hidden.new_zeros(2, output.hidden.shape[-1])
+    difference, scale = torch.zeros(2, output.hidden.shape[-1], device=output.hidden.device)
     for part in output.batches():
-        ours, wanted = output.hidden[part].flatten(0, -2), dense.hidden[part].flatten(0, -2)
+        ours, wanted = output.rows(part).flatten(0, -2), dense.rows(part).flatten(0, -2)
         difference += (wanted - ours).square().sum(dim=0)
         scale += wanted.square().sum(dim=0)
     team.add((difference, scale))

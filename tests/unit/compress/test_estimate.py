@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from losa_deploy.compress.estimate import Geometry, Rates, estimate
+from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.recipe import load_recipe
 
 RATES = Rates(products=4e11, plain=1.6e11, elements=2.5e9)
@@ -113,3 +114,42 @@ def test_more_steps_on_the_same_tokens_take_longer() -> None:
         for size in (4, 2)
     )
     assert many.seconds > 1.3 * few.seconds
+
+
+def test_a_cached_teacher_takes_its_tokens_instead_of_the_dense_model() -> None:
+    """Of other text the model itself, of the calibration its last states: both are gone."""
+    weights, tokens = LLAMA_7B.blocks * LLAMA_7B.weights, 1_920_000
+    noted = (8 * 32 + 4) * tokens
+    changes: list[tuple[str, object]] = [("phases.1.top_k", 32)]
+    text: list[tuple[str, object]] = [("phases.1.data", [{"source": "text.txt"}])]
+    states, streams = 2 * 4 * 256 * 256 * 4096, 2 * 4 * CHUNK_TOKENS * 4096
+    for more, gone, here in (
+        (text, 4 * weights, noted + streams),
+        ([], states, (8 * 32 + 4) * 256 * 256),
+    ):
+        found = {
+            kind: estimate(
+                LLAMA_7B,
+                load_recipe(preset="standard", overrides=[*changes, *more, ("phases.1.teacher", kind)]),
+                memory * GIB, RATES, bf16=True,
+            )
+            for kind, memory in (("resident", 300), ("cached", 300), ("auto", 300))
+        }  # fmt: skip
+        stage = {kind: each.stages["phase 1"] for kind, each in found.items()}
+        assert stage["resident"] - stage["cached"] == gone - here
+        assert stage["auto"] == stage["resident"]
+    # What is noted lies in a file where training leaves no room for it, and memory decides whether it is.
+    recipe = load_recipe(preset="standard", overrides=[*changes, *text])
+    short = estimate(LLAMA_7B, recipe, 60 * GIB, RATES, bf16=True)
+    plain = load_recipe(preset="standard", overrides=[*text, ("phases.1.loss", {"kl": 0.0})])
+    without = estimate(LLAMA_7B, plain, 60 * GIB, RATES, bf16=True)
+    assert short.stages["phase 1"] == without.stages["phase 1"]
+    assert short.disk_bytes == without.disk_bytes + noted + streams
+
+
+def test_streams_in_bf16_take_half() -> None:
+    found = [
+        estimate(LLAMA_7B, load_recipe(overrides=[("streams", kind)]), 60 * GIB, RATES, bf16=True).stages
+        for kind in ("f32", "bf16")
+    ]
+    assert found[0]["blocks"] - found[1]["blocks"] == 5 * 2 * 128 * 256 * 4096

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from losa_deploy.compress.losses import head_loss, learning_factor
+from losa_deploy.compress.losses import Likeliest, head_loss, learning_factor, likeliest
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -110,3 +110,50 @@ def test_the_learning_rate_rises_to_its_full_value_and_falls_to_nothing() -> Non
     without = [learning_factor(step, 4, 0.0) for step in range(4)]
     assert without == pytest.approx([1.0, 1.0, 2 / 3, 1 / 3])
     assert learning_factor(0, 1, 0.5) == 1.0
+
+
+def both(seed: int) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A head of 11 tokens, states of student and teacher over more than one part, and tokens."""
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(6, 11).double().requires_grad_(False)
+    hidden, teacher = (torch.randn(3, 200, 6, dtype=torch.float64) for _ in range(2))
+    return head, hidden.requires_grad_(), teacher, torch.randint(11, (3, 200))
+
+
+def noted(teacher: torch.Tensor, head: torch.nn.Linear, count: int) -> Likeliest:
+    found = likeliest(teacher.flatten(0, 1), head, count, torch.float64)
+    return Likeliest(*(x.unflatten(0, teacher.shape[:2]) for x in (found.tokens, found.scores, found.rest)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 11, 50])
+def test_the_likeliest_tokens_teach_with_all_others_as_one(count: int) -> None:
+    """Value and gradient against torch's own of distributions over count + 1 events."""
+    head, hidden, teacher, tokens = both(count)
+    known = noted(teacher, head, count)
+    assert known.tokens.shape == (3, 200, min(count, 11))
+    loss = head_loss(hidden, known, tokens, head, kl=0.7, ce=0.2, dtype=torch.float64)
+    (2.0 * loss).backward()  # type: ignore[no-untyped-call]
+    found, hidden.grad = hidden.grad, None
+    aim, student = (head(states).softmax(dim=-1) for states in (teacher, hidden))
+    order = aim.argsort(dim=-1, descending=True)
+    events = [
+        torch.cat([sorted_[..., :count], sorted_[..., count:].sum(dim=-1, keepdim=True)], dim=-1)
+        for sorted_ in (aim.gather(-1, order), student.gather(-1, order))
+    ]
+    divergence = torch.special.xlogy(events[0], events[0]) - torch.special.xlogy(events[0], events[1])
+    cross = torch.nn.functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    expected = 0.7 * divergence.sum(dim=-1).mean() + 0.2 * cross
+    (2.0 * expected).backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert found is not None and hidden.grad is not None
+    assert torch.allclose(found, hidden.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_more_tokens_come_closer_to_the_whole_distribution_from_below() -> None:
+    head, hidden, teacher, tokens = both(3)
+    exact, *few = (
+        float(head_loss(hidden, aim, tokens, head, kl=1.0, ce=0.0, dtype=torch.float64))
+        for aim in (teacher, *(noted(teacher, head, count) for count in (1, 3, 6, 11)))
+    )
+    assert few == sorted(few) and few[0] < 0.9 * exact
+    assert few[-1] == pytest.approx(exact, rel=1e-6)

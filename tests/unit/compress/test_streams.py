@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import CPU, Room
+from losa_deploy.compress.losses import token_error
 from losa_deploy.compress.schedule import compress
 from losa_deploy.compress.streams import Streams
 from losa_deploy.manifest import SourceRecord
@@ -69,9 +71,9 @@ def test_a_compression_with_streams_in_files_leaves_the_same_bytes(
     made: list[int] = []
     mapped = Streams._mapped
 
-    def spy(streams: Streams, shape: tuple[int, ...]) -> torch.Tensor:
+    def spy(streams: Streams, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         made.append(1)
-        return mapped(streams, shape)
+        return mapped(streams, shape, dtype)
 
     monkeypatch.setattr(Streams, "_mapped", spy)
     blocks = {"train": ["weights", "scales"], "grid": "export", "tokens": 300, "window": 2}
@@ -97,3 +99,43 @@ def test_a_compression_with_streams_in_files_leaves_the_same_bytes(
     assert found.keys() == expected.keys() and len(found) == 4
     for path, tensors in expected.items():
         assert all(torch.equal(found[path][key], value) for key, value in tensors.items()), path
+
+
+def test_streams_in_bf16_take_half_and_are_near_those_in_f32(tiny_llama: Path, tmp_path: Path) -> None:
+    """After every block; what a block reads is f32 again."""
+    tokens = torch.randint(5, 290, (6, 32), generator=torch.Generator().manual_seed(0))
+    dense, hidden = Decoder(Checkpoint.open(tiny_llama)), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        dense.streams = Streams(tmp_path, 10**9, dtype)
+        stream = dense.stream(tokens, 4)
+        assert stream.hidden.dtype == dtype and dense.streams.held == 6 * 32 * 64 * dtype.itemsize
+        for block in range(3):
+            stream = dense.advance(block, stream)
+        assert stream.rows(slice(2, 4)).dtype == torch.float32
+        hidden[dtype] = dense.finish(stream)
+    error = float(token_error(hidden[torch.bfloat16].float(), hidden[torch.float32]))
+    assert 0 < error < 1e-4, "rounding of 2^-9 a few times over, squared"
+
+
+def test_a_compression_with_streams_in_bf16_comes_out_alike(tiny_llama: Path, tmp_path: Path) -> None:
+    """Blocks are as near to the dense ones, norms learn through the model, and files hold half."""
+    blocks = {"train": ["weights", "scales"], "grid": "export", "tokens": 300, "window": 2}
+    norms = {"train": ["norms"], "where": "model", "grid": "export", "tokens": 200}
+    found = {}
+    for kind in ("f32", "bf16"):
+        chosen = load_recipe(
+            overrides={
+                "calibration.samples": 12,
+                "calibration.sequence_length": 24,
+                "precision": "f32",
+                "streams": kind,
+                "phases": [blocks, norms],
+            }.items()
+        )
+        source, record = Checkpoint.open(tiny_llama), SourceRecord(id="someone/tiny")
+        model = compress(source, record, chosen, tmp_path / kind, progress=no_progress, room=Room(memory=1))
+        found[kind] = model.state
+    for one, other in zip(found["f32"].block_error, found["bf16"].block_error, strict=True):
+        assert other == pytest.approx(one, rel=0.15) and other != one
+    last = [state.training[1].losses[-1] for state in found.values()]
+    assert last[1] == pytest.approx(last[0], rel=0.2)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +256,7 @@ def test_sources_are_mixed_by_their_shares(tiny_llama: Path, tiny_text: str, tmp
         phase_tokens(longer, calibration, tiny_llama, 0)
 
 
-PHASES = [
+PHASES: list[dict[str, object]] = [
     {"train": ["weights", "norms"], "where": "blocks", "tokens": 512, "batch_size": 4},
     {"train": ["weights"], "where": "blocks", "window": 2, "grid": "i4", "tokens": 512, "batch_size": 2},
     {
@@ -265,12 +269,12 @@ PHASES = [
 ]
 
 
-def chosen() -> Recipe:
+def chosen(phases: Sequence[Mapping[str, object]] = PHASES) -> Recipe:
     return load_recipe(
         overrides=[
             ("calibration.samples", 12),
             ("calibration.sequence_length", 32),
-            ("phases", PHASES),
+            ("phases", phases),
             ("precision", "f32"),
         ]
     )
@@ -309,6 +313,29 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert resumed.state.training == whole.state.training
 
 
+def test_ten_kills_in_one_run_change_no_byte(tiny_llama: Path, tmp_path: Path) -> None:
+    """By SIGKILL, between any two changes of files or pieces of work; see `killed.py`."""
+    last = {**PHASES[2], "tokens": 5120}
+    recipe, folders = tmp_path / "recipe.json", (tmp_path / "whole", tmp_path / "cut")
+    recipe.write_text(chosen([*PHASES[:2], last]).model_dump_json(), "utf-8")
+    program = Path(__file__).with_name("killed.py")
+    command = [sys.executable, str(program), str(tiny_llama), str(recipe), *map(str, folders), "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *kills, end = done.stdout.splitlines()
+    assert len(kills) == 10
+    for fatal, code, seen in map(str.split, kills):
+        assert int(code) == -signal.SIGKILL and seen == fatal
+    fatal, code, seen = end.split()
+    assert (fatal, code) == ("0", "0")
+    assert int(seen) < 0.5 * int(first), "what was done before the kills was not done again"
+    whole, cut = (AdaptedModel.open(folder) for folder in folders)
+    assert hashes(cut) == hashes(whole)
+    assert cut.state.training == whole.state.training
+    left = [{path.relative_to(model.folder) for path in model.folder.rglob("*")} for model in (cut, whole)]
+    assert left[0] == left[1]
+
+
 def test_a_damaged_point_is_not_trusted(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,8 +348,8 @@ def test_a_damaged_point_is_not_trusted(
 
     with pytest.raises(KeyboardInterrupt):
         run(tiny_llama, tmp_path / "cut", stop)
-    for name in ("point.safetensors", "block-00001.safetensors"):
-        path = tmp_path / "cut" / "partial" / name
+    (point,) = (tmp_path / "cut" / "partial").glob("point.*.safetensors")
+    for path in (point, point.with_name("block-00001.safetensors")):
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
