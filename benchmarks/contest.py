@@ -28,16 +28,18 @@ def measure_quality(
     contenders: Sequence[Contender],
     tokenizer: Tokenizer,
     threads: int,
+    tokens: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, str]:
-    """Fill in quality and losses on the text of reports; every contender meets the windows of the first.
+    """Fill in quality and losses on the text of reports, or its first `tokens` tokens.
 
-    Returns peer → reason, of those that cannot be opened. A peer that opens but gives no logits says why in
-    `quality_missing`. Errors of the user's own files are raised.
+    Every contender meets the windows of the first. Returns peer → reason, of those that cannot be opened. A
+    peer that opens but gives no logits says why in `quality_missing`. Errors of the user's own are raised.
     """
     verify = VerifyRecipe()
     windows: list[list[int]] = []
-    size, missing = verify.window, {}
+    size, most = verify.window, tokens or verify.max_tokens
+    missing: dict[str, str] = {}
     for done, contender in enumerate(contenders):
         progress(done, len(contenders), f"perplexity of {contender.name}")
         try:
@@ -50,7 +52,7 @@ def measure_quality(
         try:
             if not windows:
                 size = min(size, session.context_length or size)
-                windows = text_windows(tokenizer, evaluation_text(verify.text), size, verify.max_tokens)
+                windows = text_windows(tokenizer, evaluation_text(verify.text), size, most)
             _score(contender, session, windows, size)
         finally:
             session.close()

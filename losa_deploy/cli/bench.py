@@ -35,6 +35,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "peers": (GEOMETRY, PEERS),
     "keep": (GEOMETRY, PEERS),
     "ik_path": (GEOMETRY, PEERS),
+    "text_tokens": (PEERS,),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
     **dict.fromkeys(("seconds", "deepsparse"), (KERNEL_TABLE,)),
@@ -106,6 +107,12 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"
+    )
+    group.add_argument(
+        "--text-tokens",
+        type=positive,
+        metavar="N",
+        help="with PATH: tokens of the text for perplexities (4096)",
     )
     group.add_argument("--keep", type=Path, metavar="DIR", help="keep the models here, and reuse them")
 

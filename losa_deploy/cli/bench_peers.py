@@ -53,7 +53,8 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
                 paths, dense, peers, source, Path(folder), threads, progress, ik=ik
             )
         with console.stage("perplexity") as progress:
-            missing |= measure_quality(contenders, load_tokenizer(paths[0]), threads, progress)
+            tokenizer, tokens = load_tokenizer(paths[0]), args.text_tokens
+            missing |= measure_quality(contenders, tokenizer, threads, tokens, progress)
         contenders = [contender for contender in contenders if contender.name not in missing]
         with console.stage("speed") as progress:
             measure_contenders(contenders, load, threads, seed=args.seed, progress=progress)

@@ -176,7 +176,14 @@ def test_bench_beside_the_dense_model_and_its_quantizations(
     models = json.loads(result.out)["results"]
     assert [m["runtime"] for m in models] == ["llamacpp-stock", "llamacpp"]
     peers = ("q4_0", "f16", "iq3_xxs", "ours-dense-i4")
-    files = ["--output", tmp_path / "out", "--plot", tmp_path / "plots" / "models.svg"]
+    files = [
+        "--text-tokens",
+        "100",
+        "--output",
+        tmp_path / "out",
+        "--plot",
+        tmp_path / "plots" / "models.svg",
+    ]
     result = losa("bench", output, "--peers", ",".join(peers), "--prefill-tokens", "32", *load, *files)
     assert result.code == 0, result.err
     document = json.loads(result.out)
@@ -185,7 +192,7 @@ def test_bench_beside_the_dense_model_and_its_quantizations(
     assert all(m["perplexity"] > 1 and m["peak_rss_bytes"] > 0 for m in models)
     assert models[1]["bytes"] < models[2]["bytes"]
     assert [m["runtime"] for m in models] == ["llamacpp", *["llamacpp-stock"] * 3, "llamacpp"]
-    assert document["not_measured"] == []
+    assert all(90 < m["perplexity_tokens"] <= 100 for m in models) and document["not_measured"] == []
     verdict = document["verdict"]
     assert verdict["take"].keys() == {"quality", "speed", "size"}
     assert set(verdict["take"].values()) <= {str(output), *peers}
