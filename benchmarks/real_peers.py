@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from losa_deploy.errors import InputError
+from losa_deploy.errors import InputError, LosaError, ResourceError
 from losa_deploy.gguf.view import find_gguf
 from losa_deploy.interfaces import Runtime
 from losa_deploy.manifest import Manifest, SourceRecord
@@ -30,7 +30,6 @@ from .synthetic import ggufs
 from .synthetic.peers import LLAMACPP, OURS_DENSE, Contender
 
 FORMAT = "gguf"
-WITH_IMPORTANCE = ("iq3_xxs", "iq2_m")
 CALIBRATION = CalibrationRecipe(samples=32, sequence_length=256)
 """What importances are taken from: the text that the preset `quick` prunes with, written by the model."""
 Source = Callable[[], Checkpoint]
@@ -38,7 +37,7 @@ Source = Callable[[], Checkpoint]
 
 def real_peers() -> tuple[str, ...]:
     """Names of the peers of a real model that need nothing but what is installed with us."""
-    return (*ggufs.PEERS, *WITH_IMPORTANCE, *OURS_DENSE)
+    return (*ggufs.PEERS, *ggufs.WITH_IMPORTANCE, *OURS_DENSE)
 
 
 def all_real_peers() -> tuple[str, ...]:
@@ -175,24 +174,32 @@ def real_contenders(
     progress: Progress = no_progress,
     *,
     ik: IkRuntime | None = None,
-) -> list[Contender]:
+) -> tuple[list[Contender], dict[str, str]]:
     """Artifacts in `peer_runtime`, and `peers` of the file `dense`, llama.cpp's own without us.
 
-    Peers of ik_llama.cpp run in `ik`.
+    Peers of ik_llama.cpp run in `ik`. The second result is peer → reason, of those that their quantizer
+    cannot make of this model. Raises `ResourceError` if there is no room for one.
     """
     stock = ours.baseline()
-    contenders = [Contender(str(path), path, _gguf_bytes(path), ours) for path in artifacts]
+    contenders = [Contender(str(path), path, _gguf_bytes(path), ours, own=True) for path in artifacts]
+    missing: dict[str, str] = {}
     for done, name in enumerate(peers):
         progress(done, len(peers), f"making {name}")
-        if ik and name in ik_package.PEERS:
-            target = _ik_file(name, dense, folder, threads, ik)
-            contenders.append(Contender(name, target, target.stat().st_size, ik, ik.footprint))
+        try:
+            if ik and name in ik_package.PEERS:
+                target = _ik_file(name, dense, folder, threads, ik)
+                contenders.append(Contender(name, target, target.stat().st_size, ik, ik.footprint))
+                continue
+            target = make_peer(name, dense, source, folder, threads, progress)
+        except ResourceError:
+            raise
+        except LosaError as error:
+            missing[name] = error.message
             continue
-        target = make_peer(name, dense, source, folder, threads, progress)
         runtime = ours if name in OURS_DENSE else stock
         contenders.append(Contender(name, target, target.stat().st_size, runtime))
     progress(len(peers), len(peers), "done")
-    return contenders
+    return contenders, missing
 
 
 def _ik_file(name: str, dense: Path, folder: Path, threads: int, ik: IkRuntime) -> Path:

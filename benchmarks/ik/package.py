@@ -15,11 +15,14 @@ DISTRIBUTION = "ik-llama-cpp-python"
 MODULE = "ik_llama_cpp"
 TESTED = "0.1.5"
 QUANTIZER = Path(MODULE) / "bin" / ("llama-quantize.exe" if os.name == "nt" else "llama-quantize")
+ASSERTION = "GGML_ASSERT"
 PEERS: Mapping[str, float] = {
     "ik-q4_0": 4.55,
     "ik-q3_k_s": 3.7,
     "ik-iq3_k": 3.7,
     "ik-q2_k": 3.4,
+    "ik-iq4_ks": 4.5,
+    "ik-iq2_k": 3.0,
 }
 """Name of each peer → bits per weight, rounded up, for the estimate of the disk it needs."""
 
@@ -67,11 +70,17 @@ def quantize(package: IkPackage, source: Path, target: Path, name: str, threads:
             hint=f"Install {DISTRIBUTION} again, with a wheel for this system.",
         ) from error
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise LosaError(
-            f"ik_llama.cpp could not quantize {source} to {kind}: {last}",
+            f"ik_llama.cpp could not quantize {source} to {kind}: {last_words(done.stdout + done.stderr)}",
             hint=f"Leave {name} out of --peers.",
         )
+
+
+def last_words(said: str) -> str:
+    """The line that tells why a process of it ended; a failed assertion is followed by a backtrace."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    failed = [line[line.index(ASSERTION) :] for line in lines if ASSERTION in line]
+    return (failed or lines)[-1]
 
 
 def _installed() -> list[metadata.Distribution]:

@@ -18,7 +18,7 @@ from losa_deploy.gguf.view import find_gguf
 from losa_deploy.interfaces import Runtime
 
 from ..memory import Footprint, error_message, run_probe
-from .package import IkPackage
+from .package import IkPackage, last_words
 
 WORKER = "losa_deploy.benchmarks.ik.worker"
 CLOSE_SECONDS = 30.0
@@ -120,8 +120,8 @@ class IkSession:
                 hint="Close other programs, or leave this peer out.",
             )
         self._log.seek(0)
-        lines = self._log.read().decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        said = last_words(self._log.read().decode("utf-8", "replace"))
         return LosaError(
-            f"ik_llama.cpp ended with exit code {code} at {self._model}: {error_message(lines[-1])}",
+            f"ik_llama.cpp ended with exit code {code} at {self._model}: {error_message(said)}",
             hint="Leave this peer out.",
         )

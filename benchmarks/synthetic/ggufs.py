@@ -49,6 +49,8 @@ PEERS: Mapping[str, float] = {
     SOURCE: 16.0,
 }
 """Name of each type → bits per weight, rounded up, for the estimate of the disk it needs."""
+WITH_IMPORTANCE: Mapping[str, float] = {"iq3_xxs": 3.4, "iq2_m": 3.0}
+"""The same of peers that are only measured by name: slow to make, and of importances of the inputs."""
 FLOATS = ("f32", "f16")
 Make = Callable[[Path], None]
 
@@ -71,14 +73,34 @@ def build_ours(
 def build_peer(
     geometry: Geometry, name: str, folder: Path, seed: int, threads: int, progress: Progress = no_progress
 ) -> int:
-    """The dense peer of `PEERS` in `folder/model.gguf`; the F16 model that it is made of stays beside it."""
+    """The dense peer of `PEERS` or `WITH_IMPORTANCE` in `folder/model.gguf`.
+
+    The F16 model that it is made of stays beside it. All inputs of random weights are equally important.
+    """
     spec = {"type": name, **_spec(geometry, seed)}
-    size = _estimate(geometry, PEERS[name])
+    size = _estimate(geometry, {**PEERS, **WITH_IMPORTANCE}[name])
     if name == SOURCE:
         return _build(folder, spec, size, partial(_write_dense, geometry, seed, progress))
     source = _source(geometry, folder, spec, seed, progress)
     progress(0, 1, f"quantizing to {name}")
+    if name in WITH_IMPORTANCE:
+        return _build(folder, spec, size, partial(_quantize_evenly, geometry, source, name, threads))
     return _build(folder, spec, size, partial(quantize, source, name, threads))
+
+
+def _quantize_evenly(geometry: Geometry, source: Path, name: str, threads: int, target: Path) -> None:
+    """With the importance 1 for every input of every block linear."""
+    from safetensors.numpy import save_file
+
+    weights = {
+        f"{block_tensor(block, PARTS[linear])}": np.ones(shape[1], np.float32)
+        for block in range(geometry.blocks)
+        for linear, shape in geometry.linears.items()
+    }
+    importance = target.with_suffix(".importance")
+    save_file(weights, importance)
+    quantize(source, name, threads, target, importance)
+    importance.unlink()
 
 
 def build_ik_peer(

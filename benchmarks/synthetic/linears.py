@@ -201,6 +201,8 @@ class OrtInt4(_Peer):
 
     name = "ort-int4"
     bits = 4.0 + 32.0 / BLOCK_SIZE
+    width = 4
+    """Bits of a level."""
 
     def describe(self) -> dict[str, object]:
         return {"block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
@@ -208,7 +210,7 @@ class OrtInt4(_Peer):
     def make(self, weights: Weights) -> Mapping[str, Component]:
         codes, scales = [], []
         for weight in weights:
-            found = quantize_blocks(weight.rows[0], BLOCK_SIZE)
+            found = quantize_blocks(weight.rows[0], BLOCK_SIZE, self.width)
             codes.append(np.tile(found[0], (weight.repeats, 1, 1)))
             scales.append(np.tile(found[1], (weight.repeats, 1)))
         return {"quantized": np.concatenate(codes), "scales": np.concatenate(scales).reshape(-1)}
@@ -216,27 +218,40 @@ class OrtInt4(_Peer):
     def connect(
         self, graph: GraphWriter, x: str, y: str, stored: Mapping[str, str], shape: tuple[int, int]
     ) -> None:
-        options = {"bits": 4, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+        options = {"bits": self.width, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
         inputs = [x, stored["quantized"], stored["scales"]]
         graph.op("MatMulNBits", inputs, [y], MICROSOFT, N=shape[0], K=shape[1], **options)
 
 
-def quantize_blocks(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Weight [out, in] → codes [out, blocks, block / 2], two per byte (low first), and scales [out, blocks].
+class OrtInt2(OrtInt4):
+    """The same with 2 bits: the levels -2, -1, 0 and 1. Old versions of onnxruntime cannot run it."""
 
-    A code is the level -8..7 plus 8; the largest weight of a block becomes -8 exactly.
+    name = "ort-int2"
+    bits = 2.0 + 32.0 / BLOCK_SIZE
+    width = 2
+
+
+def quantize_blocks(
+    weight: NDArray[np.float32], block: int, bits: int = 4
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Weight [out, in] → codes [out, blocks, bytes], low bits first, and scales [out, blocks].
+
+    A code is the level plus 2^(bits-1), e.g. -8..7 plus 8; the largest weight of a block becomes the lowest
+    level exactly.
     """
+    lowest, per_byte = -(1 << (bits - 1)), 8 // bits
     rows, columns = weight.shape
     blocks = -(-columns // block)
     padded = np.zeros((rows, blocks * block), np.float32)
     padded[:, :columns] = weight
     grouped = padded.reshape(rows, blocks, block)
     index = np.abs(grouped).argmax(axis=2)[..., None]
-    scales = np.take_along_axis(grouped, index, axis=2)[..., 0] / np.float32(-8)
+    scales = np.take_along_axis(grouped, index, axis=2)[..., 0] / np.float32(lowest)
     safe = np.where(scales == 0, np.float32(1), scales)
-    levels = np.clip(np.rint(grouped / safe[..., None]), -8, 7) + 8
-    codes = levels.astype(np.uint8)
-    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4), scales.astype(np.float32)
+    levels = np.clip(np.rint(grouped / safe[..., None]), lowest, -lowest - 1) - lowest
+    codes = levels.astype(np.uint8).reshape(rows, blocks, block // per_byte, per_byte)
+    places = np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(codes << places, axis=3), scales.astype(np.float32)
 
 
 class OrtInt8(_Peer):
@@ -281,6 +296,6 @@ class OrtInt8(_Peer):
 
 
 PEERS: Mapping[str, type[OrtFp32] | type[OrtInt4] | type[OrtInt8]] = {
-    kind.name: kind for kind in (OrtInt4, OrtInt8, OrtFp32)
+    kind.name: kind for kind in (OrtInt4, OrtInt8, OrtFp32, OrtInt2)
 }
 """Name → how that peer computes linears."""

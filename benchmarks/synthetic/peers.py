@@ -19,6 +19,7 @@ import psutil
 from losa_deploy.interfaces import Runtime, Session
 from losa_deploy.output import require_disk
 from losa_deploy.progress import Progress, no_progress
+from losa_deploy.verify.distance import Floats
 
 from ..accuracy import Perplexity
 from ..document import result_record
@@ -30,7 +31,7 @@ from ..workloads import prompt_tokens
 from . import ggufs
 from .decoder import CONTEXT, Geometry
 from .geometry import build
-from .linears import OURS, PEERS, Linear, Ours
+from .linears import OURS, PEERS, Linear, OrtInt2, Ours
 from .tensors import Pruning, Storage
 
 OURS_DENSE: Mapping[str, Storage] = {
@@ -79,8 +80,14 @@ class Contender:
     measure: Measure | None = None
     """How its footprint is measured; None: by the name of its runtime."""
     footprint: Footprint | None = None
+    own: bool = False
+    """A file that the user asks about, not a peer."""
     quality: Perplexity | None = None
     """Where the weights are real."""
+    losses: list[Floats] = field(default_factory=list)
+    """What `quality` sums up: negative log-likelihoods [n] of every window, in nats."""
+    quality_missing: str = ""
+    """Why there is no `quality`, of real weights."""
     decode_rates: list[float] = field(default_factory=list)
     prefill_rates: list[float] = field(default_factory=list)
     """Tokens per second, one per repetition."""
@@ -101,6 +108,8 @@ class Contender:
                 "perplexity_tokens": self.quality.tokens,
                 "perplexity_window": self.quality.window,
             }
+        elif self.quality_missing:
+            record |= {"perplexity": None, "perplexity_missing": self.quality_missing}
         return record
 
 
@@ -147,12 +156,16 @@ def stores_head(runtime: str) -> bool:
 
 def known_peers(runtime: str) -> tuple[str, ...]:
     """Names of the peers that models are compared with in this runtime."""
-    return (*default_peers(runtime), *OURS_DENSE, *(ik_package.PEERS if runtime == LLAMACPP else ()))
+    if runtime == LLAMACPP:
+        return (*ggufs.PEERS, *ggufs.WITH_IMPORTANCE, *OURS_DENSE, *ik_package.PEERS)
+    return (*PEERS, *OURS_DENSE)
 
 
 def default_peers(runtime: str) -> tuple[str, ...]:
     """Of `known_peers` those that are measured if none is named: what people run without us."""
-    return tuple(ggufs.PEERS if runtime == LLAMACPP else PEERS)
+    return (
+        tuple(ggufs.PEERS) if runtime == LLAMACPP else tuple(name for name in PEERS if name != OrtInt2.name)
+    )
 
 
 def _onnx_peer(name: str, head: str) -> Linear:

@@ -35,10 +35,12 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "peers": (GEOMETRY, PEERS),
     "keep": (GEOMETRY, PEERS),
     "ik_path": (GEOMETRY, PEERS),
+    "text_tokens": (PEERS,),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
-    **dict.fromkeys(("seconds", "plot", "deepsparse"), (KERNEL_TABLE,)),
-    "output": (GRID,),
+    **dict.fromkeys(("seconds", "deepsparse"), (KERNEL_TABLE,)),
+    "plot": (KERNEL_TABLE, PEERS),
+    "output": (GRID, PEERS),
 }
 """Flags that only some kinds of measurement have; None where they are not given."""
 
@@ -65,9 +67,13 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
     _add_geometry(parser.add_argument_group("synthetic models, instead of PATH"))
     _add_kernels(parser.add_argument_group("`bench kernels`"))
-    grid = parser.add_argument_group("`bench recipes`")
+    grid = parser.add_argument_group("`bench recipes`, and --peers")
     grid.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="results, and what continues (default: GRID.results)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="results, table and plot; of recipes also what continues (default: GRID.results)",
     )
 
 
@@ -92,8 +98,8 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
         "--peers",
         metavar="NAMES",
         help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q3_k_s,q2_k,f16 (all of "
-        "these), and by name ours-dense-i4,ours-dense-i3; of ik_llama.cpp "
-        "ik-q4_0,ik-q3_k_s,ik-iq3_k,ik-q2_k; with PATH also iq3_xxs,iq2_m; or none",
+        "these), and by name ours-dense-i4,ours-dense-i3, ort-int2, iq3_xxs,iq2_m; of ik_llama.cpp "
+        "ik-q4_0,ik-q3_k_s,ik-iq3_k,ik-q2_k,ik-iq4_ks,ik-iq2_k; or none",
     )
     group.add_argument(
         "--ik-path",
@@ -103,6 +109,12 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"
+    )
+    group.add_argument(
+        "--text-tokens",
+        type=positive,
+        metavar="N",
+        help="with PATH: tokens of the text for perplexities (4096)",
     )
     group.add_argument("--keep", type=Path, metavar="DIR", help="keep the models here, and reuse them")
 
@@ -117,7 +129,12 @@ def _add_kernels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")
     group.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="tokens at once (1 64)")
     group.add_argument("--seconds", type=number, metavar="S", help="time for the whole table (100)")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="a roofline as .svg or .png (matplotlib)")
+    group.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="a roofline as .svg or .png (matplotlib); with --peers quality against speed and bytes, as .svg",
+    )
     group.add_argument(
         "--deepsparse", type=Path, metavar="PYTHON", help="compare with DeepSparse in that environment"
     )

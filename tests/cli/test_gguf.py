@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def test_verify_decodes_the_portable_file_too(
     assert "portable file: model.layers.1.mlp.down_proj: found" in bad.err
 
 
-def test_bench_beside_the_dense_model_and_its_quantizations(finished: tuple[Path, Result]) -> None:
+def test_bench_beside_the_dense_model_and_its_quantizations(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
     output, _ = finished
     load = ["--decode-tokens", "4", "--repetitions", "2", *THREADS, "--json"]
     result = losa("bench", output, "--prompt-tokens", "16", *load)
@@ -173,12 +176,87 @@ def test_bench_beside_the_dense_model_and_its_quantizations(finished: tuple[Path
     models = json.loads(result.out)["results"]
     assert [m["runtime"] for m in models] == ["llamacpp-stock", "llamacpp"]
     peers = ("q4_0", "f16", "iq3_xxs", "ours-dense-i4")
-    result = losa("bench", output, "--peers", ",".join(peers), "--prefill-tokens", "32", *load)
+    files = [
+        "--text-tokens",
+        "100",
+        "--output",
+        tmp_path / "out",
+        "--plot",
+        tmp_path / "plots" / "models.svg",
+    ]
+    result = losa("bench", output, "--peers", ",".join(peers), "--prefill-tokens", "32", *load, *files)
     assert result.code == 0, result.err
-    models = json.loads(result.out)["results"]
+    document = json.loads(result.out)
+    models = document["results"]
     assert [m["name"] for m in models] == [str(output), *peers]
     assert all(m["perplexity"] > 1 and m["peak_rss_bytes"] > 0 for m in models)
     assert models[1]["bytes"] < models[2]["bytes"]
+    assert [m["runtime"] for m in models] == ["llamacpp", *["llamacpp-stock"] * 3, "llamacpp"]
+    assert all(90 < m["perplexity_tokens"] <= 100 for m in models) and document["not_measured"] == []
+    verdict = document["verdict"]
+    assert verdict["take"].keys() == {"quality", "speed", "size"}
+    assert set(verdict["take"].values()) <= {str(output), *peers}
+    assert [file["name"] for file in verdict["files"]] == [str(output)]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == document
+    page, picture = ((tmp_path / "out" / name).read_text() for name in ("table.md", "quality.svg"))
+    assert all(f"| {name} |" in page for name in peers) and f"- {verdict['lines'][0]}" in page
+    assert picture == (tmp_path / "plots" / "models.svg").read_text()
+    assert all(f">{name}</text>" in picture for name in (output.name, *peers))
+
+
+IK_LOAD = ("--prefill-tokens", "32", "--decode-tokens", "4", "--repetitions", "2", *THREADS)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (
+            'echo "x.c:9: GGML_ASSERT(n % 32 == 0) failed"; echo "#1 backtrace"; exit 134',
+            "GGML_ASSERT(n % 32",
+        ),
+        ('cp "$1" "$2"', "cannot be loaded"),
+    ],
+    ids=["not quantized", "not opened"],
+)
+def test_a_peer_that_cannot_be_had_leaves_the_others(
+    finished: tuple[Path, Result], tmp_path: Path, program: str, reason: str
+) -> None:
+    """A package of ik_llama.cpp whose quantizer fails, or whose library does."""
+    quantizer = tmp_path / "ik_llama_cpp" / "bin" / "llama-quantize"
+    quantizer.parent.mkdir(parents=True)
+    quantizer.write_text(f"#!/bin/sh\n{program}\n")
+    quantizer.chmod(0o755)
+    about = tmp_path / "ik_llama_cpp_python-9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: ik-llama-cpp-python\nVersion: 9\n")
+    (tmp_path / "ik_llama_cpp" / "__init__.py").write_text("")
+    argv = ["bench", finished[0], "--peers", "ik-q4_0,q4_0", "--ik-path", tmp_path, *IK_LOAD]
+    result = losa(*argv, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "warning: ik-q4_0 was not measured: ik_llama.cpp" in result.err and reason in result.err
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [m["name"] for m in document["results"]] == [str(finished[0]), "q4_0"]
+    assert [m["name"] for m in document["not_measured"]] == ["ik-q4_0"]
+    assert "Not measured:\n\n- ik-q4_0: " in (tmp_path / "out" / "table.md").read_text()
+    lines = result.out.splitlines()
+    assert lines[0].split()[:2] == ["model", "runtime"] and " take " in result.out
+    assert lines[-1] == document["verdict"]["lines"][-1]
+
+
+def test_peers_of_ik_have_perplexities_on_the_same_windows(finished: tuple[Path, Result]) -> None:
+    """Where ik_llama.cpp is not installed, LOSA_TEST_IK may name the folder it was put into."""
+    place = os.environ.get("LOSA_TEST_IK")
+    if place is None:
+        pytest.skip("ik_llama.cpp is not there: LOSA_TEST_IK does not name its folder")
+    argv = ["bench", finished[0], "--peers", "q4_0,ik-q4_0,ik-iq4_ks,f16", "--ik-path", place, *IK_LOAD]
+    result = losa(*argv, "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    models = {m["name"]: m for m in document["results"]}
+    assert {"ik-q4_0", "q4_0"} <= set(models), document["not_measured"]
+    assert models["ik-q4_0"]["runtime"] == "ik"
+    assert models["ik-q4_0"]["perplexity"] == pytest.approx(models["q4_0"]["perplexity"], rel=0.05)
+    assert len({(m["perplexity_tokens"], m["perplexity_window"]) for m in models.values()}) == 1
 
 
 def test_bench_of_a_synthetic_model(tmp_path: Path) -> None:

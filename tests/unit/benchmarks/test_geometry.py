@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES, build, model_bytes
-from losa_deploy.benchmarks.synthetic.linears import OrtFp32, OrtInt4, OrtInt8, Ours
+from losa_deploy.benchmarks.synthetic.linears import OrtFp32, OrtInt2, OrtInt4, OrtInt8, Ours, quantize_blocks
 from losa_deploy.benchmarks.synthetic.peers import OURS_DENSE, Load, build_contenders, measure_contenders
 from losa_deploy.benchmarks.synthetic.tensors import Pruning, RandomWeight, Storage, repeat_rows
 from losa_deploy.cli.main import main
@@ -101,7 +101,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert np.array_equal(*found)
 
 
-@pytest.mark.parametrize(("kind", "agreement"), [(OrtInt4, 0.95), (OrtInt8, 0.99)])
+@pytest.mark.parametrize(("kind", "agreement"), [(OrtInt4, 0.95), (OrtInt8, 0.99), (OrtInt2, 0.3)])
 def test_peers_agree_with_the_dense_model(
     kind: type[OrtInt4] | type[OrtInt8], agreement: float, dense: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +110,20 @@ def test_peers_agree_with_the_dense_model(
     assert size < model_bytes(dense) / 2
     found, expected = logits(tmp_path / peer.name), logits(dense)
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > agreement
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_blocks_are_codes_of_levels_low_bits_first(bits: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(3, 70)).astype(np.float32)
+    codes, scales = quantize_blocks(weight, 32, bits)
+    assert codes.shape == (3, 3, 32 * bits // 8) and scales.shape == (3, 3)
+    levels = np.stack([codes >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)], axis=-1)
+    found = (levels.reshape(3, 3, 32).astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    padded = np.pad(weight, ((0, 0), (0, 26))).reshape(3, 3, 32)
+    largest = np.take_along_axis(found, np.abs(padded).argmax(axis=2)[..., None], axis=2)
+    assert np.allclose(np.abs(largest[..., 0]), np.abs(padded).max(axis=2), rtol=1e-6)
+    kept = found * np.sign(scales)[..., None] <= 0  # towards the lowest level there is no clipping
+    assert (np.abs(found - padded)[kept] <= 0.501 * np.abs(scales)[..., None].repeat(32, 2)[kept]).all()
 
 
 def test_our_dense_peers_keep_every_weight_in_our_operators(dense: Path, tmp_path: Path) -> None:
@@ -293,6 +307,8 @@ def test_the_command_prints_the_document_of_the_issue(
         (["some/model", "--head", "i4"], "--head says nothing about model folders"),
         (["--geometry", "tiny", "--prefill-tokens", "9999"], "do not fit the models' context"),
         (["--geometry", "tiny", "--plot", "x.svg"], "--plot says nothing about --geometry"),
+        (["some/model", "--output", "x"], "--output says nothing about model folders"),
+        (["some/model", "--peers", "q4_0", "--plot", "x.png"], "E.g. --plot x.svg"),
         (["some/model", "--value-type", "i4"], "--value-type says nothing about model folders"),
         (["kernels", "some/model"], "takes no model folders"),
         ([], "nothing to measure"),

@@ -70,7 +70,7 @@ def _logits(contender: Contender) -> NDArray[np.float32]:
     return found.ravel()
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k_m", "q3_k_s"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_k_m", "q3_k_s", "iq3_xxs", "iq2_m"])
 def test_peers_are_quantized_by_llama_cpp_and_reused(name: str, tmp_path: Path) -> None:
     import llama_cpp
 
@@ -78,11 +78,12 @@ def test_peers_are_quantized_by_llama_cpp_and_reused(name: str, tmp_path: Path) 
     size = ggufs.build_peer(TINY, name, place, seed=0, threads=1)
     assert size < (tmp_path / "tiny-f16" / "model.gguf").stat().st_size / 2
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(place / "model.gguf").tensors}
-    assert types["blk.0.attn_q.weight"] in ("Q4_0", "Q5_0")  # 128 columns are too few for K-quants
+    assert types["blk.0.attn_q.weight"] in ("Q4_0", "Q5_0", "IQ4_NL")  # 128 columns are too few for K-quants
     model = llama_cpp.Llama(str(place / "model.gguf"), n_ctx=32, verbose=False, logits_all=True)
     model.eval([1, 2, 3])
     assert np.isfinite(model.scores[:3]).all() and np.abs(model.scores[:3]).max() > 0
     model.close()
+    assert sorted(path.name for path in place.iterdir()) == ["bench.json", "model.gguf"]
     before = (place / "model.gguf").stat().st_mtime_ns
     assert ggufs.build_peer(TINY, name, place, seed=0, threads=1) == size
     assert (place / "model.gguf").stat().st_mtime_ns == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from losa_deploy.benchmarks.ik.package import PEERS, IkPackage, find_package
+from losa_deploy.benchmarks.ik.package import PEERS, IkPackage, find_package, last_words
 from losa_deploy.benchmarks.ik.runtime import IkRuntime
 from losa_deploy.benchmarks.synthetic import ggufs
 from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
@@ -19,7 +19,7 @@ from losa_deploy.errors import LosaError, MissingError
 from losa_deploy.runtimes.llamacpp.runtime import StockLlamaCppRuntime
 
 TINY = GEOMETRIES["tiny"]
-NAMES = {"ik-q4_0", "ik-q3_k_s", "ik-iq3_k", "ik-q2_k"}
+NAMES = {"ik-q4_0", "ik-q3_k_s", "ik-iq3_k", "ik-q2_k", "ik-iq4_ks", "ik-iq2_k"}
 BENCH = ["bench", "--geometry", "tiny", "--runtime", "llamacpp", "--pattern", "2:4", "--threads", "1"]
 
 
@@ -59,6 +59,12 @@ def test_refusals_come_before_any_model_is_made(
     assert main([*argv, *keep]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("kept/*"))
+
+
+def test_of_what_a_process_said_the_failed_assertion_is_the_reason() -> None:
+    said = "converting .. /x/ggml-quants.c:9: GGML_ASSERT(n % 32 == 0) failed\n#1 0x0 in ?? ()\n30 wait4.c\n"
+    assert last_words(said) == "GGML_ASSERT(n % 32 == 0) failed"
+    assert last_words("one\ntwo\n\n") == "two" and last_words("") == "it said nothing"
 
 
 def test_a_package_without_its_functions_is_told_by_the_process(tmp_path: Path) -> None:
