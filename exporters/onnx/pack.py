@@ -14,6 +14,7 @@ from losa_deploy.interfaces import PlannedTensor
 from losa_deploy.layouts import LAYOUTS, PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.manifest import TensorRecord
+from losa_deploy.planned import storing
 from losa_deploy.progress import Progress
 from losa_deploy.sources.checkpoint import Checkpoint
 
@@ -63,7 +64,7 @@ def pack_graph(
             progress(done, len(linears) + 1, f"packing {name}")
             packed = _packed(job, planned[name])
             stored.append(Stored(name, sites[name], packed))
-            packing.linears.append(_record(planned[name], packed))
+            packing.linears.append(TensorRecord.of(name, packed, planned[name].reason))
             done += 1
         _place(packing, stored)
     progress(len(linears), len(linears) + 1, "packing embedding and head")
@@ -101,14 +102,8 @@ def _packed(job: Job, tensor: PlannedTensor) -> PackedTensor:
     options = replace(linear_options(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
     if grid is not None:
         options = grid.fitted(options, mask.shape[1])
-    try:
+    with storing(tensor):
         return LAYOUTS[tensor.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, options)
-    except ValueError as error:
-        raise InputError(
-            f"{name} cannot be stored as {tensor.value_type}: {error}.",
-            hint="Choose another --value-type, e.g. f32.",
-            details={"tensor": name},
-        ) from None
 
 
 def _place(packing: Packing, group: list[Stored]) -> None:
@@ -190,11 +185,9 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
                 f"The ONNX graph of this model does not use {stored_as} as expected.",
                 hint="Report this with the model's config.json.",
             )
-        try:
+        with storing(tensor):
             packed = LAYOUTS[tensor.layout].pack(table, np.ones(shape, np.bool_), options)
-        except ValueError as error:
-            raise InputError(f"{name} cannot be stored as {options.value_type}: {error}.") from None
-        packing.others.append(_record(tensor, packed))
+        packing.others.append(TensorRecord.of(name, packed, tensor.reason))
         if options.value_type == "f32":
             _name_nodes(checkpoint, gather, head)
             continue
@@ -236,18 +229,3 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
-
-
-def _record(tensor: PlannedTensor, packed: PackedTensor) -> TensorRecord:
-    """What was stored, and why so."""
-    return TensorRecord(
-        name=tensor.name,
-        shape=packed.shape,
-        layout=packed.layout,
-        value_type=packed.value_type,
-        nnz=packed.nnz,
-        bytes=packed.nbytes,
-        bits_per_weight=round(packed.bits_per_weight, 6),
-        sha256=packed.sha256,
-        reason=tensor.reason,
-    )

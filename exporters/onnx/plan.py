@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, Choice, PackOptions, choose, forced
+from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe, ValueType
@@ -56,9 +56,8 @@ def linear_options(recipe: ExportRecipe) -> PackOptions:
 
 
 def table_options(recipe: ExportRecipe) -> PackOptions:
-    """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
-    chosen = VALUE_TYPES[recipe.value_type].head if recipe.head == "same" else recipe.head
-    return PackOptions("f32" if recipe.portable else chosen, recipe.group_size)
+    """How embedding and head are stored; `portable` means f32."""
+    return PackOptions("f32" if recipe.portable else recipe.table_type, recipe.group_size)
 
 
 def linear_tensor(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> PlannedTensor:
