@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ from losa_deploy.sources.checkpoint import Checkpoint
 from .functions import function
 from .graph import DenseGraph
 from .lookup import lookup
-from .plan import Job, linear_options, table_options
+from .plan import Job, packing_options, siblings
 from .rewrite import Site, find_embedding, find_head, find_linears, replace_node, unpack_siblings
 from .writer import Writer
 
@@ -58,7 +58,7 @@ def pack_graph(
     linears, planned = checkpoint.linears, {tensor.name: tensor for tensor in tensors}
     sites = find_linears(graph, linears, lambda name: checkpoint.array(f"{name}.weight"))
     done = 0
-    for group in _siblings(checkpoint):
+    for group in siblings(checkpoint):
         stored: list[Stored] = []
         for name in group:
             progress(done, len(linears) + 1, f"packing {name}")
@@ -88,18 +88,10 @@ class Stored:
         return self.packed.layout == "dense" and self.packed.value_type == "f32"
 
 
-def _siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
-    """All linears in order, those of a block that read the same input together."""
-    for block in range(checkpoint.block_count):
-        prefix = f"{checkpoint.family.blocks}.{block}."
-        for names in checkpoint.family.linears:
-            yield tuple(prefix + name for name in names)
-
-
 def _packed(job: Job, tensor: PlannedTensor) -> PackedTensor:
     """A linear in the planned layout."""
     name, mask, grid = tensor.name, job.mask(tensor.name), job.grid(tensor.name)
-    options = replace(linear_options(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
+    options = packing_options(job, tensor)
     if grid is not None:
         options = grid.fitted(options, mask.shape[1])
     with storing(tensor):
@@ -176,7 +168,7 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
     checkpoint = job.checkpoint
     for name, (stored_as, shape) in job.other.items():
         tensor, table = planned[name], checkpoint.array(stored_as)
-        options = replace(table_options(job.recipe), value_type=tensor.value_type)
+        options = packing_options(job, tensor)
         gather = find_embedding(packing.graph, table) if name == checkpoint.family.embedding else None
         is_head = checkpoint.tied or name == checkpoint.family.head
         head = find_head(packing.graph, table) if is_head else None
