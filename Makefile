@@ -13,6 +13,7 @@ NO_AMX := $(shell echo | $(CC) -mno-amx-int8 -E -x c - >/dev/null 2>&1 && echo -
 BIN := .venv/bin
 STAMP := .venv/.installed
 NATIVE := $(shell find native -name '*.h' -o -name '*.cpp')
+CPP := $(NATIVE) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 MAPPED := exporters runtimes benchmarks
 SOURCES := losa_deploy $(MAPPED) tests
 
@@ -74,7 +75,7 @@ layers: env
 	$(BIN)/lint-imports
 
 native-check: env
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 docs: env
 	$(BIN)/python -m losa_deploy.cli.page docs/cli.md

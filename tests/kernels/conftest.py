@@ -51,7 +51,7 @@ def opened(packed: PackedTensor) -> _native.Tensor:
 
 
 def build(target: str, name: str, *options: str) -> Path:
-    """Configure and build a program of native/tests in build/tests/NAME, where later runs find what they can
+    """Configure and build a program of tests/native in build/tests/NAME, where later runs find what they can
     use; returns its path.
     """
     folder = ROOT / "build" / "tests" / name
@@ -104,7 +104,7 @@ def run_in(folder: Path, command: Sequence[str], target: str, cases: Sequence[By
 
 @pytest.fixture
 def run_cases(tmp_path: Path) -> RunCases:
-    """A function that runs many cases in one process of a build of `native/tests/run_cases.cpp`."""
+    """A function that runs many cases in one process of a build of `tests/native/run_cases.cpp`."""
     return lambda command, target, cases: run_in(tmp_path, command, target, cases)
 
 
@@ -116,7 +116,7 @@ def open_tensor() -> Callable[[PackedTensor], _native.Tensor]:
 
 @pytest.fixture(scope="session")
 def sanitized() -> Callable[[str], Path]:
-    """A function: program of native/tests → a build of it with sanitizers."""
+    """A function: program of tests/native → a build of it with sanitizers."""
     return build_sanitized
 
 
