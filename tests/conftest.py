@@ -28,6 +28,30 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
+LONGEST = (
+    "kernels/test_hostile_bytes.py",  # builds with sanitizers
+    "packaging/test_wheel.py",  # builds everything
+    "unit/compress/test_team.py",
+    "hostile/test_model_code.py",
+    "cli/test_bench_recipes.py",
+    "kernels/test_matmul.py",  # builds for other CPUs
+    "parity/test_onnx_attention.py",
+    "unit/benchmarks/test_measure.py",
+    "unit/compress/test_device.py",
+    "cli/test_strangers.py",
+    "cli/test_pipeline.py",
+    "parity/test_onnx_export.py",
+    "kernels/test_fuzz.py",  # half a minute, after the build with sanitizers
+    "cli/test_together.py",
+    "unit/compress/test_train.py",
+    "cli/test_python_page.py",
+    "cli/test_damage.py",
+    "parity/test_gguf_tokenizer.py",
+    "cli/test_families.py",
+    "cli/test_patterns.py",
+)
+"""Files that take longest, from about five minutes down to half of one: no process is left with one at the
+end while the others have nothing to do."""
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 """(rows, columns, (N, M) or None, seed) → mask."""
 SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
@@ -35,6 +59,12 @@ SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 
 # A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of `LONGEST` first; the others stay in their order."""
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 def made_up_text(sentences: int, seed: int) -> str:
