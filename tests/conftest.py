@@ -52,6 +52,8 @@ LONGEST = (
 )
 """Files that take longest, from about five minutes down to half of one: no process is left with one at the
 end while the others have nothing to do."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""What libraries read when they are imported."""
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 """(rows, columns, (N, M) or None, seed) → mask."""
 SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
@@ -79,7 +81,7 @@ def made_up_text(sentences: int, seed: int) -> str:
 
 
 class Warm:
-    """Runs `python -m PROGRAM` forked from a process that has imported torch; see `warm.py`."""
+    """Runs Python programs forked from a process that has imported torch; see `warm.py`."""
 
     DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
 
@@ -94,6 +96,20 @@ class Warm:
         if not hasattr(os, "fork"):
             done = subprocess.run(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, check=False)
             return SimpleNamespace(returncode=done.returncode)
+        return SimpleNamespace(returncode=self._forked(command[2:], env, stdout.name, 0))
+
+    def team(self, count: int, argv: list[str], log: Path, env: dict[str, str]) -> int:
+        """So many processes of a script, told of each other as by `torchrun`; the first exit code but 0."""
+        log.touch()
+        if hasattr(os, "fork"):
+            return self._forked(argv, env, str(log), count)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        with log.open("ab") as handle:
+            command = [*launcher, "--nproc-per-node", str(count), *argv]
+            done = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, env=env, check=False)
+        return done.returncode
+
+    def _forked(self, argv: list[str], env: dict[str, str], log: str, count: int) -> int:
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("warm.py"))],
@@ -101,15 +117,15 @@ class Warm:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env={**env, "TMPDIR": tempfile.gettempdir()},
+                env={**env, **OFFLINE, "TMPDIR": tempfile.gettempdir()},
             )
         assert self.server.stdin is not None and self.server.stdout is not None
-        job = {"argv": command[2:], "environment": env, "log": stdout.name}
+        job = {"argv": argv, "environment": env, "log": log, "count": count}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
         assert answer, "tests/warm.py ended: run it by hand to see why"
-        return SimpleNamespace(returncode=int(answer))
+        return int(answer)
 
 
 @pytest.fixture(scope="session", autouse=True)
