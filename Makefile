@@ -13,6 +13,7 @@ NO_AMX := $(shell echo | $(CC) -mno-amx-int8 -E -x c - >/dev/null 2>&1 && echo -
 BIN := .venv/bin
 STAMP := .venv/.installed
 NATIVE := $(shell find native -name '*.h' -o -name '*.cpp')
+CPP := $(NATIVE) $(shell find tests/native -name '*.h' -o -name '*.cpp')
 MAPPED := exporters runtimes benchmarks
 SOURCES := losa_deploy $(MAPPED) tests
 
@@ -21,7 +22,7 @@ SOURCES := losa_deploy $(MAPPED) tests
 help:
 	@echo "make demo    compress the embedded model, export it to ONNX, verify, measure -> build/demo"
 	@echo "make demo-gguf  the same for llama.cpp, a packed and a portable file -> build/demo-gguf"
-	@echo "make test    quick tests, then the slow ones"
+	@echo "make test    all tests"
 	@echo "make check   lint, formatting, types, layers, C++ formatting, tests"
 	@echo "make docs    write docs/cli.md from the program"
 	@echo "make clean   remove what was built (the environment .venv stays)"
@@ -49,11 +50,11 @@ demo-gguf: env
 	@echo
 	@cat build/demo-gguf/report.md
 
-# Files are dealt out whole, so that what the tests of one file share is made once.
+# Files are dealt out whole, so that what the tests of one file share is made once; tests/conftest.py has
+# those that take longest dealt out first. `-m "not slow"` leaves out what takes minutes.
 test: export OMP_NUM_THREADS = 1
 test: env
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: lint format-check typecheck layers native-check test
 
@@ -74,7 +75,7 @@ layers: env
 	$(BIN)/lint-imports
 
 native-check: env
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 docs: env
 	$(BIN)/python -m losa_deploy.cli.page docs/cli.md

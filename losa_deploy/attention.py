@@ -28,6 +28,12 @@ def model_config(config: Mapping[str, object]) -> PreTrainedConfig:
         ) from error
 
 
+def head_size(config: PreTrainedConfig) -> int:
+    """Width of one head of attention."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def attention_windows(config: Mapping[str, object]) -> tuple[int | None, ...]:
     """Of each block, to how many tokens a token attends, itself included; None if to all before it.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from losa_deploy import __version__
 from losa_deploy.errors import InputError
-from losa_deploy.recipe import Recipe
+from losa_deploy.recipe import ExportRecipe, Recipe
+
+if TYPE_CHECKING:
+    from losa_deploy.layouts import PackedTensor
 
 MANIFEST_FILE = "losa.json"
 SCHEMA = "losa.manifest/1"
@@ -71,7 +75,47 @@ class TensorRecord(Record):
     """Over the stored bytes, components in layout order."""
     reason: str = ""
     group_size: int = 0
-    """i4 only: positions per scale, where they are not those of the recipe."""
+    """Grouped types only: positions per scale, where they are not those of the recipe."""
+
+    @classmethod
+    def of(cls, name: str, packed: PackedTensor, reason: str = "") -> TensorRecord:
+        """How a packed tensor is stored; `reason` says why in its layout."""
+        return cls(
+            name=name,
+            shape=packed.shape,
+            layout=packed.layout,
+            value_type=packed.value_type,
+            nnz=packed.nnz,
+            bytes=packed.nbytes,
+            bits_per_weight=round(packed.bits_per_weight, 6),
+            sha256=packed.sha256,
+            reason=reason,
+        )
+
+    @classmethod
+    def of_dense(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        value_type: str,
+        nnz: int,
+        data: memoryview,
+        reason: str = "",
+        group_size: int = 0,
+    ) -> TensorRecord:
+        """How a dense tensor is stored whose bytes are `data`, in a container's own type."""
+        return cls(
+            name=name,
+            shape=shape,
+            layout="dense",
+            value_type=value_type,
+            nnz=nnz,
+            bytes=data.nbytes,
+            bits_per_weight=round(8.0 * data.nbytes / max(1, prod(shape)), 6),
+            sha256=hashlib.sha256(data).hexdigest(),
+            reason=reason,
+            group_size=group_size,
+        )
 
 
 class MergeProof(Record):
@@ -116,6 +160,25 @@ class Manifest(Record):
     merge_proof: MergeProof | None = None
     files: dict[str, str] = Field(default_factory=dict)
     """File name → sha256, for every file of the folder except this one and the reports."""
+
+    def exported(
+        self,
+        format: str,
+        recipe: ExportRecipe,
+        linears: Iterable[TensorRecord],
+        others: Iterable[TensorRecord],
+        folder: Path,
+    ) -> Manifest:
+        """That of an artifact in `folder`, made from the merged model that this one is of."""
+        changes = {
+            "kind": "exported",
+            "format": format,
+            "recipe": self.recipe.model_copy(update={"export": recipe}),
+            "linears": tuple(linears),
+            "other_tensors": tuple(others),
+            "files": hash_files(folder),
+        }
+        return self.model_copy(update=changes)
 
     def write(self, folder: Path) -> None:
         """Write `folder/losa.json` (no timestamps: equal runs give equal bytes)."""

@@ -146,8 +146,6 @@ def _merged_tensors(
 
 def _note(evidence: _Evidence, name: str, linear: AdaptedLinear, cast: torch.Tensor, *, masked: bool) -> None:
     """Collect one linear's part of the proof and its manifest record."""
-    import hashlib
-
     import torch
 
     from losa_deploy.compress.grid import rounded
@@ -174,19 +172,9 @@ def _note(evidence: _Evidence, name: str, linear: AdaptedLinear, cast: torch.Ten
         evidence.masks[name] = torch.from_numpy(pack_mask(linear.mask.numpy()))
         evidence.pruned += linear.mask.numel() - kept
         evidence.positions += linear.mask.numel()
-    raw = cast.contiguous().view(torch.uint8).numpy().tobytes()
-    evidence.records.append(
-        TensorRecord(
-            name=name,
-            shape=tuple(cast.shape),
-            layout="dense",
-            value_type=VALUE_TYPES[str(cast.dtype).removeprefix("torch.")],
-            nnz=kept,
-            bytes=len(raw),
-            bits_per_weight=8.0 * cast.element_size(),
-            sha256=hashlib.sha256(raw).hexdigest(),
-        )
-    )
+    stored = cast.contiguous().view(torch.uint8).numpy().data
+    value_type = VALUE_TYPES[str(cast.dtype).removeprefix("torch.")]
+    evidence.records.append(TensorRecord.of_dense(name, tuple(cast.shape), value_type, kept, stored))
 
 
 def _integer_view(dtype: torch.dtype) -> torch.dtype:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from losa_deploy.errors import LosaError
-from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan
+from losa_deploy.errors import InputError, LosaError
+from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, PlannedTensor
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
 
@@ -30,6 +32,19 @@ def check_written(plan: ExportPlan, exported: ExportedModel) -> None:
     missing = [name for name in plan.files if name not in exported.files]
     if missing:
         raise _bug(plan, missing[0], "no such file", f"one of about {plan.files[missing[0]]} bytes")
+
+
+@contextmanager
+def storing(tensor: PlannedTensor) -> Iterator[None]:
+    """While a planned tensor is packed: a weight that its type cannot hold is an `InputError` naming it."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(
+            f"{tensor.name} cannot be stored as {tensor.value_type}: {error}.",
+            hint="Choose another --value-type, e.g. f32.",
+            details={"tensor": tensor.name},
+        ) from None
 
 
 def _stored(facts: tuple[str, str, tuple[int, ...], int, int] | None) -> str:

@@ -19,12 +19,13 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_va
 
 from losa_deploy.errors import UsageError
 from losa_deploy.layouts import LAYOUTS, VALUE_TYPES
+from losa_deploy.layouts.values import by_bits
 from losa_deploy.phases import Part, PhaseRecipe, resolved, translate
 from losa_deploy.structure import Structure, parse_structure
 
 PRESETS = resources.files("losa_deploy") / "recipes"
 """Where the shipped presets are, one file each."""
-ValueType = Annotated[str, AfterValidator(lambda name: _one_of(name, VALUE_TYPES))]
+ValueType = Annotated[str, AfterValidator(lambda name: _one_of(name, by_bits()))]
 LayoutName = Annotated[str, AfterValidator(lambda name: _one_of(name, ("auto", *LAYOUTS)))]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -170,6 +171,11 @@ class ExportRecipe(Part):
     """GGUF only. True: a file without the zeros, which our backend for llama.cpp opens."""
     bundle_runtime: bool = False
     """True: the library with the native operators is put beside the model, and its configuration names it."""
+
+    @property
+    def table_type(self) -> ValueType:
+        """Value type of embedding and head, after `same` is resolved."""
+        return VALUE_TYPES[self.value_type].head if self.head == "same" else self.head
 
 
 class VerifyRecipe(Part):

@@ -28,6 +28,32 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|start|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 VOCAB = 300
+LONGEST = (
+    "kernels/test_hostile_bytes.py",  # builds with sanitizers
+    "packaging/test_wheel.py",  # builds everything
+    "unit/compress/test_team.py",
+    "hostile/test_model_code.py",
+    "cli/test_bench_recipes.py",
+    "kernels/test_matmul.py",  # builds for other CPUs
+    "parity/test_onnx_attention.py",
+    "unit/benchmarks/test_measure.py",
+    "unit/compress/test_device.py",
+    "cli/test_strangers.py",
+    "cli/test_pipeline.py",
+    "parity/test_onnx_export.py",
+    "kernels/test_fuzz.py",  # half a minute, after the build with sanitizers
+    "cli/test_together.py",
+    "unit/compress/test_train.py",
+    "cli/test_python_page.py",
+    "cli/test_damage.py",
+    "parity/test_gguf_tokenizer.py",
+    "cli/test_families.py",
+    "cli/test_patterns.py",
+)
+"""Files that take longest, from about five minutes down to half of one: no process is left with one at the
+end while the others have nothing to do."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""What libraries read when they are imported."""
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 """(rows, columns, (N, M) or None, seed) → mask."""
 SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
@@ -35,6 +61,12 @@ SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 
 # A shell's background job starts with SIGINT ignored and would hand that down to every program under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of `LONGEST` first; the others stay in their order."""
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 def made_up_text(sentences: int, seed: int) -> str:
@@ -49,7 +81,7 @@ def made_up_text(sentences: int, seed: int) -> str:
 
 
 class Warm:
-    """Runs `python -m PROGRAM` forked from a process that has imported torch; see `warm.py`."""
+    """Runs Python programs forked from a process that has imported torch; see `warm.py`."""
 
     DEVNULL, STDOUT = subprocess.DEVNULL, subprocess.STDOUT
 
@@ -64,6 +96,20 @@ class Warm:
         if not hasattr(os, "fork"):
             done = subprocess.run(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, check=False)
             return SimpleNamespace(returncode=done.returncode)
+        return SimpleNamespace(returncode=self._forked(command[2:], env, stdout.name, 0))
+
+    def team(self, count: int, argv: list[str], log: Path, env: dict[str, str]) -> int:
+        """So many processes of a script, told of each other as by `torchrun`; the first exit code but 0."""
+        log.touch()
+        if hasattr(os, "fork"):
+            return self._forked(argv, env, str(log), count)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        with log.open("ab") as handle:
+            command = [*launcher, "--nproc-per-node", str(count), *argv]
+            done = subprocess.run(command, stdout=handle, stderr=subprocess.STDOUT, env=env, check=False)
+        return done.returncode
+
+    def _forked(self, argv: list[str], env: dict[str, str], log: str, count: int) -> int:
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("warm.py"))],
@@ -71,15 +117,15 @@ class Warm:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env={**env, "TMPDIR": tempfile.gettempdir()},
+                env={**env, **OFFLINE, "TMPDIR": tempfile.gettempdir()},
             )
         assert self.server.stdin is not None and self.server.stdout is not None
-        job = {"argv": command[2:], "environment": env, "log": stdout.name}
+        job = {"argv": argv, "environment": env, "log": log, "count": count}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
         assert answer, "tests/warm.py ended: run it by hand to see why"
-        return SimpleNamespace(returncode=int(answer))
+        return int(answer)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from losa_deploy.interfaces import (
     Shapes,
     StoredFile,
 )
-from losa_deploy.manifest import Manifest, TensorRecord, hash_files
+from losa_deploy.manifest import Manifest, TensorRecord
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe, ValueType
@@ -98,16 +98,8 @@ class GgufExporter(Exporter):
             step = partial(_shifted, progress, index, len(jobs))
             records.append(write_file(job, tensors, vocabulary, provenance, folder, step))
         copy_side_files(model.folder, folder)
-        linears, others = _split(model.checkpoint, records[0])
-        changes = {
-            "kind": "exported",
-            "format": self.name,
-            "recipe": manifest.recipe.model_copy(update={"export": recipe}),
-            "linears": linears,
-            "other_tensors": others,
-            "files": hash_files(folder),
-        }
-        manifest.model_copy(update=changes).write(folder)
+        parts = _split(model.checkpoint, records[0])
+        manifest.exported(self.name, recipe, *parts, folder).write(folder)
         notes = list(vocabulary.notes)
         notes += [PORTABLE_NOTE.format(file=job.file) for job in jobs if job.kind == "portable"]
         return _exported(folder, records[0], tuple(note for note in notes if note))

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy import layouts
 from losa_deploy.gguf.dense import VALUE_TYPES, dense_gguf_bytes, dense_type, is_narrower, stock_type
 from losa_deploy.gguf.names import PREFIX
 from losa_deploy.gguf.types import F32, I8, GgmlType
@@ -68,10 +67,8 @@ def _choice(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> Choice:
 
 def table_tensor(recipe: ExportRecipe, name: str, shape: tuple[int, int], *, tied: bool) -> PlannedTensor:
     """The embedding or the head; `tied`: it is both."""
-    follows = layouts.VALUE_TYPES[recipe.value_type].head
-    value_type = follows if recipe.head == "same" else recipe.head
     reason = "embedding, shared with the head" if tied else "embedding and head stay dense"
-    return _dense(name, shape, value_type, shape[0] * shape[1], reason)
+    return _dense(name, shape, recipe.table_type, shape[0] * shape[1], reason)
 
 
 def _dense(name: str, shape: tuple[int, int], value_type: str, kept: int, reason: str) -> PlannedTensor:

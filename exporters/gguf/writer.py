@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy import __version__, layouts
-from losa_deploy.errors import InputError
 from losa_deploy.gguf.dense import VALUE_TYPES, scale_group
 from losa_deploy.gguf.names import PREFIX
 from losa_deploy.gguf.packed import mark_packed
@@ -22,6 +20,7 @@ from losa_deploy.layouts import LAYOUTS, PackOptions
 from losa_deploy.layouts.blob import to_blob
 from losa_deploy.manifest import SCHEMA, TensorRecord
 from losa_deploy.model import WeightGrid
+from losa_deploy.planned import storing
 from losa_deploy.progress import Progress
 
 from .architectures import Rope, head_dim, write_keys
@@ -92,14 +91,10 @@ def _tensor(job: Job, entry: Entry) -> tuple[NDArray[np.generic], TensorRecord |
     grid = None if grid is None else grid.rows(order)
     if order is not None:
         weight, mask = weight[order], None if mask is None else mask[order]
-    try:
+    with storing(planned):
         if entry.options is not None and mask is not None:
             return _packed(planned, entry.options, weight, mask, grid)
         return _dense(entry, planned, weight, mask, grid)
-    except ValueError as error:
-        raise InputError(
-            f"{entry.module} cannot be stored: {error}.", hint="Use another --value-type, e.g. f32."
-        ) from None
 
 
 def _packed(
@@ -111,17 +106,7 @@ def _packed(
 ) -> tuple[NDArray[np.generic], TensorRecord]:
     options = options if grid is None else grid.fitted(options, weight.shape[1])
     packed = LAYOUTS[planned.layout].pack(weight, mask, options)
-    record = TensorRecord(
-        name=planned.name,
-        shape=packed.shape,
-        layout=packed.layout,
-        value_type=packed.value_type,
-        nnz=packed.nnz,
-        bytes=packed.nbytes,
-        bits_per_weight=round(packed.bits_per_weight, 6),
-        sha256=packed.sha256,
-        reason=planned.reason,
-    )
+    record = TensorRecord.of(planned.name, packed, planned.reason)
     return np.frombuffer(to_blob(packed), np.int8), record
 
 
@@ -142,17 +127,14 @@ def _dense(
         kept = weight[part] if mask is None else np.where(mask[part], weight[part], np.float32(0))
         of_part = None if grid is None else replace(grid, scales=grid.scales[part])
         data[part] = encode(kept, entry.type, of_part)
-    record = TensorRecord(
-        name=planned.name,
-        shape=(rows, columns),
-        layout="dense",
-        value_type=VALUE_TYPES[entry.type],
-        nnz=weight.size if mask is None else int(mask.sum()),
-        bytes=data.nbytes,
-        bits_per_weight=round(8.0 * data.nbytes / weight.size, 6),
-        sha256=hashlib.sha256(data.data).hexdigest(),
-        reason=planned.reason,
-        group_size=scale_group(entry.type),
+    record = TensorRecord.of_dense(
+        planned.name,
+        (rows, columns),
+        VALUE_TYPES[entry.type],
+        weight.size if mask is None else int(mask.sum()),
+        data.data,
+        planned.reason,
+        scale_group(entry.type),
     )
     return data, record
 

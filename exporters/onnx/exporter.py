@@ -17,7 +17,7 @@ from losa_deploy.card import FormatNotes
 from losa_deploy.errors import InputError, UsageError
 from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.layouts.operator_names import DOMAIN
-from losa_deploy.manifest import SCHEMA, Manifest, hash_files
+from losa_deploy.manifest import SCHEMA, Manifest
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
 from losa_deploy.recipe import ExportRecipe
@@ -73,18 +73,8 @@ class OnnxExporter(Exporter):
         source = model.manifest.source
         properties = {"losa.source": source.id, "losa.revision": source.revision}
         packing = _write(_job(model, plan.recipe), plan.tensors, folder, properties, progress)
-        effective = model.manifest.recipe.model_copy(update={"export": plan.recipe})
-        manifest = model.manifest.model_copy(
-            update={
-                "kind": "exported",
-                "format": self.name,
-                "recipe": effective,
-                "linears": tuple(packing.linears),
-                "other_tensors": tuple(packing.others),
-                "files": hash_files(folder),
-            }
-        )
-        manifest.write(folder)
+        records = (packing.linears, packing.others)
+        model.manifest.exported(self.name, plan.recipe, *records, folder).write(folder)
         return _exported(folder, packing)
 
     def export_dense(

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from losa_deploy.attention import model_config
+from losa_deploy.attention import head_size, model_config
 from losa_deploy.errors import InputError, MissingError, ResourceError
 from losa_deploy.sources.checkpoint import Checkpoint
 
@@ -68,7 +68,7 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
     """
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.graph-") as name:
         work = Path(name)
-        built = not plain and _genai_can(checkpoint)
+        built = not plain and can_build(checkpoint)
         if built:
             write_plain_model(checkpoint, work / "plain")
             command = _genai_command(work / "plain", work)
@@ -84,15 +84,14 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
         yield DenseGraph(model, work)
 
 
-def _genai_can(checkpoint: Checkpoint) -> bool:
+def can_build(checkpoint: Checkpoint) -> bool:
     """Whether the builder knows the family, ONNX Runtime's fused attention the head size, and a table
     can hold the rotary positions.
 
     The builder takes every linear with as many outputs as there are tokens for the head.
     """
     config = model_config(checkpoint.config)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = size % HEAD_MULTIPLE == 0 and all(
+    fits = head_size(config) % HEAD_MULTIPLE == 0 and all(
         out != config.vocab_size for out, _ in checkpoint.linears.values()
     )
     return checkpoint.family.onnx_graph == "genai" and fits and rope_kind(checkpoint) in TABLED

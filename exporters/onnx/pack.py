@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
@@ -14,13 +14,14 @@ from losa_deploy.interfaces import PlannedTensor
 from losa_deploy.layouts import LAYOUTS, PackedTensor
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.manifest import TensorRecord
+from losa_deploy.planned import storing
 from losa_deploy.progress import Progress
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .functions import function
 from .graph import DenseGraph
 from .lookup import lookup
-from .plan import Job, linear_options, table_options
+from .plan import Job, packing_options, siblings
 from .rewrite import (
     Gating,
     Site,
@@ -80,13 +81,13 @@ def pack_graph(
     linears, planned = checkpoint.linears, {tensor.name: tensor for tensor in tensors}
     sites = find_linears(graph, linears, lambda name: checkpoint.array(f"{name}.weight"))
     done = 0
-    for group in _siblings(checkpoint):
+    for group in siblings(checkpoint):
         stored: list[Stored] = []
         for name in group:
             progress(done, len(linears) + 1, f"packing {name}")
             packed = _packed(job, planned[name])
             stored.append(Stored(name, sites[name], packed))
-            packing.linears.append(_record(planned[name], packed))
+            packing.linears.append(TensorRecord.of(name, packed, planned[name].reason))
             done += 1
         _place(packing, stored)
     progress(len(linears), len(linears) + 1, "packing embedding and head")
@@ -110,28 +111,14 @@ class Stored:
         return self.packed.layout == "dense" and self.packed.value_type == "f32"
 
 
-def _siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
-    """All linears in order, those of a block that read the same input together."""
-    for block in range(checkpoint.block_count):
-        prefix = f"{checkpoint.family.blocks}.{block}."
-        for names in checkpoint.family.linears:
-            yield tuple(prefix + name for name in names)
-
-
 def _packed(job: Job, tensor: PlannedTensor) -> PackedTensor:
     """A linear in the planned layout."""
     name, mask, grid = tensor.name, job.mask(tensor.name), job.grid(tensor.name)
-    options = replace(linear_options(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
+    options = packing_options(job, tensor)
     if grid is not None:
         options = grid.fitted(options, mask.shape[1])
-    try:
+    with storing(tensor):
         return LAYOUTS[tensor.layout].pack(job.checkpoint.array(f"{name}.weight"), mask, options)
-    except ValueError as error:
-        raise InputError(
-            f"{name} cannot be stored as {tensor.value_type}: {error}.",
-            hint="Choose another --value-type, e.g. f32.",
-            details={"tensor": name},
-        ) from None
 
 
 def _place(packing: Packing, group: list[Stored]) -> None:
@@ -224,7 +211,7 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
     checkpoint = job.checkpoint
     for name, (stored_as, shape) in job.other.items():
         tensor, table = planned[name], checkpoint.array(stored_as)
-        options = replace(table_options(job.recipe), value_type=tensor.value_type)
+        options = packing_options(job, tensor)
         gather = find_embedding(packing.graph, table) if name == checkpoint.family.embedding else None
         is_head = checkpoint.tied or name == checkpoint.family.head
         head = find_head(packing.graph, table) if is_head else None
@@ -233,11 +220,9 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
                 f"The ONNX graph of this model does not use {stored_as} as expected.",
                 hint="Report this with the model's config.json.",
             )
-        try:
+        with storing(tensor):
             packed = LAYOUTS[tensor.layout].pack(table, np.ones(shape, np.bool_), options)
-        except ValueError as error:
-            raise InputError(f"{name} cannot be stored as {options.value_type}: {error}.") from None
-        packing.others.append(_record(tensor, packed))
+        packing.others.append(TensorRecord.of(name, packed, tensor.reason))
         if options.value_type == "f32":
             _name_nodes(checkpoint, gather, head)
             continue
@@ -279,18 +264,3 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
-
-
-def _record(tensor: PlannedTensor, packed: PackedTensor) -> TensorRecord:
-    """What was stored, and why so."""
-    return TensorRecord(
-        name=tensor.name,
-        shape=packed.shape,
-        layout=packed.layout,
-        value_type=packed.value_type,
-        nnz=packed.nnz,
-        bytes=packed.nbytes,
-        bits_per_weight=round(packed.bits_per_weight, 6),
-        sha256=packed.sha256,
-        reason=tensor.reason,
-    )

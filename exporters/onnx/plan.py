@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, Choice, PackOptions, choose, forced
+from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
 from losa_deploy.recipe import ExportRecipe, ValueType
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .graph import MODEL_FILE
-from .writer import DATA_FILE, INLINE_BYTES, padded
+from .sizes import file_sizes
+from .writer import DATA_FILE
 
-GRAPH_BYTES = 3000
-"""Rough graph text per linear (its nodes, and its share of the other nodes of the block)."""
-GRAPH_BASE = 60_000
-"""Rough size of the rest of `model.onnx`: functions and metadata."""
 RUNTIME_BYTES = 700_000_000
 """Resident size of the graph source's process beside the weights."""
 
@@ -56,9 +53,8 @@ def linear_options(recipe: ExportRecipe) -> PackOptions:
 
 
 def table_options(recipe: ExportRecipe) -> PackOptions:
-    """How embedding and head are stored; int4 blocks keep an int8 head unless told otherwise."""
-    chosen = VALUE_TYPES[recipe.value_type].head if recipe.head == "same" else recipe.head
-    return PackOptions("f32" if recipe.portable else chosen, recipe.group_size)
+    """How embedding and head are stored; `portable` means f32."""
+    return PackOptions("f32" if recipe.portable else recipe.table_type, recipe.group_size)
 
 
 def linear_tensor(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> PlannedTensor:
@@ -113,17 +109,36 @@ def estimate(
     return {DATA_FILE: tuple(tensors)}
 
 
+def packing_options(job: Job, tensor: PlannedTensor) -> PackOptions:
+    """How a planned tensor is packed, but for the scales of its grid."""
+    chosen = table_options if tensor.name in job.other else linear_options
+    return replace(chosen(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
+
+
+def siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
+    """All linears in order, those of a block that read the same input together."""
+    for block in range(checkpoint.block_count):
+        prefix = f"{checkpoint.family.blocks}.{block}."
+        for names in checkpoint.family.linears:
+            yield tuple(prefix + name for name in names)
+
+
+def _file_sizes(job: Job, tensors: Mapping[str, PlannedTensor]) -> tuple[int, int]:
+    """Bytes of `model.onnx` and of its data file."""
+    options = {name: packing_options(job, tensor) for name, tensor in tensors.items()}
+    parts = {}
+    for name, tensor in tensors.items():
+        mask = np.ones(tensor.shape, np.bool_) if name in job.other else job.mask(name)
+        parts[name] = LAYOUTS[tensor.layout].sizes(mask, options[name])
+    groups = [[tensors[name] for name in names] for names in siblings(job.checkpoint)]
+    tables = [tensors[name] for name in job.other]
+    return file_sizes(job.checkpoint, groups, tables, parts, options, plain=job.recipe.portable)
+
+
 def plan(job: Job) -> ExportPlan:
-    """Files and bytes; the data file lacks what the graph adds (rotary tables), the graph is estimated."""
+    """Files and bytes: exact for packed tensors, see `sizes` for the rest."""
     tensors = tuple(planned(job))
-    data = sum(padded(tensor.bytes) for tensor in tensors if tensor.bytes > INLINE_BYTES)
-    named = {f"{tensor.name}.weight" for tensor in tensors}
-    rest = [name for name in job.checkpoint.files if name not in named]
-    for name in rest:
-        size = 4 * int(np.prod(job.checkpoint.shape(name)))
-        data += padded(size) if size > INLINE_BYTES else 0
-    graph = GRAPH_BASE + GRAPH_BYTES * len(job.checkpoint.linears)
-    graph += sum(min(tensor.bytes, INLINE_BYTES) for tensor in tensors if tensor.bytes <= INLINE_BYTES)
+    graph, data = _file_sizes(job, {tensor.name: tensor for tensor in tensors})
     dense = sum(4 * int(np.prod(job.checkpoint.shape(name))) for name in job.checkpoint.files)
     files = {MODEL_FILE: graph, DATA_FILE: data}
     for path in sorted(job.checkpoint.folder.glob("*.json")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,19 @@ class Writer:
             handle.seek(offset)
             handle.write(array.data)
         self._end = offset + array.nbytes
-        dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        tensor = onnx.TensorProto(name=name, data_type=dtype, dims=array.shape)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", DATA_FILE), ("offset", offset), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self.initializers.append(tensor)
+        self.initializers.append(external(name, array.shape, array.dtype, offset))
         return name
+
+
+def external(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], offset: int) -> onnx.TensorProto:
+    """An initializer whose bytes are in the data file."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    tensor = onnx.TensorProto(name=name, data_type=kind, dims=shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    size = prod(shape) * dtype.itemsize
+    for key, value in (("location", DATA_FILE), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def padded(size: int) -> int:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from losa_deploy.compress import adapted
+from losa_deploy.compress.block_pruning import input_statistics, prune_block
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
 from losa_deploy.compress.grid import GridKind
 from losa_deploy.compress.masked import MaskedLinear
 from losa_deploy.compress.partial import Partial
-from losa_deploy.compress.prune import (
-    InputStatistics,
-    Pattern,
-    Pruned,
-    prune_magnitude,
-    prune_sparsegpt,
-    prune_wanda,
-)
+from losa_deploy.compress.prune import InputStatistics
 from losa_deploy.compress.reconstruct import BlockTask, reconstruct_block
 from losa_deploy.compress.seeds import generator
 from losa_deploy.compress.student import StoredBlock, Student
@@ -31,7 +25,7 @@ from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.manifest import GridRecord, Record
 from losa_deploy.phases import PhaseRecipe
 from losa_deploy.progress import Progress
-from losa_deploy.recipe import PruneRecipe, Recipe
+from losa_deploy.recipe import Recipe
 
 REST = "rest:"
 """Before the names of norms and biases in the file of a finished block."""
@@ -134,7 +128,7 @@ def _make_block(walk: Walk, place: Place, rate: float, kept: int) -> tuple[Block
     reference = walk.dense.advance(block, ours, precision) if _needs_local_error(walk.recipe) else dense
     changed = range(max(0, block + 1 - walk.window), block + 1)
     with walk.student.open(*changed):
-        statistics = _input_statistics(walk, block, ours)
+        statistics = input_statistics(walk, block, ours)
         prune_block(walk, block, statistics, rate, kept)
         trained, ours = _train_block(walk, place, statistics)
         walk.team.agree(_values(walk.student, changed))
@@ -284,99 +278,3 @@ def block_error(output: Stream, dense: Stream, team: Team = ALONE) -> float:
         scale += wanted.square().sum(dim=0)
     team.add((difference, scale))
     return float((difference / scale.clamp_min(1e-30)).mean())
-
-
-@torch.no_grad()
-def prune_block(
-    walk: Walk, block: int, statistics: Mapping[str, InputStatistics], rate: float, kept: int
-) -> None:
-    """Choose new masks for the linears of `block` from the statistics of their inputs.
-
-    The processes of a team take turns: one prunes a linear, all have the result.
-    """
-    recipe = walk.recipe
-    group, structure = recipe.sparsity.group, recipe.sparsity.structure
-    if recipe.sparsity.target == 0.0 or (structure.stride and rate == 0.0):
-        return
-    pattern = Pattern(rate, recipe.sparsity.scope, stride=structure.stride, paired=structure.paired)
-    if group is not None:
-        if kept >= group[1]:
-            return
-        pattern = Pattern(1.0 - kept / group[1], kept=kept, group=group[1])
-    names = [name for name in walk.student.block_linears(block) if name in walk.masked]
-    for number, name in enumerate(names):
-        linear = walk.student.masked(name)
-        if walk.team.shares(number):
-            _prune(walk, name, linear, statistics.get(name), pattern)
-        else:
-            linear.leave_grid()
-    for number, name in enumerate(names):
-        linear = walk.student.masked(name)
-        walk.team.agree((linear.mask, linear.weight), number % walk.team.count)
-
-
-def _prune(
-    walk: Walk, name: str, linear: MaskedLinear, statistics: InputStatistics | None, pattern: Pattern
-) -> None:
-    recipe = walk.recipe.prune
-    weight, allowed = linear.effective(), linear.mask
-    if recipe.regrow:
-        # Kept weights may make up for pruned ones: one that returns among them would count twice.
-        weight = walk.dense.linear(name).weight + linear.adapter()
-        allowed = torch.ones_like(linear.mask)
-    pruned = prune_linear(weight, statistics, pattern, allowed, recipe, name)
-    update = weight if recipe.regrow and pruned.weight is None else pruned.weight
-    linear.set_mask(pruned.mask, update)
-
-
-def prune_linear(
-    weight: Tensor,
-    statistics: InputStatistics | None,
-    pattern: Pattern,
-    allowed: Tensor,
-    recipe: PruneRecipe,
-    name: str,
-) -> Pruned:
-    """Dispatch to the recipe's method; `statistics` may be None for magnitude only."""
-    if recipe.method == "magnitude":
-        return prune_magnitude(weight, pattern, allowed)
-    assert statistics is not None
-    if recipe.method == "wanda":
-        return prune_wanda(weight, statistics, pattern, allowed)
-    return prune_sparsegpt(
-        weight,
-        statistics,
-        pattern,
-        allowed,
-        damping=recipe.damping,
-        block_columns=recipe.block_columns,
-        name=name,
-    )
-
-
-def _input_statistics(walk: Walk, block: int, stream: Stream) -> dict[str, InputStatistics]:
-    """Input moments of every linear of `block`; linears that read the same input share them."""
-    method = walk.recipe.prune.method if walk.recipe.sparsity.target else "wanda"
-    result: dict[str, InputStatistics] = {}
-    handles = []
-    prefix = f"{walk.student.family.blocks}.{block}."
-    for group in walk.student.family.linears:
-        first = walk.student.masked(prefix + group[0])
-        statistics = InputStatistics(
-            first.weight.shape[1], hessian=method == "sparsegpt", device=walk.student.device
-        )
-        handles.append(first.register_forward_pre_hook(_adder(statistics)))
-        result.update({prefix + name: statistics for name in group})
-    walk.student.advance(block, stream, walk.recipe.precision)
-    for handle in handles:
-        handle.remove()
-    for statistics in dict.fromkeys(result.values()):
-        statistics.add_up(walk.team)
-    return result
-
-
-def _adder(statistics: InputStatistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        statistics.add(inputs[0])
-
-    return hook

@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from losa_deploy.errors import InputError
@@ -41,8 +43,13 @@ SIZES = (
 BLOCK = re.compile(rf"(?:{re.escape(PREFIX)})?{re.escape(BLOCKS)}(\d+)\.")
 QUERIES = (LINEARS["self_attn.q_proj"], "attn_qkv")
 """What blocks with attention have one of."""
-WHOLE_HEADS = ("llama", "qwen2", "qwen3", "smollm3")
-"""Architectures of which llama.cpp rotates whole heads and nothing less."""
+
+
+@cache
+def whole_heads() -> frozenset[str]:
+    """Architectures of which llama.cpp rotates whole heads and nothing less."""
+    lines = (resources.files("losa_deploy") / "data" / "whole_heads.txt").read_text("utf-8").splitlines()
+    return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def _rotary(keys: Keys) -> Iterator[Finding]:
     rotated, head = keys.number("rope.dimension_count"), keys.head()
     if rotated is None or head is None:
         return
-    if keys.architecture in WHOLE_HEADS and rotated != head:
+    if keys.architecture in whole_heads() and rotated != head:
         yield keys.wrong("rope.dimension_count", f"{head}, the length of a head")
     if not _whole(rotated, 0, head) or rotated % 2:
         yield keys.wrong("rope.dimension_count", f"an even number up to {head}, the length of a head")

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
 from losa_deploy.layouts.dense import known
+from losa_deploy.layouts.kept import kept_codes, packed_as, unpacked
 from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes
-from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 ROW_POSITIONS = 64
 """Rows are padded to a multiple of this many positions, so that each starts at an aligned 64-bit word."""
@@ -23,24 +24,15 @@ def row_bytes(in_features: int) -> int:
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
     """positions: uint8 [out, row bytes], lowest bit first; values: the stream of kept codes."""
-    kind = VALUE_TYPES[options.value_type]
-    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
-    return PackedTensor(
-        "bitmask",
-        options.value_type,
-        (weight.shape[0], weight.shape[1]),
-        kind.params(options),
-        {"positions": _store_mask(mask), "values": store_stream(codes, mask, kind), **meaning},
-        int(mask.sum()),
-    )
+    codes, meaning = kept_codes(weight, mask, options)
+    values = store_stream(codes, mask, VALUE_TYPES[options.value_type])
+    return packed_as("bitmask", mask, options, {"positions": _store_mask(mask), "values": values, **meaning})
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
     """Scatter the kept codes to the set bits; the rest holds zero."""
     mask = _load_mask(packed)
-    codes = load_stream(packed.arrays["values"], mask, VALUE_TYPES[packed.value_type])
-    weight = dequantize(codes, packed.value_type, packed.params, packed.arrays)
-    return Unpacked(np.where(mask, weight, np.float32(0)), mask)
+    return unpacked(packed, load_stream(packed.arrays["values"], mask, VALUE_TYPES[packed.value_type]), mask)
 
 
 def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:

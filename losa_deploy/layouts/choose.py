@@ -21,7 +21,7 @@ from losa_deploy.layouts.sliding import SLIDING
 from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.streams import rows_together
 from losa_deploy.layouts.tiled import TILED
-from losa_deploy.layouts.values import VALUE_TYPES, by_number
+from losa_deploy.layouts.values import VALUE_TYPES, by_bits
 
 PATTERNED = ("nm", "tiled")
 """Layouts that need a fixed N of every M."""
@@ -165,7 +165,7 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
     if layout in (*PATTERNED, "sliding") and mask.all():
         return Choice("dense", options, DENSE.size(mask, options), "nothing is pruned")
     if not LAYOUTS[layout].stores(VALUE_TYPES[options.value_type]):
-        *others, last = [kind.name for kind in by_number() if LAYOUTS[layout].stores(kind)]
+        *others, last = [name for name in by_bits() if LAYOUTS[layout].stores(VALUE_TYPES[name])]
         raise UsageError(
             f"--layout {layout} stores {', '.join(others)} or {last} values, not {options.value_type}.",
             hint="Add --value-type i4, or use --layout auto.",

@@ -8,22 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
+from losa_deploy.layouts.kept import kept_codes, packed_as
 from losa_deploy.layouts.rows import BLOCK, load_rows, row_bytes, store_rows
-from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
     """Values [out, in], or [out, row bytes] below 8 bits."""
-    kind = VALUE_TYPES[options.value_type]
-    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
-    return PackedTensor(
-        "dense",
-        options.value_type,
-        (weight.shape[0], weight.shape[1]),
-        kind.params(options),
-        {"values": store_rows(codes, kind), **meaning},
-        int(mask.sum()),
-    )
+    codes, meaning = kept_codes(weight, mask, options)
+    values = store_rows(codes, VALUE_TYPES[options.value_type])
+    return packed_as("dense", mask, options, {"values": values, **meaning})
 
 
 def unpack(packed: PackedTensor) -> Unpacked:

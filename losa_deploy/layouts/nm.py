@@ -13,17 +13,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import (
-    Component,
-    Layout,
-    PackedTensor,
-    PackOptions,
-    Shapes,
-    Unpacked,
-    register,
-)
+from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
+from losa_deploy.layouts.kept import kept_codes, packed_as, unpacked
 from losa_deploy.layouts.streams import check_stream, load_stream, store_stream, stream_bytes
-from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 MAX_M = 32
 BLOCK_POSITIONS = 64
@@ -80,19 +73,12 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
         raise ValueError(f"the mask does not keep {':'.join(map(str, pattern)) if pattern else 'N:M'}")
     (n, m), kind = pattern, VALUE_TYPES[options.value_type]
     slots = _slots(mask, n, m)
-    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
+    codes, meaning = kept_codes(weight, mask, options)
     padded = np.zeros(slots.shape, kind.code)
     padded[:, : mask.shape[1]] = codes
-    params = {"n": n, "m": m, "position_bits": position_bits(n, m), **kind.params(options)}
-    values = store_stream(padded, slots, kind)
-    return PackedTensor(
-        "nm",
-        options.value_type,
-        (mask.shape[0], mask.shape[1]),
-        params,
-        {"positions": store_positions(slots, n, m, mask.shape[1]), "values": values, **meaning},
-        int(mask.sum()),
-    )
+    positions = store_positions(slots, n, m, mask.shape[1])
+    arrays = {"positions": positions, "values": store_stream(padded, slots, kind), **meaning}
+    return packed_as("nm", mask, options, arrays, n=n, m=m, position_bits=position_bits(n, m))
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
@@ -101,9 +87,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     in_features = packed.shape[1]
     slots = load_positions(packed.arrays["positions"], packed.shape, n, m)
     codes = load_stream(packed.arrays["values"], slots, VALUE_TYPES[packed.value_type])
-    mask = slots[:, :in_features].copy()
-    weight = dequantize(codes[:, :in_features], packed.value_type, packed.params, packed.arrays)
-    return Unpacked(np.where(mask, weight, np.float32(0)), mask)
+    return unpacked(packed, codes[:, :in_features], slots[:, :in_features].copy())
 
 
 def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:

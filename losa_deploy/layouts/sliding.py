@@ -7,27 +7,30 @@ ascend from slot to slot. Every 2:4 mask is such a mask. The bytes are as many a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
+from losa_deploy.layouts.kept import kept_codes, packed_as, unpacked
 from losa_deploy.layouts.steps import (
     STEP,
     TILE,
     Codes,
     by_row,
+    is_whole,
     line_shapes,
     lines_are_canonical,
     load_lines,
     scale_shape,
     scales_by_row,
     scales_by_tile,
+    sizes_of,
     store_lines,
+    stores,
     to_tiles,
 )
-from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 WINDOW, STRIDE = 4, 2
 """Positions of a window, and from one to the next."""
@@ -38,7 +41,7 @@ STEPS = TILE // STRIDE // 2
 def find_slots(mask: NDArray[np.bool_]) -> NDArray[np.intp] | None:
     """The kept position of every slot [out, in / 2], ascending; None if the mask cannot be stored."""
     rows, columns = mask.shape
-    if rows == 0 or columns == 0 or rows % TILE or columns % TILE:
+    if not is_whole(mask.shape):
         return None
     if not (np.count_nonzero(mask, axis=1) == columns // STRIDE).all():
         return None
@@ -58,7 +61,7 @@ def complete(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     the window before it ends two earlier.
     """
     rows, columns = mask.shape
-    if rows == 0 or columns == 0 or rows % TILE or columns % TILE:
+    if rows == 0 or columns == 0 or not is_whole(mask.shape):
         return None
     around = np.pad(mask, ((0, 0), (1, 1)))  # the windows at both ends reach beyond the row
     full, places = np.zeros(around.shape, np.bool_), np.arange(WINDOW)
@@ -73,11 +76,6 @@ def complete(mask: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     return None if (around[:, [columns]] & (free == 0)).any() else full[:, 1:-1]
 
 
-def stores(kind: ValueType) -> bool:
-    """Integers only."""
-    return kind.bits <= 8
-
-
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
     """Integers, whole tiles, and a kept position for every window."""
     return stores(VALUE_TYPES[options.value_type]) and find_slots(mask) is not None
@@ -85,7 +83,7 @@ def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:
 
 def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
     """Integers, whole tiles, and no parameters."""
-    return stores(kind) and shape[0] % TILE == 0 and shape[1] % TILE == 0 and not any(params.values())
+    return stores(kind) and is_whole(shape) and not any(params.values())
 
 
 def shapes(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> Shapes:
@@ -103,13 +101,12 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     kind, positions = VALUE_TYPES[options.value_type], find_slots(mask)
     if positions is None or not stores(kind):
         raise ValueError("the sliding layout stores integers of which every window of 4 keeps one")
-    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
+    codes, meaning = kept_codes(weight, mask, options)
     by_group = mask.shape[0], mask.shape[1] // TILE, -1
     places = (positions - _starts(mask.shape[1])).astype(np.uint8).reshape(by_group)
     values = np.take_along_axis(codes, positions, axis=1).reshape(by_group)
     arrays = {**store_lines(to_tiles(places), to_tiles(values), kind), **scales_by_tile(meaning, kind)}
-    shape = (mask.shape[0], mask.shape[1])
-    return PackedTensor("sliding", options.value_type, shape, kind.params(options), arrays, positions.size)
+    return packed_as("sliding", mask, options, arrays)
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
@@ -120,9 +117,7 @@ def unpack(packed: PackedTensor) -> Unpacked:
     mask, codes = np.zeros(shape, np.bool_), np.zeros(shape, values.dtype)
     np.put_along_axis(mask, positions, True, axis=1)
     np.put_along_axis(codes, positions, by_row(values).reshape(shape[0], -1), axis=1)
-    arrays = scales_by_row(packed.arrays, kind)
-    weight = dequantize(codes, packed.value_type, packed.params, arrays)
-    return Unpacked(np.where(mask, weight, np.float32(0)), mask)
+    return unpacked(packed, codes, mask, scales_by_row(packed.arrays, kind))
 
 
 def check(packed: PackedTensor) -> int:
@@ -141,9 +136,7 @@ def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
     if not tolerates(mask, options):
         raise ValueError("the mask does not keep one position of every window of 4")
     shape, kind = (mask.shape[0], mask.shape[1]), VALUE_TYPES[options.value_type]
-    found = shapes(shape, kind, {"group_size": options.group_size})
-    stored = {name: prod(found[name] or ()) for name in ("positions", "values")}
-    return {**stored, **kind.meaning_bytes(shape, options)}
+    return sizes_of(shapes(shape, kind, {"group_size": options.group_size}), shape, kind, options)
 
 
 def _starts(columns: int) -> NDArray[np.intp]:

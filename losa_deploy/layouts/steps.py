@@ -7,11 +7,12 @@ each with the same few bits of several steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import Component, Shapes
+from losa_deploy.layouts.base import Component, PackOptions, Shapes
 from losa_deploy.layouts.values import ValueType
 
 TILE = 16
@@ -19,6 +20,24 @@ TILE = 16
 STEP = 2 * TILE
 """Slots of a step: two of each row of a tile."""
 Codes = NDArray[np.uint8]
+
+
+def stores(kind: ValueType) -> bool:
+    """Integers only."""
+    return kind.bits <= 8
+
+
+def is_whole(shape: tuple[int, ...]) -> bool:
+    """Whether rows and columns are a multiple of 16; a tensor without weights is not."""
+    return all(length > 0 and length % TILE == 0 for length in shape)
+
+
+def sizes_of(
+    found: Shapes, shape: tuple[int, int], kind: ValueType, options: PackOptions
+) -> Mapping[str, int]:
+    """Component → bytes of a tensor (out, in) whose positions and values have the shapes `found`."""
+    stored = {name: prod(found[name] or ()) for name in ("positions", "values") if name in found}
+    return {**stored, **kind.meaning_bytes(shape, options)}
 
 
 def to_tiles(slots: NDArray[np.generic]) -> Codes:

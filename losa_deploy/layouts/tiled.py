@@ -9,36 +9,31 @@ than a mask where more than 4 of 16 are kept).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts.base import (
-    Component,
-    Layout,
-    PackedTensor,
-    PackOptions,
-    Shapes,
-    Unpacked,
-    register,
-)
+from losa_deploy.layouts.base import Component, Layout, PackedTensor, PackOptions, Shapes, Unpacked, register
+from losa_deploy.layouts.kept import kept_codes, packed_as, unpacked
 from losa_deploy.layouts.nm import fits
 from losa_deploy.layouts.steps import (
     STEP,
     TILE,
     Codes,
     by_row,
+    is_whole,
     line_shapes,
     lines_are_canonical,
     load_lines,
     scale_shape,
     scales_by_row,
     scales_by_tile,
+    sizes_of,
     store_lines,
+    stores,
     to_tiles,
 )
-from losa_deploy.layouts.values import VALUE_TYPES, ValueType, dequantize, quantize
+from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 WIDE, SHORT = 16, 4
 """Positions of a group: as many as a byte shuffle reaches, or four."""
@@ -46,8 +41,7 @@ WIDE, SHORT = 16, 4
 
 def find_pattern(mask: NDArray[np.bool_]) -> tuple[int, int] | None:
     """(N, M) if the mask can be stored, else None: 1:4 and 2:4 as such, any other as N of 16."""
-    rows, columns = mask.shape
-    if rows == 0 or columns == 0 or rows % TILE or columns % TILE or mask.all():
+    if not is_whole(mask.shape) or mask.all():
         return None
     for m, most in ((SHORT, 2), (WIDE, WIDE - 1)):
         n = int(np.count_nonzero(mask[0, :m]))
@@ -66,11 +60,6 @@ def steps(n: int, m: int) -> int:
     return -(-n // 2) if m == WIDE else 2 * n
 
 
-def stores(kind: ValueType) -> bool:
-    """Integers only."""
-    return kind.bits <= 8
-
-
 def holds(kind: ValueType, m: int) -> bool:
     """Groups of 16 have a byte per slot, or half a byte beside one: narrower codes would save nothing."""
     return stores(kind) and (m == SHORT or kind.bits in (4, 8))
@@ -83,7 +72,7 @@ def saves(kind: ValueType, n: int) -> bool:
 
 def known(shape: tuple[int, int], kind: ValueType, params: Mapping[str, int]) -> bool:
     """Patterns of the format, integers, whole tiles."""
-    whole = shape[0] % TILE == 0 and shape[1] % TILE == 0 and not params["position_bits"]
+    whole = is_whole(shape) and not params["position_bits"]
     return whole and known_pattern(params["n"], params["m"]) and holds(kind, params["m"])
 
 
@@ -111,18 +100,17 @@ def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOpti
     if not tolerates(mask, options):
         raise ValueError("the tiled layout stores integers that keep 1:4, 2:4 or N of every 16")
     (n, m), kind = _pattern(mask, options), VALUE_TYPES[options.value_type]
-    codes, meaning = quantize(np.where(mask, weight, np.float32(0)), options)
+    codes, meaning = kept_codes(weight, mask, options)
     rows, groups = mask.shape[0], mask.shape[1] // TILE
     grouped = mask.reshape(rows, -1, m)
     # Kept positions first, in ascending order.
     order = np.argsort(~grouped, axis=2, kind="stable")[:, :, :n]
     positions = to_tiles(order.astype(np.uint8).reshape(rows, groups, -1))
-    kept_codes = np.take_along_axis(codes.reshape(grouped.shape), order, axis=2)
+    of_slots = np.take_along_axis(codes.reshape(grouped.shape), order, axis=2)
     store = store_lines if m == SHORT else _store_wide
-    values = to_tiles(kept_codes.reshape(rows, groups, -1))
+    values = to_tiles(of_slots.reshape(rows, groups, -1))
     arrays = {**store(positions, values, kind), **scales_by_tile(meaning, kind)}
-    params = {"n": n, "m": m, **kind.params(options)}
-    return PackedTensor("tiled", options.value_type, (rows, mask.shape[1]), params, arrays, int(mask.sum()))
+    return packed_as("tiled", mask, options, arrays, n=n, m=m)
 
 
 def unpack(packed: PackedTensor) -> Unpacked:
@@ -134,10 +122,8 @@ def unpack(packed: PackedTensor) -> Unpacked:
     np.put_along_axis(mask, order, True, axis=2)
     codes = np.zeros(mask.shape, values.dtype)
     np.put_along_axis(codes, order, _by_group(values, packed), axis=2)
-    arrays = scales_by_row(packed.arrays, VALUE_TYPES[packed.value_type])
-    weight = dequantize(codes.reshape(shape), packed.value_type, packed.params, arrays)
-    mask = mask.reshape(shape)
-    return Unpacked(np.where(mask, weight, np.float32(0)), mask)
+    meaning = scales_by_row(packed.arrays, VALUE_TYPES[packed.value_type])
+    return unpacked(packed, codes.reshape(shape), mask.reshape(shape), meaning)
 
 
 def slots(packed: PackedTensor) -> tuple[Codes, NDArray[np.generic]]:
@@ -177,8 +163,7 @@ def sizes(mask: NDArray[np.bool_], options: PackOptions) -> Mapping[str, int]:
     shape, kind = (mask.shape[0], mask.shape[1]), VALUE_TYPES[options.value_type]
     n, m = _pattern(mask, options)
     found = shapes(shape, kind, {"n": n, "m": m, "group_size": options.group_size})
-    stored = {name: prod(found[name] or ()) for name in ("positions", "values") if name in found}
-    return {**stored, **kind.meaning_bytes(shape, options)}
+    return sizes_of(found, shape, kind, options)
 
 
 def tolerates(mask: NDArray[np.bool_], options: PackOptions) -> bool:

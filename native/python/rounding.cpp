@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "../train/rounding.h"
+#include "train/rounding.h"
 
 namespace nb = nanobind;
 using In = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;

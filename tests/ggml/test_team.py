@@ -17,7 +17,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     path = tmp_path_factory.mktemp("team") / "run_team"
-    sources = [str(ROOT / "native" / name) for name in ("tests/run_team.cpp", "ggml/team.cpp")]
+    sources = [str(ROOT / name) for name in ("tests/native/run_team.cpp", "native/ggml/team.cpp")]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'native/ggml'}"]
     done = subprocess.run([compiler, *flags, *sources, "-o", str(path)], capture_output=True, text=True)
     if "cannot find" in done.stderr and "tsan" in done.stderr:

@@ -21,6 +21,9 @@ from losa_deploy.layouts.blob import scale_type_id, to_blob
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g"
+QUICKLY = ("-DCMAKE_CXX_FLAGS_RELEASE=-O1 -fno-inline -DNDEBUG",)
+"""The products are the same, and what a test runs for seconds does not take minutes to compile: with
+functions inlined, every kernel is compiled with the loops of all intrinsics that are emulated."""
 Matrix = NDArray[np.float32]
 Case = tuple[PackedTensor, Matrix, int]
 """Weight, x [tokens, in], rows at a time."""
@@ -51,13 +54,13 @@ def opened(packed: PackedTensor) -> _native.Tensor:
 
 
 def build(target: str, name: str, *options: str) -> Path:
-    """Configure and build a program of native/tests in build/tests/NAME, where later runs find what they can
+    """Configure and build a program of tests/native in build/tests/NAME, where later runs find what they can
     use; returns its path.
     """
     folder = ROOT / "build" / "tests" / name
     folder.mkdir(parents=True, exist_ok=True)
     tool = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
-    configure = [tool, "-S", str(ROOT), "-B", str(folder), "-DLOSA_BUILD_TESTS=ON", *options]
+    configure = [tool, "-S", str(ROOT), "-B", str(folder), "-DLOSA_BUILD_TESTS=ON", *QUICKLY, *options]
     with FileLock(folder.with_suffix(".lock")):  # of workers of pytest-xdist one builds
         for command in (configure, [tool, "--build", str(folder), "--target", target, "-j", "2"]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,8 +71,7 @@ def build(target: str, name: str, *options: str) -> Path:
 def build_sanitized(target: str) -> Path:
     """A program with sanitizers (address, undefined behaviour), and instructions of other CPUs in plain C++.
 
-    With clang its objects are also those of the fuzzer. Without, the flags replace those of a release, whose
-    -O3 takes minutes.
+    With clang its objects are also those of the fuzzer.
     """
     clang = shutil.which("clang++")
     if clang is not None:
@@ -104,7 +106,7 @@ def run_in(folder: Path, command: Sequence[str], target: str, cases: Sequence[By
 
 @pytest.fixture
 def run_cases(tmp_path: Path) -> RunCases:
-    """A function that runs many cases in one process of a build of `native/tests/run_cases.cpp`."""
+    """A function that runs many cases in one process of a build of `tests/native/run_cases.cpp`."""
     return lambda command, target, cases: run_in(tmp_path, command, target, cases)
 
 
@@ -116,7 +118,7 @@ def open_tensor() -> Callable[[PackedTensor], _native.Tensor]:
 
 @pytest.fixture(scope="session")
 def sanitized() -> Callable[[str], Path]:
-    """A function: program of native/tests → a build of it with sanitizers."""
+    """A function: program of tests/native → a build of it with sanitizers."""
     return build_sanitized
 
 

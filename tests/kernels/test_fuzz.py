@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the loader and the kernels, with sanitizers, in every x86 target.
 
-Half a minute here; run the program longer by hand (native/tests/fuzz_tensor.cpp says how).
+Half a minute here; run the program longer by hand (tests/native/fuzz_tensor.cpp says how).
 """
 
 from __future__ import annotations

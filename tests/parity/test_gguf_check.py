@@ -13,8 +13,10 @@ import pytest
 from gguf import GGUFValueType, GGUFWriter
 
 from losa_deploy.errors import InputError
+from losa_deploy.exporters.gguf.architectures import ARCHITECTURES
+from losa_deploy.exporters.gguf.architectures.refusals import refuse_partial_rotation
 from losa_deploy.exporters.gguf.exporter import GgufExporter
-from losa_deploy.gguf.check import check_gguf
+from losa_deploy.gguf.check import check_gguf, whole_heads
 from losa_deploy.gguf.file import SCALARS, open_header
 from losa_deploy.gguf.view import is_packed, standard_view, write_expanded
 from losa_deploy.model import SparseModel
@@ -219,3 +221,9 @@ def test_llama_cpp_finds_a_score_for_each_token(tmp_path: Path) -> None:
     path = header_of(tmp_path / "model.gguf", "llama", write, {"token_embd.weight": (3, 32)})
     with pytest.raises(InputError, match=r"tokenizer.ggml.scores is a list of 2, expected 3, one for each"):
         check_gguf(path)
+
+
+def test_files_are_asked_for_whole_heads_where_the_exporter_is() -> None:
+    """Of what we write, the list for all files names what a partial rotation is refused for."""
+    refused = {kind.name: refuse_partial_rotation in kind.refusals for kind in ARCHITECTURES.values()}
+    assert set(refused) & whole_heads() == {name for name, whole in refused.items() if whole}

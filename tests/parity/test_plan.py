@@ -10,7 +10,6 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
@@ -28,9 +27,8 @@ from losa_deploy.recipe import ExportRecipe
 from .conftest import GATED, Make
 
 PAGE = 4096
-GRAPH_CLOSENESS = 500_000
 GGUF_CLOSENESS = 50_000
-"""Bytes: the graph with its decoders, and the header of a GGUF file with its tokenizer, are estimated."""
+"""Bytes: the header of a GGUF file with its tokenizer is estimated."""
 
 
 def kept_of(kept: int, group: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
@@ -137,11 +135,8 @@ def test_onnx(
     packing = write_graph(job, plan.tensors, graph, tmp_path, {}, no_progress)
     check(plan, (*packing.linears, *packing.others), layouts)
     sizes = {name: (tmp_path / name).stat().st_size for name in plan.files}
-    # The plan rounds up to a page, and counts small components of large tensors to the data.
-    graph_tensors = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
-    inline = sum(len(tensor.raw_data) for tensor in graph_tensors)
-    assert 0 <= plan.files["model.onnx.data"] - sizes["model.onnx.data"] < PAGE + inline
-    assert abs(plan.files["model.onnx"] - sizes["model.onnx"]) < GRAPH_CLOSENESS
+    assert abs(plan.files["model.onnx.data"] - sizes["model.onnx.data"]) < PAGE  # another tensor is the last
+    assert plan.files["model.onnx"] == pytest.approx(sizes["model.onnx"], rel=0.01)
     assert all(plan.files[name] == size for name, size in sizes.items() if name.endswith(".json"))
 
 

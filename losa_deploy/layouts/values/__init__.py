@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, PackOptions
 from losa_deploy.layouts.values import floats, i3, i4, i8
-from losa_deploy.layouts.values.base import VALUE_TYPES, ValueType, by_number, register
+from losa_deploy.layouts.values.base import VALUE_TYPES, ValueType, by_bits, by_number, register
 
 __all__ = [
     "VALUE_TYPES",
     "ValueType",
+    "by_bits",
     "by_number",
     "dequantize",
     "floats",

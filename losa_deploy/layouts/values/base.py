@@ -131,6 +131,11 @@ def by_number() -> list[ValueType]:
     return sorted(VALUE_TYPES.values(), key=lambda value_type: value_type.number)
 
 
+def by_bits() -> list[str]:
+    """Names of all value types, the widest first."""
+    return sorted(VALUE_TYPES, key=lambda name: (-VALUE_TYPES[name].bits, name))
+
+
 def divide(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """weight / scale, and 0 where the scale is 0 (or underflowed to it)."""
     out = np.zeros_like(weight)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from losa_deploy.compress.block_pruning import input_statistics, prune_block
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.partial import Partial
 from losa_deploy.compress.student import Student
-from losa_deploy.compress.walk import Walk, prune_block
-from losa_deploy.compress.walk import _input_statistics as input_statistics
+from losa_deploy.compress.walk import Walk
 from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe
 from losa_deploy.sources.checkpoint import Checkpoint

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from losa_deploy.progress import no_progress
 from losa_deploy.recipe import Recipe, load_recipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
+Together = Callable[..., int]
 Stored = Callable[[Path], dict[str, torch.Tensor]]
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
 FirstStep = Callable[[Path, Recipe, Room, Path], dict[str, torch.Tensor]]
@@ -120,7 +122,13 @@ ADDED_UP = {"squares": 2e-5, "hessian": 2e-5, "raw": 1e-3, "gradient": 1e-3}
 """What may differ: sums in another order, by 2e-6; gradients of weights that SparseGPT updated, by 4e-5."""
 
 
-def torchrun(count: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+class Warm(Protocol):
+    """The fixture of this name."""
+
+    def team(self, count: int, argv: list[str], log: Path, env: dict[str, str]) -> int: ...
+
+
+def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
         [*command, *arguments],
@@ -128,16 +136,23 @@ def torchrun(count: int, *arguments: str, **environment: str) -> subprocess.Comp
         text=True,
         timeout=600,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
-def together(source: Path, chosen: Recipe, folder: Path, count: int, **environment: str) -> int:
-    path = folder.with_suffix(".json")
-    path.write_text(chosen.model_dump_json(), "utf-8")
-    done = torchrun(count, str(TOGETHER), str(source), str(path), str(folder), **environment)
-    assert done.returncode == 0 or "DIES" in environment, done.stderr[-3000:]
-    return done.returncode
+@pytest.fixture
+def together(warm: Warm) -> Together:
+    """A function that has several processes compress into a folder, and gives their exit code."""
+
+    def run(source: Path, chosen: Recipe, folder: Path, count: int, **environment: str) -> int:
+        path, log = folder.with_suffix(".json"), folder.with_suffix(".log")
+        path.write_text(chosen.model_dump_json(), "utf-8")
+        words = [str(TOGETHER), str(source), str(path), str(folder)]
+        code = warm.team(count, words, log, {**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        assert code == 0 or "DIES" in environment, log.read_text("utf-8")[-3000:]
+        return code
+
+    return run
 
 
 def chosen_for(name: str) -> Recipe:
@@ -193,7 +208,7 @@ def unsigned(key: str, value: torch.Tensor) -> torch.Tensor:
     "name", [name if name == "no grid" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
 )
 def test_processes_give_what_one_gives(
-    name: str, tiny_llama: Path, tmp_path: Path, stored: Stored, distance: Distance
+    name: str, tiny_llama: Path, tmp_path: Path, stored: Stored, distance: Distance, together: Together
 ) -> None:
     count, most, changes = RECIPES[name]
     chosen = load_recipe(overrides={**BASE, **changes}.items())
@@ -258,6 +273,7 @@ def test_processes_go_on_where_they_were_killed(
     tiny_llama: Path,
     tmp_path: Path,
     stored: Stored,
+    together: Together,
 ) -> None:
     chosen = load_recipe(overrides={**BASE, "phases": phases}.items())
     together(tiny_llama, chosen, tmp_path / "whole", 2, **environment)
