@@ -154,7 +154,8 @@ class _Peer:
         return [self._write_group(graph, group) for group in groups]
 
     def write_gated(self, graph: GraphWriter, gate: Site, up: Site, output: str) -> str:
-        return write_gating(graph, *self.write(graph, [gate, up]), output)
+        first, second = self.write(graph, [gate, up])
+        return write_gating(graph, first, second, output)
 
     def _write_group(self, graph: GraphWriter, sites: Sequence[Site]) -> str:
         weights = tuple(site.weight for site in sites)
