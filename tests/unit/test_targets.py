@@ -35,7 +35,7 @@ def test_every_target_of_this_build_is_known() -> None:
         ("avx512f", "f32", 0.6, "unstructured"),
         ("avx512vnni", "i4", 0.6, "unstructured"),
         ("avx512", "f16", 0.3, "unstructured"),
-        ("avx512vnni", "i3", 0.5, "sliding"),
+        ("avx512vnni", "i3", 0.5, "unstructured"),
         ("scalar", "i4", 0.5, "unstructured"),
     ],
 )
