@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Required, TypedDict
 
 from losa_deploy.verify.distance import Floats
 
@@ -93,8 +94,17 @@ def front(entries: Sequence[Entry]) -> list[Entry]:
     return [e for e in entries if not any(dominates(other, e) for other in entries)]
 
 
-def verdict(entries: Sequence[Entry]) -> dict[str, object]:
-    """The part `verdict` of a `losa.bench/1` document: names of files, and sentences of them in `lines`."""
+class Verdict(TypedDict, total=False):
+    """The part `verdict` of a `losa.bench/1` document: names of files, and sentences of them."""
+
+    take: dict[str, str]
+    front: list[str]
+    files: list[dict[str, object]]
+    lines: Required[list[str]]
+
+
+def verdict(entries: Sequence[Entry]) -> Verdict:
+    """Which files to take; with fewer than two only the line that says so."""
     if len(entries) < 2:
         return {"lines": ["Nothing to choose from: fewer than two files have speed and quality."]}
     takes = {wish: best(entries, wish) for wish in WISHES}

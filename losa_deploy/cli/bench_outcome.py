@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.console import Console, table
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 RESULTS, TABLE, PLOT = "results.json", "table.md", "quality.svg"
 """Files of `--output`."""
+DENSE_ZEROS = 0.3
+"""Share of zeros that a dense weight may have: one that comes from a file of few bits has some."""
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -29,24 +32,33 @@ def check_outputs(args: argparse.Namespace) -> None:
 def publish(
     contenders: Sequence[Contender],
     missing: Mapping[str, str],
+    dense: Path,
     workload: Mapping[str, object],
     args: argparse.Namespace,
     console: Console,
 ) -> None:
     """Write the result, and the files of `--plot` and `--output`.
 
-    `missing` is peer → why it was not measured.
+    `missing` is peer → why it was not measured, `dense` the file that peers are made of. If that is pruned
+    itself, its quantizations are no rivals, and the verdict begins with that.
     """
     from losa_deploy.benchmarks.contest import entries, quality_plots
     from losa_deploy.benchmarks.contest_verdict import verdict
     from losa_deploy.benchmarks.document import bench_document
+    from losa_deploy.benchmarks.gguf_sizes import zero_share
 
     for name, reason in missing.items():
         console.warn(f"{name} was not measured: {reason}")
     records = [{**c.record(), "runtime": c.runtime.name} for c in contenders]
     document = bench_document(records, workload)
     document["not_measured"] = [{"name": name, "reason": reason} for name, reason in missing.items()]
-    document["verdict"] = verdict(entries(contenders))
+    found = verdict(entries(contenders))
+    zeros = zero_share(dense)
+    if zeros > DENSE_ZEROS:
+        doubt = f"Peers were made of {dense}, {zeros:.0%} zeros: of a pruned model, not of the dense one."
+        console.warn(doubt)
+        found["lines"] = [doubt, *found["lines"]]
+    document["verdict"] = found
     header, rows = _header(workload), [_row(contender) for contender in contenders]
     if args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)

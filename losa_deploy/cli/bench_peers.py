@@ -48,7 +48,7 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
         with console.stage("speed") as progress:
             measure_contenders(contenders, load, threads, seed=args.seed, progress=progress)
     workload = {**dataclasses.asdict(load), "runtime": runtime.name, "threads": threads, "seed": args.seed}
-    publish(contenders, missing, workload, args, console)
+    publish(contenders, missing, dense, workload, args, console)
 
 
 def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:

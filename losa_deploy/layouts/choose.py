@@ -140,7 +140,7 @@ def _all_tiles(mask: NDArray[np.bool_], options: PackOptions, exact: bool) -> It
     kind, quads = VALUE_TYPES[options.value_type], _tiles_of(mask, options, tiled.SHORT, exact)
     if quads is not None:
         yield quads
-    elif sliding.stores(kind):
+    elif SLIDING.stores(kind):
         slots = mask if exact else sliding.complete(mask)
         if slots is not None and sliding.tolerates(slots, options):
             yield _Tiles("sliding", SLIDING.size(slots, options))

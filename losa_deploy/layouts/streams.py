@@ -54,9 +54,9 @@ def store_stream(codes: NDArray[np.generic], slots: Mask, kind: ValueType) -> Co
         values[: int(counts.sum())] = codes[slots]
         return values
     if len(kind.planes) > 1:
-        kept = codes[slots]
+        in_order = codes[slots]
         for length, ordinals, places in _blocks_by_length(counts, kind):
-            values[places] = store_rows(kept[ordinals].reshape(-1, length), kind)
+            values[places] = store_rows(in_order[ordinals].reshape(-1, length), kind)
         return values
     rows = rows_together(kind)
     for row in range(rows):

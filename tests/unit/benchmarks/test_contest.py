@@ -20,7 +20,11 @@ from losa_deploy.benchmarks.contest_verdict import (
     smaller,
     verdict,
 )
+from losa_deploy.benchmarks.gguf_sizes import zero_share
+from losa_deploy.benchmarks.synthetic.geometry import GEOMETRIES
+from losa_deploy.benchmarks.synthetic.ggufs import build_peer
 from losa_deploy.benchmarks.synthetic.peers import Contender
+from losa_deploy.gguf.file import open_gguf
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 from losa_deploy.verify.distance import Floats
 
@@ -84,7 +88,7 @@ def test_a_verdict_names_a_file_for_every_wish_and_stands_by_the_users_own() -> 
             "best_at_no_more_bytes": "ours",
         }
     ]
-    first, second, third = _lines(found)
+    first, second, third = found["lines"]
     assert first.startswith("For quality and speed take ik-q4_0 (perplexity ")
     assert first.endswith("decode 60.0 tokens/s, 92.0 MB).")
     assert second.startswith("For size take ours (")
@@ -95,41 +99,42 @@ def test_a_verdict_names_a_file_for_every_wish_and_stands_by_the_users_own() -> 
     assert third.endswith("at no more bytes none is surely better.")
 
 
+def test_a_pruned_baseline_is_told_by_its_zeros(tmp_path: Path) -> None:
+    build_peer(GEOMETRIES["tiny"], "f16", tmp_path / "tiny-f16", 0, 1)
+    dense = tmp_path / "tiny-f16" / "model.gguf"
+    assert zero_share(dense) < 0.01
+    content = bytearray(dense.read_bytes())
+    with open_gguf(dense) as file:
+        tensor = next(t for t in file.tensors if t.name.startswith("blk.") and len(t.dims) == 2)
+    half = tensor.bytes // 2
+    content[tensor.offset : tensor.offset + half] = bytes(half)
+    dense.write_bytes(content)
+    assert zero_share(dense) == pytest.approx(0.5, abs=0.01)
+
+
 def test_where_ours_loses_in_everything_another_file_is_named() -> None:
     lost = entry("lost", 92, 50, 0.2, own=True)
     found = verdict([lost, Q3, Q4, FAST])
-    assert _lines(found)[-1].startswith("Instead of lost take ik-q4_0: 0.2")
-    assert _lines(found)[-1].endswith("better, decode 1.20×, of the same size.")
-    assert "lost" not in list(_take(found).values())
+    assert found["lines"][-1].startswith("Instead of lost take ik-q4_0: 0.2")
+    assert found["lines"][-1].endswith("better, decode 1.20×, of the same size.")
+    assert "lost" not in list(found["take"].values())
     same = verdict([entry("own", 100, 50, 0.0, own=True), Q4])
-    assert _lines(same)[0].startswith("Take q4_0 (") and "none of 2 files is better" in _lines(same)[0]
-    assert "equally good within chance" in _lines(same)[1] and "as fast within noise" in _lines(same)[1]
-    assert _lines(same)[1].endswith("8% smaller.")
+    assert same["lines"][0].startswith("Take q4_0 (") and "none of 2 files is better" in same["lines"][0]
+    assert "equally good within chance" in same["lines"][1] and "as fast within noise" in same["lines"][1]
+    assert same["lines"][1].endswith("8% smaller.")
 
 
 def test_ours_is_named_where_it_wins() -> None:
     found = verdict([entry("own", 70, 70, 0.0, own=True), Q4, Q3])
-    assert set(_take(found).values()) == {"own"} and found["front"] == ["own"]
-    assert _lines(found)[1] == (
+    assert set(found["take"].values()) == {"own"} and found["front"] == ["own"]
+    assert found["lines"][1] == (
         "No other file is as good, as fast and as small as own; at no less speed none is surely better; "
         "at no more bytes none is surely better."
     )
 
 
 def test_one_file_is_no_choice() -> None:
-    assert "Nothing to choose from" in _lines(verdict([OURS]))[0]
-
-
-def _lines(found: dict[str, object]) -> list[str]:
-    lines = found["lines"]
-    assert isinstance(lines, list)
-    return lines
-
-
-def _take(found: dict[str, object]) -> dict[str, str]:
-    take = found["take"]
-    assert isinstance(take, dict)
-    return take
+    assert "Nothing to choose from" in verdict([OURS])["lines"][0]
 
 
 def contender(name: str, rates: list[float], shift: float | None, *, own: bool = False) -> Contender:
