@@ -32,12 +32,11 @@ from .rewrite import (
     replace_node,
     unpack_siblings,
 )
+from .sizes import GATED_WEIGHTS
 from .writer import Writer
 
 MOST_WEIGHTS = 3
 """Of one node: q, k and v."""
-GATED_WEIGHTS = 2
-"""Gate and up."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def _plain(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     for module, output in zip(modules, outputs, strict=True):
         yield helper.make_node("MatMul", [node.input[0], f"{module}.weight"], [output], name=module)
     if gated:
-        yield from _gating(*outputs, node.output[0])
+        gate, up = outputs
+        yield from _gating(gate, up, node.output[0])
 
 
 def _gating(gate: str, up: str, output: str) -> Iterator[onnx.NodeProto]:

@@ -24,8 +24,13 @@ from .functions import function
 from .graph import can_build
 from .writer import INLINE_BYTES, external, padded
 
+GATED_WEIGHTS = 2
+"""Gate and up."""
+
 BLOCK_TEXT = 1840
 """Of a block without biases: two norms, attention, and what is between the products of the MLP."""
+GATING_TEXT = 466
+"""Of the latter what a node that gates makes needless."""
 PORTS_TEXT = 366
 """Inputs and outputs of the graph that hold the keys and values of a block."""
 NORM_TEXT, BIAS_TEXT = 600, 190
@@ -46,8 +51,8 @@ class Sizes:
 
     graph: int = 0
     data: int = 0
-    used: dict[str, tuple[PackedTensor, int, bool]] = field(default_factory=dict)
-    """Operator → a tensor like those it is for, its weights, and whether all are unpadded."""
+    used: dict[str, tuple[PackedTensor, int, bool, bool]] = field(default_factory=dict)
+    """Operator → a tensor like those it is for, its weights, does it gate, are all of them unpadded."""
 
     def add(self, name: str, size: int) -> None:
         """An initializer of so many bytes."""
@@ -60,12 +65,13 @@ class Sizes:
         self.graph += _message(external(name, (size,), np.dtype(np.uint8), offset).ByteSize())
         self.data = offset + size
 
-    def node(self, names: Sequence[str], packed: PackedTensor) -> None:
-        """The node that multiplies by weights stored alike."""
-        kind, unpadded = op_type(packed, len(names)), LAYOUTS[packed.layout].unpadded(packed)
-        _, _, before = self.used.get(kind, (packed, 0, True))
-        self.used[kind] = (packed, len(names), before and unpadded)
-        self.graph += NODE_TEXT + len(names[0]) + OUTPUT_TEXT * len(names)
+    def node(self, names: Sequence[str], packed: PackedTensor, *, gated: bool = False) -> None:
+        """The node that multiplies by weights stored alike, and gates if these are gate and up."""
+        kind, unpadded = op_type(packed, len(names), gated=gated), LAYOUTS[packed.layout].unpadded(packed)
+        *_, before = self.used.get(kind, (packed, 0, gated, True))
+        self.used[kind] = (packed, len(names), gated, before and unpadded)
+        self.graph += NODE_TEXT + len(names[0]) + OUTPUT_TEXT * (1 if gated else len(names))
+        self.graph -= GATING_TEXT if gated else 0
         self.graph += ATTRIBUTE_TEXT * len(attributes(packed))
         self.graph += sum(len(name) + len(part) + 3 for name in names for part in packed.arrays)
 
@@ -88,15 +94,16 @@ def file_sizes(
     for group in groups:
         for tensor in group:
             _add_parts(sizes, tensor, parts[tensor.name])
-        _add_nodes(sizes, [(tensor, options[tensor.name]) for tensor in group])
+        gates = len(group) == GATED_WEIGHTS and _gates(checkpoint, group, plain=plain)
+        _add_nodes(sizes, [(tensor, options[tensor.name]) for tensor in group], gates=gates)
     for tensor in tables:
         _add_parts(sizes, tensor, parts[tensor.name])
         if tensor.value_type != "f32":
             sizes.node([tensor.name], like(tensor, options[tensor.name]))
             sizes.graph += LOOKUP_TEXT if tensor.name == checkpoint.family.embedding else 0
     _add_rest(sizes, checkpoint, parts, plain=plain)
-    for packed, weights, unpadded in sizes.used.values():
-        sizes.graph += _message(function(packed, weights, unpadded=unpadded).ByteSize())
+    for packed, weights, gated, unpadded in sizes.used.values():
+        sizes.graph += _message(function(packed, weights, gated=gated, unpadded=unpadded).ByteSize())
     return sizes.graph, sizes.data
 
 
@@ -118,14 +125,23 @@ def _add_parts(sizes: Sizes, tensor: PlannedTensor, parts: Mapping[str, int]) ->
             sizes.add(f"{tensor.name}.{part}", size)
 
 
-def _add_nodes(sizes: Sizes, group: Sequence[tuple[PlannedTensor, PackOptions]]) -> None:
+def _gates(checkpoint: Checkpoint, group: Sequence[PlannedTensor], *, plain: bool) -> bool:
+    """Whether one node can multiply by these two and gate: SiLU in the builder's graph, without biases."""
+    biases = any(f"{tensor.name}.bias" in checkpoint.files for tensor in group)
+    silu = getattr(model_config(checkpoint.config), "hidden_act", None) in ("silu", "swish")
+    return silu and not biases and not plain and can_build(checkpoint)
+
+
+def _add_nodes(
+    sizes: Sizes, group: Sequence[tuple[PlannedTensor, PackOptions]], *, gates: bool = False
+) -> None:
     """One node for linears that are stored alike, else one for each; dense f32 is a plain MatMul."""
     plain = {tensor.name for tensor, _ in group if (tensor.layout, tensor.value_type) == ("dense", "f32")}
     sizes.graph += sum(NODE_TEXT + OUTPUT_TEXT + 2 * len(name) for name in plain)
     found = {tensor.name: like(tensor, options) for tensor, options in group if tensor.name not in plain}
     kinds = {(op_type(packed), *attributes(packed).items()) for packed in found.values()}
     if len(kinds) == 1 and not plain:
-        sizes.node(list(found), found[group[0][0].name])
+        sizes.node(list(found), found[group[0][0].name], gated=gates)
         return
     for name, packed in found.items():
         sizes.node([name], packed)
