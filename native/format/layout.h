@@ -35,7 +35,8 @@ static inline size_t value_bytes(uint8_t type) { return type == LOSA_F32 ? 4 : t
 // Dense rows: `n` codes, at most a block of 128, take so many bytes in each plane.
 static inline size_t plane_bytes(size_t n, size_t bits) { return (n * bits + 7) / 8; }
 
-// Both planes of a block of i3, of a row of n codes, and the lower plane of a block whose planes take `bytes`.
+// Both planes of a block of i3, of a row of n codes, and the lower plane of a block whose planes take
+// `bytes`.
 constexpr size_t kPlaneBytes = kPadding / 8 * 3;
 static inline size_t planes_row_bytes(size_t n) {
   const size_t rest = n % kPadding;

@@ -225,11 +225,14 @@ class DenseRowOfPlanes {
   __m256i levels_, codes_[4] = {};
 };
 
+// Stored one by one: GCC copies an array of registers in pieces.
 inline void unpack_run(const uint8_t *planes, uint8_t *codes) {
   __m256i found[4];
   fetch_ahead(planes);
   split_run(planes, found);
-  std::memcpy(codes, found, sizeof found);
+  for (size_t i = 0; i < 4; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + 32 * i), found[i]);
+  }
 }
 
 // Levels of one sparse i3 row: its codes are placed, and then looked up as those of a dense one.
@@ -261,7 +264,7 @@ class SparseRowOfPlanes {
 
  private:
   Positions positions_;
-  KeptCodes<unpack_run> kept_;
+  KeptCodes<unpack_run, 12> kept_;  // fewer are felt in rows that keep more
   __m256i levels_;
 };
 
