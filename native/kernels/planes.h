@@ -7,49 +7,66 @@
 namespace losa {
 namespace {
 
-// 128 codes from the planes of a block of up to so many: `quarter` bytes of lower bits, then half as many of
-// the highest. Behind the codes of a short block it finds others, and reads up to 32 bytes behind its planes.
-// Runs overlap and are put down in ascending order, so that every loop has a fixed length, which compilers
-// turn into whole registers.
-inline void unpack_short_block(const uint8_t *planes, size_t quarter, uint8_t *codes) {
-  constexpr size_t kLow = kPadding / 4, kHigh = kPadding / 8;
-  const size_t eighth = (quarter + 1) / 2;
-  uint8_t low[kLow], high[kHigh], lower[kPadding] = {}, highest[kPadding] = {};
-  std::memcpy(low, planes, kLow);
-  std::memcpy(high, planes + quarter, kHigh);
-  for (size_t k = 0; k < 4; ++k) {
-    uint8_t run[kLow];
-    for (size_t j = 0; j < kLow; ++j) {
-      run[j] = static_cast<uint8_t>(low[j] >> 2 * k & 3);
-    }
-    std::memcpy(lower + k * quarter, run, kLow);
-  }
-  for (size_t k = 0; k < 8; ++k) {
-    uint8_t run[kHigh];
-    for (size_t j = 0; j < kHigh; ++j) {
-      run[j] = static_cast<uint8_t>((high[j] >> k & 1) << 2);
-    }
-    std::memcpy(highest + k * eighth, run, kHigh);
-  }
-  for (size_t j = 0; j < kPadding; ++j) {
-    codes[j] = lower[j] | highest[j];
-  }
-}
+// The last block of a row, which is shorter than 128, between two steps: what the first puts down in pieces,
+// the second takes up in others, for which a CPU waits unless there is something else to do between them.
+// All loops have a fixed length, so that compilers make registers of their words.
+class ShortBlock {
+  static constexpr size_t kLow = kPadding / 4, kHigh = kPadding / 8, kWord = sizeof(uint64_t);
+  static constexpr uint64_t kEachByte = 0x0101010101010101;
 
-inline void unpack_block(const uint8_t *planes, uint8_t *codes) {
-  unpack_short_block(planes, kPadding / 4, codes);
-}
+ public:
+  // `quarter` bytes of lower bits and half as many of the highest; it reads up to 32 bytes behind them. Runs
+  // are put down in ascending order: each overwrites what the one before has too much.
+  void start(const uint8_t *planes, size_t quarter) {
+    const size_t eighth = (quarter + 1) / 2;
+    uint64_t low[kLow / kWord], high[kHigh / kWord];
+    std::memcpy(low, planes, kLow);
+    std::memcpy(high, planes + quarter, kHigh);
+    for (size_t k = 0; k < 4; ++k) {
+      uint64_t run[kLow / kWord];
+      for (size_t j = 0; j < kLow / kWord; ++j) {
+        run[j] = low[j] >> 2 * k & 3 * kEachByte;
+      }
+      std::memcpy(reinterpret_cast<uint8_t *>(low_) + k * quarter, run, kLow);
+    }
+    for (size_t k = 0; k < 8; ++k) {
+      uint64_t run[kHigh / kWord];
+      for (size_t j = 0; j < kHigh / kWord; ++j) {
+        run[j] = (high[j] >> k & kEachByte) << 2;
+      }
+      std::memcpy(reinterpret_cast<uint8_t *>(high_) + k * eighth, run, kHigh);
+    }
+  }
 
-// The kept codes of one row, in their order. `Whole` unpacks a block of 128; it may use the bits 4 to 6 of a
-// byte for itself.
-template <void (*Whole)(const uint8_t *planes, uint8_t *codes)>
+  // Its codes; behind them anything, 128 in all.
+  void finish(uint8_t *codes) const {
+    uint64_t joined[kPadding / kWord];
+    for (size_t j = 0; j < kPadding / kWord; ++j) {
+      joined[j] = low_[j] | high_[j];
+    }
+    std::memcpy(codes, joined, kPadding);
+  }
+
+ private:
+  uint64_t low_[kPadding / kWord], high_[kPadding / kWord];
+};
+
+// The kept codes of one row, in their order. Unpack is a target's: it makes 128 codes of the planes of a
+// block, and may use the bits 4 to 6 of a byte for itself. `Blocks` are unpacked at a time.
+template <void (*Unpack)(const uint8_t *planes, uint8_t *codes), size_t Blocks>
 class KeptCodes {
  public:
-  KeptCodes(const uint8_t *row, size_t bytes) : planes_(row), left_(bytes) {}
+  KeptCodes(const uint8_t *row, size_t bytes) : planes_(row), whole_(bytes / kPlaneBytes) {
+    const size_t rest = bytes - whole_ * kPlaneBytes;
+    short_ = rest != 0;
+    if (short_) {
+      last_.start(row + whole_ * kPlaneBytes, quarter_of(rest));
+    }
+  }
 
   // 64 codes that are not taken yet; behind the last one of the row anything.
   const uint8_t *next() {
-    if (end_ - at_ < kBlock && left_ != 0) {
+    if (end_ - at_ < kBlock && (whole_ != 0 || short_)) {
       unpack();
     }
     return codes_ + at_;
@@ -58,32 +75,33 @@ class KeptCodes {
   void take(size_t count) { at_ += count; }
 
  private:
-  // Several blocks at a time: what was just stored in pieces is waited for when it is loaded in others.
-  static constexpr size_t kBlocks = 4;
-
   // By itself, because inlined it takes registers from loops that mostly place codes.
   __attribute__((noinline)) void unpack() {
     uint8_t rest[kBlock];
-    std::memcpy(rest, codes_ + at_, kBlock);
+    std::memcpy(rest, codes_ + end_ - kBlock, kBlock);
     std::memcpy(codes_, rest, kBlock);
-    end_ -= at_;
-    at_ = 0;
-    for (size_t i = 0; i < kBlocks && left_ != 0; ++i, end_ += kPadding) {
-      if (left_ < kPlaneBytes) {
-        unpack_short_block(planes_, quarter_of(left_), codes_ + end_);
-        left_ = 0;
-        continue;
-      }
-      Whole(planes_, codes_ + end_);
-      planes_ += kPlaneBytes;
-      left_ -= kPlaneBytes;
+    at_ = at_ + kBlock - end_;
+    end_ = kBlock;
+    const size_t count = whole_ < Blocks ? whole_ : Blocks;
+    for (size_t i = 0; i < count; ++i, planes_ += kPlaneBytes, end_ += kPadding) {
+      Unpack(planes_, codes_ + end_);
+    }
+    whole_ -= count;
+    if (count < Blocks && short_) {
+      last_.finish(codes_ + end_);
+      end_ += kPadding;
+      short_ = false;
     }
   }
 
   const uint8_t *planes_;
-  size_t left_;  // bytes of the row that are not unpacked yet
-  size_t at_ = 0, end_ = 0;
-  alignas(64) uint8_t codes_[kBlock + kBlocks * kPadding + kBlock];
+  size_t whole_;  // blocks that are not unpacked yet, and a short one
+  bool short_;
+  // Blocks are put down behind the last codes before them, of which fewer than 64 are not taken: so they are
+  // aligned.
+  size_t at_ = kBlock, end_ = kBlock;
+  alignas(32) uint8_t codes_[kBlock + Blocks * kPadding + kBlock];
+  ShortBlock last_;
 };
 
 }  // namespace

@@ -60,6 +60,12 @@ inline uint8x16_t codes_of_planes(const uint8_t *bytes, size_t i) {
   return join_planes(vld1q_u8(bytes + i % 2 * 16), i / 2, vld1q_u8(bytes + 32), i);
 }
 
+inline void unpack_block(const uint8_t *planes, uint8_t *codes) {
+  for (size_t i = 0; i < kPadding / 16; ++i) {
+    vst1q_u8(codes + 16 * i, codes_of_planes(planes, i));
+  }
+}
+
 // One row of any layout as levels, 64 positions at a time.
 class Row {
  public:
@@ -141,7 +147,7 @@ class Row {
   unsigned count_;
   Positions positions_;
   const uint8_t *at_;
-  KeptCodes<unpack_block> kept_;  // of i3, which has no use for at_
+  KeptCodes<unpack_block, 4> kept_;  // of i3, which has no use for at_
   int8x16_t levels_;
 };
 

@@ -201,9 +201,10 @@ void dot_all(const losa_parts &p, const Matrix &m, const Activations &a, size_t 
 }
 
 inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                          size_t, void *) {
+                          size_t, void *scratch) {
   const losa_parts &p = t.parts;
   Matrix matrix(t);
+  matrix.room = static_cast<uint8_t *>(scratch);
   const bool narrow = is_narrow(p);
   if (narrow) {
     matrix.raise(kNarrow);

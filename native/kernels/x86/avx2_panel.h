@@ -37,8 +37,9 @@ inline bool is_narrow(const losa_parts &p) {
 inline int raised_by(const losa_parts &p) { return is_narrow(p) ? kNarrow : kWideSums ? kMostRaised : 0; }
 
 inline void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, int raised,
-                        uint8_t *panel) {
-  const Matrix matrix(t);
+                        uint8_t *panel, uint8_t *room) {
+  Matrix matrix(t);
+  matrix.room = room;
   with_reader(t, [&](auto tag) {
     typename decltype(tag)::Row reader(matrix, row);
     const size_t blocks = reader.blocks();
@@ -168,7 +169,8 @@ void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end
     for (size_t lane = 0; lane < pair; ++lane) {
       // Lanes without a row repeat the last one.
       const size_t row = first + (lane < rows ? lane : rows - 1);
-      expand_lane(t, row, lane % kLanes, a.padded, raised, scratch + lane / kLanes * kLanes * a.padded);
+      expand_lane(t, row, lane % kLanes, a.padded, raised, scratch + lane / kLanes * kLanes * a.padded,
+                  scratch + pair * a.padded);
       copy_scales(t.parts, row, a.groups, scales + lane);
     }
     size_t token = 0;

@@ -31,6 +31,7 @@ struct Matrix : RowPlaces {
   const CodeShuffles *shuffles;
   unsigned count;  // values of a mask byte, or of a code byte, where that is the same for all
   __m256i levels, offsets;
+  uint8_t *room = nullptr;  // a stream of i3: for the codes of one row, two padded rows large
 };
 
 // Levels of one sparse row, 64 positions at a time. Codes: mask bits are made from the codes of N:M. All that
@@ -215,8 +216,13 @@ class DenseRowOfPlanes {
       split_run(bytes, codes_);
       return;
     }
-    alignas(32) uint8_t codes[kPadding] = {};
-    split_planes(bytes, columns_ - first, codes);
+    const size_t left = columns_ - first;
+    uint8_t copy[kPadding] = {};  // nothing behind the row is read
+    std::memcpy(copy, bytes, planes_row_bytes(left));
+    alignas(32) uint8_t codes[kPadding];
+    ShortBlock last;
+    last.start(copy, plane_bytes(left, 2));
+    last.finish(codes);
     std::memcpy(codes_, codes, sizeof codes_);
   }
 
@@ -225,23 +231,41 @@ class DenseRowOfPlanes {
   __m256i levels_, codes_[4] = {};
 };
 
+// Stored one by one: GCC copies an array of registers in pieces.
 inline void unpack_run(const uint8_t *planes, uint8_t *codes) {
   __m256i found[4];
   fetch_ahead(planes);
   split_run(planes, found);
-  std::memcpy(codes, found, sizeof found);
+  for (size_t i = 0; i < 4; ++i) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + 32 * i), found[i]);
+  }
 }
 
-// Levels of one sparse i3 row: its codes are placed, and then looked up as those of a dense one.
+// By itself: what it needs takes no registers from loops over blocks.
+__attribute__((noinline)) inline void unpack_row(const uint8_t *planes, size_t bytes, uint8_t *codes) {
+  ShortBlock last;
+  const size_t whole = bytes / kPlaneBytes, rest = bytes % kPlaneBytes;
+  if (rest != 0) {
+    last.start(planes + whole * kPlaneBytes, quarter_of(rest));
+  }
+  for (size_t i = 0; i < whole; ++i) {
+    unpack_run(planes + i * kPlaneBytes, codes + i * kPadding);
+  }
+  if (rest != 0) {
+    last.finish(codes + whole * kPadding);
+  }
+}
+
+// Levels of one sparse i3 row: its codes are unpacked, placed, and then looked up as those of a dense one.
 template <bool Codes>
 class SparseRowOfPlanes {
  public:
   static constexpr bool kGrouped = true;
 
   SparseRowOfPlanes(const Matrix &m, size_t row)
-      : positions_(m.positions_of(row)),
-        kept_(m.values + m.start(row, false), m.bytes_of(row)),
-        levels_(m.levels) {}
+      : positions_(m.positions_of(row)), at_(m.room), levels_(m.levels) {
+    unpack_row(m.values + m.start(row, false), m.bytes_of(row), m.room);
+  }
 
   size_t blocks() const { return positions_.blocks; }
 
@@ -254,14 +278,14 @@ class SparseRowOfPlanes {
       mask = reinterpret_cast<const uint8_t *>(&word);
     }
     unsigned used;
-    const Block codes = scatter(mask, kept_.next(), &used);
-    kept_.take(used);
+    const Block codes = scatter(mask, at_, &used);
+    at_ += used;
     return {_mm256_shuffle_epi8(levels_, codes.low), _mm256_shuffle_epi8(levels_, codes.high)};
   }
 
  private:
   Positions positions_;
-  KeptCodes<unpack_run> kept_;
+  const uint8_t *at_;
   __m256i levels_;
 };
 

@@ -307,7 +307,7 @@ class SparseRowOfPlanes {
  private:
   const Matrix512 &m_;
   const uint8_t *positions_;
-  KeptCodes<unpack_run> kept_;
+  KeptCodes<unpack_run, 4> kept_;  // a panel has 16 of them, which stay in the first cache
 };
 
 template <typename T>
