@@ -22,7 +22,7 @@ SOURCES := losa_deploy $(MAPPED) tests
 help:
 	@echo "make demo    compress the embedded model, export it to ONNX, verify, measure -> build/demo"
 	@echo "make demo-gguf  the same for llama.cpp, a packed and a portable file -> build/demo-gguf"
-	@echo "make test    all tests"
+	@echo "make test    quick tests, then the slow ones"
 	@echo "make check   lint, formatting, types, layers, C++ formatting, tests"
 	@echo "make docs    write docs/cli.md from the program"
 	@echo "make clean   remove what was built (the environment .venv stays)"
@@ -51,10 +51,11 @@ demo-gguf: env
 	@cat build/demo-gguf/report.md
 
 # Files are dealt out whole, so that what the tests of one file share is made once; tests/conftest.py has
-# those that take longest dealt out first. `-m "not slow"` leaves out what takes minutes.
+# those that take longest dealt out first.
 test: export OMP_NUM_THREADS = 1
 test: env
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 check: lint format-check typecheck layers native-check test
 
