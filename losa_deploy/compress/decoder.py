@@ -86,8 +86,8 @@ class Stream:
     batch: int
 
     def rows(self, part: slice | Tensor) -> Tensor:
-        """The hidden states of some samples, in f32 whatever they are stored in."""
-        return self.hidden[part].float()
+        """The hidden states of some samples, in f32 where they are stored in less."""
+        return self.hidden[part].to(torch.promote_types(self.hidden.dtype, torch.float32))
 
     def batches(self) -> Iterator[slice]:
         """Slices of `batch` samples; the last one may hold fewer."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
@@ -271,7 +270,7 @@ def _needs_local_error(recipe: Recipe) -> bool:
 
 def block_error(output: Stream, dense: Stream, team: Team = ALONE) -> float:
     """LoSA's L_i: mean over channels of ‖dense - output‖² / ‖dense‖² over all tokens."""
-    difference, scale = torch.zeros(2, output.hidden.shape[-1], device=output.hidden.device)
+    difference, scale = output.rows(slice(0)).new_zeros(2, output.hidden.shape[-1])
     for part in output.batches():
         ours, wanted = output.rows(part).flatten(0, -2), dense.rows(part).flatten(0, -2)
         difference += (wanted - ours).square().sum(dim=0)

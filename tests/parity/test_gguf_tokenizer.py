@@ -243,7 +243,9 @@ def test_a_tokenizer_model_gives_its_own_scores(llama_folder: Path, tmp_path: Pa
     shutil.copytree(llama_folder, folder)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(expected))
     assert read_vocabulary(folder, 520, {}) == expected
-    (folder / "tokenizer.json").unlink()  # then there is nothing else
+    (folder / "tokenizer.json").unlink()  # then there is nothing else, as Llama 2 was published
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 521}))
     alone = read_vocabulary(folder, 530, {"bos_token_id": 1, "eos_token_id": 2})
     assert alone.tokens[:520] == expected.tokens and alone.scores[:520] == expected.scores

@@ -299,7 +299,6 @@ def test_the_command_prints_the_document_of_the_issue(
         (["--geometry", "tiny", "--pattern", "slide"], "is none of 'unstructured', 'pair', 'sliding'"),
         (["--geometry", "tiny", "--pattern", "sliding", "--sparsity", "0.5"], "Leave out --sparsity"),
         (["--geometry", "tiny", "--pattern", "sliding", "--layout", "nm"], "needs a pattern N:M"),
-        (["--geometry", "tiny", "--pattern", "pair", "--value-type", "i3"], "i3 values are stored dense"),
         (["--geometry", "tiny", "--layout", "nm"], "needs a pattern"),
         (["--geometry", "tiny", "--sparsity", "0.5", "0.6"], "one --sparsity"),
         (["--geometry", "tiny", "--sparsity", "60"], "no fraction"),
