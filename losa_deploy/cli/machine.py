@@ -21,7 +21,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--for-this-machine",
         action="store_true",
-        help="prune in the pattern that runs fastest on this CPU, instead of --pattern",
+        help="prune in a pattern that is fast on this CPU and loses least, instead of --pattern",
     )
     group.add_argument(
         "--kernels",
