@@ -306,3 +306,26 @@ def tiny_dense_onnx(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, 
         assert done.returncode == 0, log.read_text()[-2000:]
 
     return once(tmp_path_factory, "tiny_dense_onnx", make)
+
+
+PAGES = """
+import json, re, sys
+
+def pages():
+    found, name = {"file": 0, "huge": 0}, ""
+    for line in open("/proc/self/smaps"):
+        key, _, rest = line.partition(":")
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            name = line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
+        elif key == "AnonHugePages":
+            found["huge"] += 1024 * int(rest.split()[0])
+        elif key == "Rss" and sys.argv[2] in name:
+            found["file"] += 1024 * int(rest.split()[0])
+    return found
+"""
+
+
+@pytest.fixture(scope="session")
+def memory_pages() -> str:
+    """The start of a program: `pages()` is its memory in huge pages and in pages of the file argv[2]."""
+    return PAGES

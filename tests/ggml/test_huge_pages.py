@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,22 +25,10 @@ pytestmark = pytest.mark.skipif(
 GEOMETRY = Geometry("wide", 1024, 4096, 1, 16, 4, 64)
 """One block of 15.2 million weights, in blobs of 0.2 to 2 MB."""
 
+Run = Callable[..., dict[str, int | str]]
 PROGRAM = """
-import json, re, sys
 from pathlib import Path
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
-
-def pages():
-    found, name = {"file": 0, "huge": 0}, ""
-    for line in open("/proc/self/smaps"):
-        key, _, rest = line.partition(":")
-        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            name = line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
-        elif key == "AnonHugePages":
-            found["huge"] += 1024 * int(rest.split()[0])
-        elif key == "Rss" and "model.gguf" in name:
-            found["file"] += 1024 * int(rest.split()[0])
-    return found
 
 before = pages()["huge"]
 session = LlamaCppRuntime().open(Path(sys.argv[1]), threads=1)
@@ -68,9 +58,9 @@ def dense(packed: Path) -> Path:
     return path
 
 
-def run(model: Path, **environment: str) -> dict[str, int | str]:
+def run_program(pages: str, model: Path, **environment: str) -> dict[str, int | str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model)],
+        [sys.executable, "-c", pages + PROGRAM, str(model), "model.gguf"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -80,7 +70,13 @@ def run(model: Path, **environment: str) -> dict[str, int | str]:
     return found
 
 
-def test_blobs_of_packed_files_move_and_are_in_memory_once(packed: Path) -> None:
+@pytest.fixture
+def run(memory_pages: str) -> Run:
+    """The program with a model → what it measured."""
+    return partial(run_program, memory_pages)
+
+
+def test_blobs_of_packed_files_move_and_are_in_memory_once(run: Run, packed: Path) -> None:
     blobs = GEOMETRY.block_weights * 3.1 / 8
     kept, moved = run(packed, LOSA_HUGE_PAGES="0"), run(packed)
     assert kept["huge"] == 0 and int(kept["file"]) >= 0.9 * blobs
@@ -90,7 +86,7 @@ def test_blobs_of_packed_files_move_and_are_in_memory_once(packed: Path) -> None
     assert moved["logits"] == kept["logits"]
 
 
-def test_weights_that_are_packed_at_load_lie_there_too(dense: Path) -> None:
+def test_weights_that_are_packed_at_load_lie_there_too(run: Run, dense: Path) -> None:
     weights = GEOMETRY.block_weights * 17 / 8  # half of them, and a mask
     kept, moved = run(dense, LOSA_HUGE_PAGES="0"), run(dense)
     assert kept["huge"] == 0

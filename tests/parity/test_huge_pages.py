@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,10 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ROWS, COLUMNS = 4096, 2048
 MEGABYTE = 1 << 20
 
+Run = Callable[..., dict[str, int | str]]
 PROGRAM = """
-import json, re, sys
 import numpy as np, onnxruntime as ort
 from losa_deploy.runtimes.ort import register
-
-def pages():
-    found, name = {"file": 0, "huge": 0}, ""
-    for line in open("/proc/self/smaps"):
-        key, _, rest = line.partition(":")
-        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            name = line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
-        elif key == "AnonHugePages":
-            found["huge"] += 1024 * int(rest.split()[0])
-        elif key == "Rss" and "weights.bin" in name:
-            found["file"] += 1024 * int(rest.split()[0])
-    return found
 
 before = pages()["huge"]
 options = ort.SessionOptions()
@@ -81,9 +71,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(model: Path, **environment: str) -> dict[str, int | str]:
+def run_program(pages: str, model: Path, **environment: str) -> dict[str, int | str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model)],
+        [sys.executable, "-c", pages + PROGRAM, str(model), "weights.bin"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -93,11 +83,17 @@ def run(model: Path, **environment: str) -> dict[str, int | str]:
     return found
 
 
+@pytest.fixture
+def run(memory_pages: str) -> Run:
+    """The program with a model → what it measured."""
+    return partial(run_program, memory_pages)
+
+
 @pytest.mark.skipif(
     not THP.exists() or "[never]" in THP.read_text() or not os.access("/proc/self/pagemap", os.R_OK),
     reason="this system gives programs no huge pages, or does not say which pages they have",
 )
-def test_weights_move_to_huge_pages_and_are_in_memory_once(model: Path) -> None:
+def test_weights_move_to_huge_pages_and_are_in_memory_once(run: Run, model: Path) -> None:
     stored = (model.parent / "weights.bin").stat().st_size
     kept = run(model, LOSA_HUGE_PAGES="0")
     moved = run(model)
@@ -108,7 +104,7 @@ def test_weights_move_to_huge_pages_and_are_in_memory_once(model: Path) -> None:
     assert moved["y"] == kept["y"]
 
 
-def test_weights_inside_of_the_model_stay_where_they_are(model: Path, tmp_path: Path) -> None:
+def test_weights_inside_of_the_model_stay_where_they_are(run: Run, model: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.onnx"
     onnx.save(onnx.load(model), whole)
     inside, beside = run(whole), run(model, LOSA_HUGE_PAGES="0")
