@@ -7,12 +7,14 @@ told to trust them, and asks on the terminal if it is told nothing, so every cal
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -80,6 +82,11 @@ def empty_model(config: PretrainedConfig, *, attention: str | None = None) -> Pr
     model.tie_weights()
     model.train(False)
     return model
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What `forward` calls keys and values: `cache` in transformers 5.24, whose older name goes in 5.40."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def load_hf_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -97,11 +97,13 @@ class ReferenceSession:
     def _run(self, tokens: Sequence[int], cache: Cache | None) -> NDArray[np.float32]:
         import torch
 
+        from losa_deploy.pretrained import cache_argument
         from losa_deploy.verify.oracle import torch_threads
 
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
+        argument = {cache_argument(self.model): cache}
         with torch.inference_mode(), torch_threads(self._threads):
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            output = self.model(input_ids=ids, use_cache=cache is not None, **argument)
         logits: NDArray[np.float32] = output.logits[0].float().numpy()
         return logits
 

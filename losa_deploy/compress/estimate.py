@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from losa_deploy.compress.device import CPU, synchronize
 from losa_deploy.compress.memory import (
-    CACHE_COPIES,
     FROZEN_BYTES,
     LIBRARY_BYTES,
     MOVING_BYTES,
@@ -179,7 +178,7 @@ def _check(shape: Geometry, memory: int) -> int:
 def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
     """Weights, keys and values; as `sample` chooses how many sequences go on together."""
     length = recipe.calibration.sequence_length
-    each = 2 * CACHE_COPIES * shape.blocks * shape.key_width * length * element
+    each = 2 * shape.blocks * shape.key_width * length * element
     together = min(most_together(element), recipe.calibration.samples)
     outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
     if LIBRARY_BYTES + outer + blocks + FEWEST * each > memory:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 FROZEN_BYTES = 6
 """Per weight of a model in memory whose norms train: f32 weight, mask, level."""
-CACHE_COPIES = 1.5
-"""Keys and values that exist at once: transformers makes them anew for every token, block after block."""
 MOVING_BYTES = 17
 """Per weight of a model in memory whose weights train: f32 weight, mask, gradient, two moments."""
 MOVING_BYTES_8BIT = 11
@@ -94,4 +92,4 @@ def cache_bytes(config: Mapping[str, object], length: int, element: int) -> int:
     heads = numbers["num_attention_heads"]
     size = numbers.get("head_dim") or numbers["hidden_size"] // heads
     shared = numbers.get("num_key_value_heads") or heads
-    return int(2 * CACHE_COPIES * numbers["num_hidden_layers"] * shared * size * length * element)
+    return 2 * numbers["num_hidden_layers"] * shared * size * length * element

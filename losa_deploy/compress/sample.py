@@ -12,13 +12,14 @@ from losa_deploy.compress.device import Room, wide, wide_type
 from losa_deploy.compress.memory import LIBRARY_BYTES, block_parameters, cache_bytes, outer_parameters
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
+from losa_deploy.pretrained import cache_argument
 from losa_deploy.progress import Progress
 from losa_deploy.recipe import CalibrationRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
 BATCH = 128
 """Sequences that go on together in bf16: a weight is read once for all of them."""
-BATCH_F32 = 48
+BATCH_F32 = 64
 """The same in f32, where products take longer than reading the weights."""
 FEWEST = 8
 """As long as their keys and values fit into memory, down to so many."""
@@ -140,15 +141,16 @@ def _continue(
     `chances` [batch, sequence_length] are uniform numbers, see `draw_tokens`. All sequences go on together:
     while one still has tokens of its start, these are taken.
     """
+    from losa_deploy.compress.key_cache import key_cache  # imports transformers
+
     result = torch.zeros(len(starts), recipe.sequence_length, dtype=torch.int64)
     lengths = torch.tensor([len(start) for start in starts])
     for row, start in enumerate(starts):
         result[row, : len(start)] = torch.tensor(start)
-    cache = None
+    argument = {cache_argument(dense.model): key_cache(len(dense.blocks), recipe.sequence_length)}
     for position in range(1, recipe.sequence_length):
         last = result[:, position - 1 : position].to(dense.device)
-        output = dense.model(input_ids=last, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = dense.model(input_ids=last, use_cache=True, **argument)
         weights = likely(output.logits[:, -1].float(), recipe.temperature, recipe.min_p)
         chance = chances[:, position : position + 1].to(dense.device, wide_type(dense.device))
         found = draw_tokens(weights, chance)[:, 0].cpu()

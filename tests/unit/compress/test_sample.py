@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what is drawn, and that the faster attention changes nothing."""
+"""Text that a model writes itself: what is drawn, and that faster attention and caches change nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import Room
+from losa_deploy.compress.key_cache import key_cache
 from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
+from losa_deploy.pretrained import cache_argument
 from losa_deploy.progress import no_progress
 from losa_deploy.recipe import CalibrationRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
@@ -69,12 +71,23 @@ def test_attention_by_groups_is_the_same_attention(kind: str) -> None:
     grouped.set_attn_implementation(GROUPED)
     tokens = torch.randint(2, 60, (3, 9))
     expected = model(input_ids=tokens).logits
-    cache, found = None, []
+    argument, found = {cache_argument(grouped): key_cache(2, 9)}, []
     for position in range(9):
-        output = grouped(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = grouped(input_ids=tokens[:, position : position + 1], use_cache=True, **argument)
         found.append(output.logits[:, -1])
     assert torch.allclose(torch.stack(found, dim=1), expected, atol=1e-5)
+
+
+def test_keys_and_values_lie_where_they_were_put_first() -> None:
+    """Nothing is copied when a token is added, and what was there stays."""
+    cache = key_cache(1, 5)
+    one, two = torch.rand(2, 3, 2, 4), torch.rand(2, 3, 1, 4)
+    keys, _ = cache.update(one, one, 0)
+    more, values = cache.update(two, -two, 0)
+    assert more.data_ptr() == keys.data_ptr()
+    assert cache.get_seq_length() == 3
+    assert torch.equal(more, torch.cat([one, two], dim=2))
+    assert torch.equal(values, torch.cat([one, -two], dim=2))
 
 
 def test_starts_are_kept_and_the_rest_follows_from_the_seed(tiny_llama: Path) -> None:
