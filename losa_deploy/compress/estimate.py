@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from losa_deploy.compress.device import CPU, synchronize
+from losa_deploy.compress.grid import GridKind
 from losa_deploy.compress.memory import (
     FROZEN_BYTES,
     LIBRARY_BYTES,
@@ -39,10 +40,10 @@ BLOCK_BYTES = 9
 """Per weight of an open block: the dense one's, the student's, its mask."""
 TRAINED_BYTES = 27
 """Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
+MOVED = 1024
+"""Rows and columns of the linear that measures steps of training."""
 TOGETHER_BYTES = 12
 """Per weight of a block that processes share out, while it computes: its value, rounded, its gradient."""
-PASSES = 70
-"""Passes over all weights in an optimizer step that rounds them, in units of `Rates.elements`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Rates:
     """The same in f32."""
     elements: float
     """Numbers of a large array that are multiplied by others."""
+    moved: float
+    """Weights that a step of training rounds, clips and moves, without its products."""
 
 
 @dataclass(frozen=True)
@@ -319,8 +322,9 @@ def _trained_seconds(
         steps * -(-phase.batch_size // processes) * length,
         shape.blocks * shape.weights * phase.window,
     )
-    passes = PASSES if {"weights", "adapters", "scales"} & set(phase.train) else 8
-    seconds = 6 * tokens * weights / rates.products + steps * passes * weights / rates.elements
+    moves = {"weights", "adapters", "scales"} & set(phase.train)
+    seconds = 6 * tokens * weights / rates.products
+    seconds += steps * weights / rates.moved if moves else 8 * steps * weights / rates.elements
     if phase.where == "model" and phase.losses.kl and not phase.on_calibration:
         seconds += 2 * tokens * weights / rates.products  # the dense model
     if phase.where == "model":
@@ -340,7 +344,36 @@ def measured_rates(*, bf16: bool, device: torch.device = CPU, seconds: float = 0
     x, y = torch.ones(4_000_000, device=device), torch.ones(4_000_000, device=device)
     elements = _rate(x.numel(), lambda: x.mul_(y), seconds, device)
     plain = rate(2, torch.float32, 1024)
-    return Rates(rate(2, torch.bfloat16, 1024) if bf16 else plain, plain, elements)
+    products = rate(2, torch.bfloat16, 1024) if bf16 else plain
+    moved = _rate(MOVED**2, _training_step(bf16=bf16, device=device), seconds, device)
+    return Rates(products, plain, elements, moved)
+
+
+def _training_step(*, bf16: bool, device: torch.device) -> Callable[[], None]:
+    """A step of block phases on a linear half of which is kept, on a grid; without the products."""
+    import torch
+
+    from losa_deploy.compress.masked import MaskedLinear
+    from losa_deploy.compress.precision import products
+    from losa_deploy.compress.train import Trained
+
+    weight = torch.linspace(-1.0, 1.0, MOVED * MOVED, device=device).view(MOVED, MOVED)
+    linear = MaskedLinear(weight, None, weight > 0)
+    phase = PhaseRecipe(train=("weights", "scales"), grid="i4", group_size=128)
+    linear.grid, scales = GridKind.of("i4", 128), weight.new_full((MOVED, MOVED // 128), 0.1)
+    linear.scales = torch.nn.Parameter(scales, requires_grad=False)
+    trained = Trained([linear], phase)
+    optimizer = torch.optim.AdamW(trained.groups, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with products("bf16" if bf16 else "f32", device):
+            rounded = linear.on_grid()
+        rounded.backward(torch.ones_like(rounded))  # type: ignore[no-untyped-call]
+        trained.clip(1.0)
+        trained.step(optimizer)
+
+    return step
 
 
 def _rate(count: float, work: Callable[[], object], seconds: float, device: torch.device) -> float:

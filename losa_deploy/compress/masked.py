@@ -131,7 +131,7 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rank == 0:
-            return nn.functional.linear(x, self._on_grid(), self.bias)
+            return nn.functional.linear(x, self.on_grid(), self.bias)
         if self.dropout:
             return self._with_dropout(x)
         y: Tensor = _MaskedAdapterFunction.apply(  # type: ignore[no-untyped-call]
@@ -139,7 +139,7 @@ class MaskedLinear(nn.Module):
         )
         return y if self.bias is None else y + self.bias
 
-    def _on_grid(self) -> Tensor:
+    def on_grid(self) -> Tensor:
         """The weight that a layer without an adapter multiplies by; differentiable in what trains."""
         if self.grid is None:
             return self.weight
