@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from losa_deploy.compress.device import HERE, Room
-from losa_deploy.compress.sample import sampled_tokens
+from losa_deploy.compress.sample import Keep, not_kept, sampled_tokens
 from losa_deploy.compress.team import ALONE, Team
 from losa_deploy.errors import InputError
+from losa_deploy.manifest import SourceRecord
 from losa_deploy.progress import Progress
-from losa_deploy.recipe import CalibrationRecipe
+from losa_deploy.recipe import CalibrationRecipe, Recipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -41,42 +42,96 @@ def calibration_tokens(
     precision: str,
     progress: Progress,
     room: Room = HERE,
+    keep: Keep = not_kept,
 ) -> Tensor:
     """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`.
 
-    Text of the model's own is sampled in `room`.
+    Text of the model's own is sampled in `room`; see `kept_tokens` for `keep`.
     """
     if recipe.source != "self":
         return text_tokens(source.folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
     starts = text_starts(source.folder, recipe.start)
-    return sampled_tokens(source, recipe, starts, seed, precision, progress, room)
+    return sampled_tokens(source, recipe, starts, seed, precision, progress, room, keep)
+
+
+def tokens_of_run(
+    source: Checkpoint,
+    record: SourceRecord,
+    recipe: Recipe,
+    texts: Path | None,
+    room: Room,
+    progress: Progress,
+) -> Tensor:
+    """The calibration set; the model's own text from `texts` if a run before left it there."""
+
+    def make(keep: Keep) -> Tensor:
+        asked = recipe.calibration
+        return calibration_tokens(source, asked, recipe.seed, recipe.precision, progress, room, keep)
+
+    if texts is None or recipe.calibration.source != "self":
+        return make(not_kept)
+    what = {
+        "source": dict(record.files),
+        "recipe": recipe.calibration.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+    }
+    return kept_tokens(texts, what, make, room.team)
 
 
 def kept_tokens(
-    folder: Path, what: Mapping[str, object], make: Callable[[], Tensor], team: Team = ALONE
+    folder: Path, what: Mapping[str, object], make: Callable[[Keep], Tensor], team: Team = ALONE
 ) -> Tensor:
     """The tokens `make` gives, kept in `folder` for other runs; `what` says all that decides them.
 
-    A file that cannot be read is made again; all processes of a team find the same.
+    A file that cannot be read is made again; all processes of a team find the same. A process that works
+    alone also keeps the parts that `make` names, until it has the whole: a run that is killed loses one part.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
     name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
     path = folder / f"text-{name}.safetensors"
-    try:
-        known = load_file(path)["tokens"]
-    except (OSError, SafetensorError, KeyError):
-        known = None
+    known = _read(path)
     if team.total(torch.tensor(float(known is not None))) == team.count:
         assert known is not None
         return known
-    tokens = make()
+
+    def keep(part: str, make_part: Callable[[], Tensor]) -> Tensor:
+        return _kept(path.with_suffix(f".{part}.safetensors"), make_part)
+
+    tokens = make(keep if team.count == 1 else not_kept)
     if team.leads:
-        partial = path.with_suffix(f".{os.getpid()}")
-        save_file({"tokens": tokens}, partial)
-        os.replace(partial, path)
+        _write(path, tokens)
+        for done in folder.glob(f"{path.stem}.*"):
+            if done != path:
+                done.unlink()
     return tokens
+
+
+def _kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    known = _read(path)
+    if known is None:
+        known = make()
+        _write(path, known)
+    return known
+
+
+def _read(path: Path) -> Tensor | None:
+    """The tokens in a file, if it can be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, tokens: Tensor) -> None:
+    """In one move."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file({"tokens": tokens}, partial)
+    os.replace(partial, path)
 
 
 def text_starts(folder: Path, kind: str) -> list[list[int]]:

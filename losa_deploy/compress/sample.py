@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,18 @@ BATCH_F32 = 64
 """The same in f32, where products take longer than reading the weights."""
 FEWEST = 8
 """As long as their keys and values fit into memory, down to so many."""
+Keep = Callable[[str, Callable[[], Tensor]], Tensor]
+"""Gives the tokens with a name: those that are kept under it, or what the function makes."""
 GROUPED = "losa_grouped"
 """transformers' name of the attention that `_register_attention` registers."""
 WIDTH = 256
 """Entries of a distribution that are summed up first when one is drawn."""
+
+
+def not_kept(name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Makes them."""
+    del name
+    return make()
 
 
 def sampled_tokens(
@@ -37,6 +46,7 @@ def sampled_tokens(
     precision: str,
     progress: Progress,
     room: Room,
+    keep: Keep = not_kept,
 ) -> Tensor:
     """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
 
@@ -45,7 +55,7 @@ def sampled_tokens(
     use a model's own text for quantization-aware training). Without starts the first token is uniform
     over the vocabulary. With more bytes of weights, keys and values than `room` has, fewer sequences go on
     together, and blocks are read for every token; what is drawn for a sequence does not depend on that.
-    The processes of a team write a part each.
+    The processes of a team write a part each. `keep` may know what sequences that go on together became.
     """
     draw = generator(seed, "calibration")
     length = recipe.sequence_length
@@ -67,7 +77,8 @@ def sampled_tokens(
     with dense.open(*range(len(dense.blocks))) if resident else dense.passing():
         for start in range(0, len(given), batch):
             done, part = length * (start // batch), slice(start, start + batch)
-            parts.append(_continue(dense, given[part], chances[part], recipe, progress, done, total))
+            make = partial(_continue, dense, given[part], chances[part], recipe, progress, done, total)
+            parts.append(keep(f"{start}-{start + batch}", make))
     return team.gathered(torch.cat(parts), recipe.samples)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from losa_deploy.compress import adapted, allocate
 from losa_deploy.compress.adapted import AdaptedModel, AdaptedState
-from losa_deploy.compress.calibrate import calibration_tokens, kept_tokens
+from losa_deploy.compress.calibrate import tokens_of_run
 from losa_deploy.compress.check import check_unpruned
 from losa_deploy.compress.data import phase_tokens
 from losa_deploy.compress.decoder import Decoder, Stream, batch_size
@@ -142,7 +142,7 @@ def compress(
         check_unpruned(source, folder.parent, on_cpu)
     team.wait()
     if state is None or state.fingerprint != mark:
-        tokens = _tokens(source, record, recipe, texts, room, progress)
+        tokens = tokens_of_run(source, record, recipe, texts, room, progress)
         empty = AdaptedState(
             fingerprint=mark,
             step=0,
@@ -195,30 +195,6 @@ def _stored(run: _Run, state: AdaptedState, partial: Partial | None) -> Callable
         return found or adapted.stored_block(run.folder, state, run.student, number)
 
     return block
-
-
-def _tokens(
-    source: Checkpoint,
-    record: SourceRecord,
-    recipe: Recipe,
-    texts: Path | None,
-    room: Room,
-    progress: Progress,
-) -> Tensor:
-    """The calibration set; the model's own text from `texts` if a run before left it there."""
-
-    def make() -> Tensor:
-        return calibration_tokens(source, recipe.calibration, recipe.seed, recipe.precision, progress, room)
-
-    if texts is None or recipe.calibration.source != "self":
-        return make()
-    what = {
-        "source": dict(record.files),
-        "recipe": recipe.calibration.model_dump(mode="json"),
-        "seed": recipe.seed,
-        "precision": recipe.precision,
-    }
-    return kept_tokens(texts, what, make, room.team)
 
 
 def masked_linears(source: Checkpoint, recipe: Recipe) -> frozenset[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from losa_deploy.compress.calibrate import kept_tokens
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import Room
 from losa_deploy.compress.key_cache import key_cache
-from losa_deploy.compress.sample import GROUPED, draw_tokens, likely, sampled_tokens
+from losa_deploy.compress.sample import GROUPED, Keep, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
 from losa_deploy.pretrained import cache_argument
 from losa_deploy.progress import no_progress
@@ -119,3 +121,40 @@ def test_less_memory_gives_the_same_text(tiny_llama: Path, monkeypatch: pytest.M
     two = sampled(source, recipe, [[7], [3, 4]], 0, memory=1)
     assert len(opened) == source.block_count * (1 + 3 * 9), "three batches of at most eight"
     assert torch.equal(one, two)
+
+
+def test_a_part_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
+    """After a kill the third of three parts is made, and only the whole is left."""
+    made: list[str] = []
+
+    def part(name: str, value: int) -> Callable[[], torch.Tensor]:
+        return lambda: (made.append(name), torch.full((2, 3), value))[1]
+
+    def two(keep: Keep) -> torch.Tensor:
+        keep("0-2", part("0-2", 1))
+        keep("2-4", part("2-4", 2))
+        raise KeyboardInterrupt
+
+    def three(keep: Keep) -> torch.Tensor:
+        return torch.cat([keep(f"{i}-{i + 2}", part(f"{i}-{i + 2}", 5)) for i in (0, 2, 4)])
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_tokens(tmp_path, {"seed": 1}, two)
+    whole = kept_tokens(tmp_path, {"seed": 1}, three)
+    assert made == ["0-2", "2-4", "4-6"]
+    assert whole[:, 0].tolist() == [1, 1, 2, 2, 5, 5]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(kept_tokens(tmp_path, {"seed": 1}, two), whole)
+
+
+def test_batches_are_the_parts_that_are_kept(tiny_llama: Path) -> None:
+    source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=21, sequence_length=10)
+    names: list[str] = []
+
+    def keep(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        names.append(name)
+        return make()
+
+    found = sampled_tokens(source, recipe, [[7]], 0, "f32", no_progress, Room(memory=1), keep)
+    assert names == ["0-8", "8-16", "16-24"]
+    assert torch.equal(found, sampled(source, recipe, [[7]], 0))
