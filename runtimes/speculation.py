@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the same words earlier is checked in one pass of several rows.
+"""Drafts, checked in one pass of several rows. Here they come from the text itself: what followed its words.
 
 A drafted token counts only if the caller then chooses it, with the random numbers of a run without
 drafts. So drafts change the speed, and the text only as far as logits of several rows at once differ
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, Protocol
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from losa_deploy.interfaces import RewindableSession, Session
 
 Mode = Literal["off", "ngram", "auto"]
+"""Drafts from the text: none, by assumed costs, or by measured ones."""
 SHORTEST_MATCH, LONGEST_MATCH = 2, 4
 """Tokens at the end of the text that have to have come before."""
 DRAFTS = (0, 1, 3, 7)
@@ -67,8 +68,14 @@ class MeasuredCosts:
 
     def __call__(self, rows: int) -> float:
         """As measured, with passes of one row as the unit."""
-        one, several = self._median(1), self._median(rows)
+        one, several = self.seconds(1), self.seconds(rows)
         return several / one if one and several else AssumedCosts()(rows)
+
+    def seconds(self, rows: int) -> float | None:
+        """Of a pass with so many rows; None if it is not known, or not any more."""
+        times = self._times.get(rows, ())
+        fresh = self._passes - self._last.get(rows, 0) <= STALE
+        return median(times) if len(times) >= ENOUGH and fresh else None
 
     def record(self, rows: int, seconds: float) -> None:
         """Keep it, and forget what is too old to be compared with it."""
@@ -77,11 +84,6 @@ class MeasuredCosts:
             self._times.pop(rows, None)
         self._last[rows] = self._passes
         self._times.setdefault(rows, deque(maxlen=SAMPLES)).append(seconds)
-
-    def _median(self, rows: int) -> float | None:
-        times = self._times.get(rows, ())
-        fresh = self._passes - self._last.get(rows, 0) <= STALE
-        return median(times) if len(times) >= ENOUGH and fresh else None
 
 
 @dataclass
@@ -92,8 +94,37 @@ class Counts:
     accepted: int = 0
 
 
+class Foresight(Protocol):
+    """What foresees the tokens of one sequence."""
+
+    def add(self, token: int) -> None:
+        """The text goes on with `token`."""
+        ...
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """Up to `room` tokens that are worth checking after the text; often none."""
+        ...
+
+
+class Drafts(Protocol):
+    """Where drafts come from."""
+
+    @property
+    def costs(self) -> Costs:
+        """What decides about them; whoever checks a draft records its passes here."""
+        ...
+
+    def begin(self, prompt: Sequence[int], vocab_size: int) -> Foresight:
+        """Foresee what follows `prompt`, in tokens below `vocab_size`."""
+        ...
+
+    def close(self) -> None:
+        """Free what they come from."""
+        ...
+
+
 @dataclass
-class _Agreement:
+class Agreement:
     """How often the text went on as foreseen; it starts as one time in two."""
 
     right: float = 1.0
@@ -123,7 +154,7 @@ class Drafter:
         self._next: int | None = None
         """Where in the text the foreseen next token stands."""
         self._matched = 0
-        self._agreements = [_Agreement() for _ in range(SURE + 1)]
+        self._agreements = [Agreement() for _ in range(SURE + 1)]
         """By the length of the match."""
         for token in prompt:
             self._append(token)
@@ -176,6 +207,21 @@ class Drafter:
         return total
 
 
+class TextDrafts:
+    """What followed the same words earlier in the text."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+
+    def begin(self, prompt: Sequence[int], vocab_size: int) -> Drafter:
+        """Of tokens that were in the text, so in the vocabulary."""
+        del vocab_size
+        return Drafter(prompt, self.costs)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 @dataclass
 class _Ahead:
     """Drafted tokens that the session holds, and the logits after each; what was not chosen yet."""
@@ -187,13 +233,14 @@ class _Ahead:
 class SpeculativeSession:
     """A session whose steps are often answered by an earlier pass; to its caller it is like any other."""
 
-    def __init__(self, session: RewindableSession, costs: Costs, counts: Counts) -> None:
+    def __init__(self, session: RewindableSession, drafts: Drafts, counts: Counts) -> None:
+        """Takes `session` and `drafts` over."""
         self._session = session
-        self._costs = costs
+        self._drafts = drafts
         self._counts = counts
         self._text: list[int] = []
         self._ahead = _Ahead()
-        self._drafter: Drafter | None = None
+        self._drafter: Foresight | None = None
         self._can_rewind = True
         self.vocab_size = session.vocab_size
         self.context_length = session.context_length
@@ -208,7 +255,7 @@ class SpeculativeSession:
         self._reset()
         logits = self._session.prefill(tokens)
         self._text = list(tokens)
-        self._drafter = Drafter(tokens, self._costs) if self._can_rewind else None
+        self._drafter = self._drafts.begin(tokens, self.vocab_size) if self._can_rewind else None
         return logits
 
     def step(self, token: int) -> NDArray[np.float32]:
@@ -225,8 +272,9 @@ class SpeculativeSession:
         return self._pass(token)
 
     def close(self) -> None:
-        """Free the session."""
+        """Free the session and the drafts."""
         self._reset()
+        self._drafts.close()
         self._session.close()
 
     def _reset(self) -> None:
@@ -243,7 +291,7 @@ class SpeculativeSession:
         draft = self._draft()
         start = time.perf_counter()
         rows = self._session.extend((token, *draft)) if draft else self._session.step(token)[None]
-        self._costs.record(len(rows), time.perf_counter() - start)
+        self._drafts.costs.record(len(rows), time.perf_counter() - start)
         self._text.append(token)
         self._counts.drafted += len(draft)
         self._ahead = _Ahead(list(draft), list(rows[1:]))
@@ -257,12 +305,18 @@ class SpeculativeSession:
         return self._drafter.draft(room)
 
 
-COSTS: dict[Mode, Callable[[], Costs]] = {"ngram": AssumedCosts, "auto": MeasuredCosts}
-"""What decides about drafts, by mode; without an entry there are none."""
+def text_drafts(mode: Mode) -> TextDrafts | None:
+    """What `mode` drafts with; None where it drafts nothing."""
+    if mode == "off":
+        return None
+    return TextDrafts(MeasuredCosts() if mode == "auto" else AssumedCosts())
 
 
-def speculative(session: Session, mode: Mode, counts: Counts) -> Session:
-    """`session` with drafts as `mode` says; itself if it cannot take tokens back."""
-    if mode == "off" or not isinstance(session, RewindableSession):
+def speculative(session: Session, drafts: Drafts | None, counts: Counts) -> Session:
+    """`session` with these drafts; itself if there are none or it cannot take tokens back."""
+    if drafts is None:
         return session
-    return SpeculativeSession(session, COSTS[mode](), counts)
+    if not isinstance(session, RewindableSession):
+        drafts.close()
+        return session
+    return SpeculativeSession(session, drafts, counts)
