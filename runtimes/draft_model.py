@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.errors import InputError
+from losa_deploy.errors import InputError, LosaError
 from losa_deploy.interfaces import RewindableSession
 from losa_deploy.text.tokenizer import Tokenizer
 
-from .speculation import ASSUMED_ROW, DRAFTS, FADING, Agreement, Costs, MeasuredCosts
+from .pass_costs import ASSUMED_ROW, MeasuredCosts, TimedCosts
+from .speculation import DRAFTS, FADING, Agreement
 
 LONGEST = max(DRAFTS)
 """Tokens of a draft."""
@@ -39,12 +39,8 @@ PROOF = 16
 """Passes with drafts in a row after which an earlier failure is forgotten."""
 
 
-class TimedCosts(Costs, Protocol):
-    """Costs that are known as times too."""
-
-    def seconds(self, rows: int) -> float | None:
-        """Of a pass with so many rows; None if it is not known."""
-        ...
+def silent(line: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass
@@ -74,14 +70,16 @@ class DraftModel:
         *,
         costs: TimedCosts | None = None,
         own_costs: TimedCosts | None = None,
+        warn: Callable[[str], None] = silent,
     ) -> None:
         """Takes `session` over. `costs` are those of the model that checks, `own_costs` of this one."""
+        self._warn = warn
         self.costs = costs or MeasuredCosts()
         self._own_costs = own_costs or MeasuredCosts()
         self._session = session
         self._held: list[int] = []
         """Tokens whose keys and values the session has."""
-        self._can_rewind = True
+        self._usable = True
         self._agreements = [Agreement(low + high, 2.0) for low, high in pairwise(CERTAINTIES)]
         """By certainty; each starts as if the model knew how sure it may be."""
         self._balance = _Balance()
@@ -97,7 +95,7 @@ class DraftModel:
 
     def may_draft(self) -> bool:
         """Whether to try drafts in this pass: not while they rest, nor before passes without were timed."""
-        if not self._can_rewind or self.costs.seconds(1) is None:
+        if not self._usable or self.costs.seconds(1) is None:
             return False
         self._resting = max(0, self._resting - 1)
         return self._resting == 0
@@ -134,15 +132,21 @@ class DraftModel:
         context = self._session.context_length
         return max(0, context - length + 1) if context else LONGEST
 
+    def fail(self, error: LosaError) -> None:
+        """The session failed: the text goes on without drafts, as they are only a help."""
+        self._usable = False
+        self._warn(f"the model that drafts failed, and drafts no more: {error.message}")
+
     def follow(self, text: Sequence[int]) -> NDArray[np.float32] | None:
         """Logits [vocab] after `text`; None if the session cannot go back to where the two texts part."""
         kept = min(_shared(self._held, text), len(text) - 1)
         missing = text[kept:]
         if kept < len(missing):
+            logits = self._session.prefill(text)
             self._held = list(text)
-            return self._session.prefill(text)
+            return logits
         if kept < len(self._held) and not self._session.rewind(kept):
-            self._can_rewind = False
+            self._usable = False
             return None
         del self._held[kept:]
         for start in range(0, len(missing), CHUNK):
@@ -204,9 +208,17 @@ class ModelDrafter:
         room = min(room, LONGEST, self._model.room(len(self._text)))
         if room <= 0 or self._foreign or not self._model.may_draft():
             return ()
+        try:
+            self._draft = self._foresee(room)
+        except LosaError as error:
+            self._model.fail(error)
+        return tuple(self._draft.tokens) if self._draft else ()
+
+    def _foresee(self, room: int) -> _Draft | None:
+        """Up to `room` tokens, as long as one more may be expected to pay; None if that cannot be known."""
         logits = self._model.follow(self._text)
         if logits is None:
-            return ()
+            return None
         draft, passes, chance = _Draft(), 1, 1.0
         least = self._model.step_cost() + self._model.row_cost()
         while True:
@@ -221,8 +233,7 @@ class ModelDrafter:
             logits = self._model.append((token,))
             passes += 1
         draft.cost = self._model.costs(1 + len(draft.tokens)) + passes * self._model.step_cost()
-        self._draft = draft
-        return tuple(draft.tokens)
+        return draft
 
 
 def require_same_vocabulary(model: Tokenizer, draft: Tokenizer) -> None:

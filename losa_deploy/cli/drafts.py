@@ -93,7 +93,7 @@ def _draft_model(path: Path, threads: int, tokenizer: Tokenizer, console: Consol
     if not isinstance(session, RewindableSession):
         session.close()
         raise _cannot_rewind(runtime, f"--draft {path}")
-    return DraftModel(session)
+    return DraftModel(session, warn=console.warn)
 
 
 def require_rewinding(session: Session, args: argparse.Namespace, runtime: Runtime) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from losa_deploy.errors import InputError
+from losa_deploy.errors import InputError, LosaError
 from losa_deploy.runtimes.draft_model import CHUNK, FIRST_REST, LONGEST, DraftModel, require_same_vocabulary
 from losa_deploy.runtimes.generate import GenerateOptions, generate
-from losa_deploy.runtimes.speculation import ENOUGH, Counts, SpeculativeSession, speculative
+from losa_deploy.runtimes.pass_costs import ENOUGH
+from losa_deploy.runtimes.speculation import Counts, SpeculativeSession, speculative
 from losa_deploy.text.tokenizer import load_tokenizer
 
 from .test_speculation import GREEDY, PROMPT, SAMPLED, VOCAB, Exact, Plain
@@ -198,6 +199,22 @@ def test_a_session_that_takes_nothing_back_drafts_for_nobody() -> None:
     second, plain = Closing(0), Plain()
     assert speculative(plain, drafts(second), Counts()) is plain
     assert second.closed
+
+
+def test_a_draft_model_that_fails_ends_the_drafts_and_not_the_text() -> None:
+    class Failing(Similar):
+        def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+            if self.passes == 10:
+                raise LosaError("no memory", hint="Buy some.")
+            return super().extend(tokens)
+
+    expected = list(generate(Exact(repeats=True), PROMPT, GREEDY))
+    second, counts, told = Failing(0), Counts(), list[str]()
+    model = DraftModel(second, costs=Known(ROWS), own_costs=Known({1: 0.2}), warn=told.append)
+    session = SpeculativeSession(Exact(repeats=True), model, counts)
+    assert [list(generate(session, PROMPT, GREEDY)) for _ in range(2)] == [expected] * 2
+    assert told == ["the model that drafts failed, and drafts no more: no memory"]
+    assert second.passes == 10 and counts.accepted > 0
 
 
 def test_vocabularies_are_compared_token_by_token(tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 
 from losa_deploy.interfaces import RewindableSession
 from losa_deploy.runtimes.generate import GenerateOptions, generate
+from losa_deploy.runtimes.pass_costs import STALE, AssumedCosts, MeasuredCosts
 from losa_deploy.runtimes.speculation import (
-    STALE,
-    AssumedCosts,
     Counts,
     Drafter,
-    MeasuredCosts,
     Mode,
     SpeculativeSession,
     TextDrafts,
