@@ -22,13 +22,13 @@ from losa_deploy.errors import InputError, LosaError
 from losa_deploy.interfaces import RewindableSession
 from losa_deploy.text.tokenizer import Tokenizer
 
-from .pass_costs import ASSUMED_ROW, MeasuredCosts, TimedCosts
+from .pass_costs import MeasuredCosts, TimedCosts
 from .speculation import DRAFTS, FADING, Agreement
 
 LONGEST = max(DRAFTS)
 """Tokens of a draft."""
-ASSUMED_STEP = 0.5
-"""A pass of the draft model, in passes of the other one, where nothing was measured."""
+TRIAL = 3
+"""Tokens of a draft by which passes are timed, whatever they may bring."""
 CERTAINTIES = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
 """Probabilities of the most likely token between which agreement is counted apart."""
 CHUNK = 32
@@ -82,6 +82,7 @@ class DraftModel:
         self._usable = True
         self._agreements = [Agreement(low + high, 2.0) for low, high in pairwise(CERTAINTIES)]
         """By certainty; each starts as if the model knew how sure it may be."""
+        self._usual = Agreement()
         self._balance = _Balance()
         self._resting, self._rest = 0, FIRST_REST
 
@@ -112,20 +113,25 @@ class DraftModel:
     def learn(self, certainty: float, right: bool) -> None:
         """A token that the model was so sure of was chosen, or not."""
         self._agreement(certainty).add(right)
+        self._usual.add(right)
 
     def chance(self, certainty: float) -> float:
         """Of a token that the model is so sure of to be chosen."""
         return self._agreement(certainty).share
 
-    def step_cost(self) -> float:
-        """A pass of this model, in passes of one row of the one that checks."""
-        one, step = self.costs.seconds(1), self._own_costs.seconds(1)
-        return step / one if one and step else ASSUMED_STEP
+    @property
+    def usual_chance(self) -> float:
+        """Of a token to be chosen, before it is known how sure the model is of it."""
+        return self._usual.share
 
-    def row_cost(self) -> float:
-        """A further row of a pass of the model that checks, in passes of one row."""
-        found = [(self.costs(n) - 1) / (n - 1) for n in range(2, LONGEST + 2) if self.costs.seconds(n)]
-        return max(0.0, median(found)) if found else ASSUMED_ROW
+    def measured(self) -> tuple[float, float] | None:
+        """A pass of this model, and a further row of a pass of the other one, both in passes of one row.
+
+        None before they were timed.
+        """
+        one, step = self.costs.seconds(1), self._own_costs.seconds(1)
+        rows = [(self.costs(n) - 1) / (n - 1) for n in range(2, LONGEST + 2) if self.costs.seconds(n)]
+        return (step / one, max(0.0, median(rows))) if one and step and rows else None
 
     def room(self, length: int) -> int:
         """Tokens that can be foreseen after a text of so many."""
@@ -172,8 +178,8 @@ class _Draft:
     tokens: list[int] = field(default_factory=list)
     certainties: list[float] = field(default_factory=list)
     gained: int = 0
-    cost: float = 0.0
-    """In passes of one row."""
+    cost: float | None = None
+    """In passes of one row; None of a trial, by which nothing is judged."""
 
 
 class ModelDrafter:
@@ -199,7 +205,8 @@ class ModelDrafter:
             self._model.learn(draft.certainties.pop(0), right)
             if right:
                 return
-        self._model.settle(draft.gained, draft.cost)
+        if draft.cost is not None:
+            self._model.settle(draft.gained, draft.cost)
         self._draft = None
 
     def draft(self, room: int) -> tuple[int, ...]:
@@ -220,19 +227,22 @@ class ModelDrafter:
         if logits is None:
             return None
         draft, passes, chance = _Draft(), 1, 1.0
-        least = self._model.step_cost() + self._model.row_cost()
+        found = self._model.measured()
+        step, row = found or (0.0, 0.0)
+        room = room if found else min(room, TRIAL)
         while True:
             token, certainty = _most_likely(logits[: self._vocab_size])
             chance *= self._model.chance(certainty)
-            if chance <= least:
+            if found and chance <= row:  # it is drafted already: only checking it costs
                 break
             draft.tokens.append(token)
             draft.certainties.append(certainty)
-            if len(draft.tokens) == room:
+            if len(draft.tokens) == room or (found and chance * self._model.usual_chance <= step + row):
                 break
             logits = self._model.append((token,))
             passes += 1
-        draft.cost = self._model.costs(1 + len(draft.tokens)) + passes * self._model.step_cost()
+        if found:
+            draft.cost = self._model.costs(1 + len(draft.tokens)) + passes * step
         return draft
 
 

@@ -93,8 +93,7 @@ def test_a_draft_model_that_is_too_slow_is_left_alone(step: float) -> None:
     inner, second, counts = Exact(repeats=True), Similar(0), Counts()
     options = GenerateOptions(max_tokens=300)
     list(generate(SpeculativeSession(inner, drafts(second, step), counts), PROMPT, options))
-    assert counts.drafted == 0
-    assert second.passes < 60
+    assert counts.drafted < 60 and second.passes < 60  # of 300; what it has foreseen is worth a row
 
 
 def test_it_comes_back_after_a_rest() -> None:
