@@ -272,7 +272,8 @@ def test_a_peer_that_cannot_be_had_leaves_the_others(
     assert [m["name"] for m in document["not_measured"]] == ["ik-q4_0"]
     assert "Not measured:\n\n- ik-q4_0: " in (tmp_path / "out" / "table.md").read_text()
     lines = result.out.splitlines()
-    assert lines[0].split()[:2] == ["model", "runtime"] and " take " in result.out
+    # "For speed take …", "Instead of … take …", or "Take …" where one file is best in everything
+    assert lines[0].split()[:2] == ["model", "runtime"] and "take " in result.out.lower()
     assert lines[-1] == document["verdict"]["lines"][-1]
 
 
