@@ -20,7 +20,14 @@ from .synthetic.peers import Contender
 
 Record = Mapping[str, object]
 OWN, OURS = "this model", "our kernels"
-GROUPS: Mapping[str, str] = {"llamacpp": OURS, "llamacpp-stock": "llama.cpp", "ik": "ik_llama.cpp"}
+GROUPS: Mapping[str, str] = {
+    "llamacpp": OURS,
+    "ort": OURS,
+    "llamacpp-stock": "llama.cpp",
+    "ort-stock": "ONNX Runtime",
+    "ik": "ik_llama.cpp",
+    "openvino": "OpenVINO",
+}
 """Runtime → the name that its points have in a picture; others are called as they are."""
 
 

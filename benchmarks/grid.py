@@ -15,7 +15,7 @@ from losa_deploy import __version__
 from losa_deploy.errors import LosaError, UsageError
 from losa_deploy.recipe import Recipe, load_recipe, parse_yaml
 
-from .real_peers import real_peers
+from .gguf_peers import real_peers
 
 HINT = "See `losa-deploy bench recipes` in docs/evaluation.md."
 

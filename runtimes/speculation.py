@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the same words earlier is checked in one pass of several rows.
+"""Drafts, checked in one pass of several rows. Here they come from the text itself: what followed its words.
 
 A drafted token counts only if the caller then chooses it, with the random numbers of a run without
 drafts. So drafts change the speed, and the text only as far as logits of several rows at once differ
@@ -8,10 +8,8 @@ from those of single ones in their last digits (docs/serving.md).
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Literal, Protocol
 
 import numpy as np
@@ -19,7 +17,10 @@ from numpy.typing import NDArray
 
 from losa_deploy.interfaces import RewindableSession, Session
 
+from .pass_costs import AssumedCosts, Costs, MeasuredCosts
+
 Mode = Literal["off", "ngram", "auto"]
+"""Drafts from the text: none, by assumed costs, or by measured ones."""
 SHORTEST_MATCH, LONGEST_MATCH = 2, 4
 """Tokens at the end of the text that have to have come before."""
 DRAFTS = (0, 1, 3, 7)
@@ -28,60 +29,6 @@ SURE = 8
 """A match of so many tokens says no more than one of even more."""
 FADING = 0.9
 """What an observation weighs after the next one of its kind."""
-ASSUMED_ROW = 0.25
-"""A further row of a pass, in passes of one row, where nothing was measured."""
-SAMPLES, ENOUGH, STALE = 5, 3, 500
-"""Times kept for a row count, those it takes to believe them, and passes after which they are forgotten."""
-
-
-class Costs(Protocol):
-    """What passes of several rows take."""
-
-    def __call__(self, rows: int) -> float:
-        """Time of a pass with so many rows, in passes of one row."""
-        ...
-
-    def record(self, rows: int, seconds: float) -> None:
-        """A pass took so long."""
-        ...
-
-
-class AssumedCosts:
-    """Always the same, so that the same text gets the same passes in every run."""
-
-    def __call__(self, rows: int) -> float:
-        """One pass, and a part of one for each further row."""
-        return 1.0 + ASSUMED_ROW * (rows - 1)
-
-    def record(self, rows: int, seconds: float) -> None:
-        """Nothing is learnt."""
-
-
-class MeasuredCosts:
-    """Medians of recent passes; what is unknown, or was measured long ago, is assumed and so tried again."""
-
-    def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-        self._passes = 0
-        self._last: dict[int, int] = {}
-
-    def __call__(self, rows: int) -> float:
-        """As measured, with passes of one row as the unit."""
-        one, several = self._median(1), self._median(rows)
-        return several / one if one and several else AssumedCosts()(rows)
-
-    def record(self, rows: int, seconds: float) -> None:
-        """Keep it, and forget what is too old to be compared with it."""
-        self._passes += 1
-        if self._passes - self._last.get(rows, 0) > STALE:
-            self._times.pop(rows, None)
-        self._last[rows] = self._passes
-        self._times.setdefault(rows, deque(maxlen=SAMPLES)).append(seconds)
-
-    def _median(self, rows: int) -> float | None:
-        times = self._times.get(rows, ())
-        fresh = self._passes - self._last.get(rows, 0) <= STALE
-        return median(times) if len(times) >= ENOUGH and fresh else None
 
 
 @dataclass
@@ -92,8 +39,37 @@ class Counts:
     accepted: int = 0
 
 
+class Foresight(Protocol):
+    """What foresees the tokens of one sequence."""
+
+    def add(self, token: int) -> None:
+        """The text goes on with `token`."""
+        ...
+
+    def draft(self, room: int) -> tuple[int, ...]:
+        """Up to `room` tokens that are worth checking after the text; often none."""
+        ...
+
+
+class Drafts(Protocol):
+    """Where drafts come from."""
+
+    @property
+    def costs(self) -> Costs:
+        """What decides about them; whoever checks a draft records its passes here."""
+        ...
+
+    def begin(self, prompt: Sequence[int], vocab_size: int) -> Foresight:
+        """Foresee what follows `prompt`, in tokens below `vocab_size`."""
+        ...
+
+    def close(self) -> None:
+        """Free what they come from."""
+        ...
+
+
 @dataclass
-class _Agreement:
+class Agreement:
     """How often the text went on as foreseen; it starts as one time in two."""
 
     right: float = 1.0
@@ -123,7 +99,7 @@ class Drafter:
         self._next: int | None = None
         """Where in the text the foreseen next token stands."""
         self._matched = 0
-        self._agreements = [_Agreement() for _ in range(SURE + 1)]
+        self._agreements = [Agreement() for _ in range(SURE + 1)]
         """By the length of the match."""
         for token in prompt:
             self._append(token)
@@ -176,6 +152,21 @@ class Drafter:
         return total
 
 
+class TextDrafts:
+    """What followed the same words earlier in the text."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+
+    def begin(self, prompt: Sequence[int], vocab_size: int) -> Drafter:
+        """Of tokens that were in the text, so in the vocabulary."""
+        del vocab_size
+        return Drafter(prompt, self.costs)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 @dataclass
 class _Ahead:
     """Drafted tokens that the session holds, and the logits after each; what was not chosen yet."""
@@ -187,13 +178,14 @@ class _Ahead:
 class SpeculativeSession:
     """A session whose steps are often answered by an earlier pass; to its caller it is like any other."""
 
-    def __init__(self, session: RewindableSession, costs: Costs, counts: Counts) -> None:
+    def __init__(self, session: RewindableSession, drafts: Drafts, counts: Counts) -> None:
+        """Takes `session` and `drafts` over."""
         self._session = session
-        self._costs = costs
+        self._drafts = drafts
         self._counts = counts
         self._text: list[int] = []
         self._ahead = _Ahead()
-        self._drafter: Drafter | None = None
+        self._drafter: Foresight | None = None
         self._can_rewind = True
         self.vocab_size = session.vocab_size
         self.context_length = session.context_length
@@ -208,7 +200,7 @@ class SpeculativeSession:
         self._reset()
         logits = self._session.prefill(tokens)
         self._text = list(tokens)
-        self._drafter = Drafter(tokens, self._costs) if self._can_rewind else None
+        self._drafter = self._drafts.begin(tokens, self.vocab_size) if self._can_rewind else None
         return logits
 
     def step(self, token: int) -> NDArray[np.float32]:
@@ -225,8 +217,9 @@ class SpeculativeSession:
         return self._pass(token)
 
     def close(self) -> None:
-        """Free the session."""
+        """Free the session and the drafts."""
         self._reset()
+        self._drafts.close()
         self._session.close()
 
     def _reset(self) -> None:
@@ -243,7 +236,7 @@ class SpeculativeSession:
         draft = self._draft()
         start = time.perf_counter()
         rows = self._session.extend((token, *draft)) if draft else self._session.step(token)[None]
-        self._costs.record(len(rows), time.perf_counter() - start)
+        self._drafts.costs.record(len(rows), time.perf_counter() - start)
         self._text.append(token)
         self._counts.drafted += len(draft)
         self._ahead = _Ahead(list(draft), list(rows[1:]))
@@ -257,12 +250,18 @@ class SpeculativeSession:
         return self._drafter.draft(room)
 
 
-COSTS: dict[Mode, Callable[[], Costs]] = {"ngram": AssumedCosts, "auto": MeasuredCosts}
-"""What decides about drafts, by mode; without an entry there are none."""
+def text_drafts(mode: Mode) -> TextDrafts | None:
+    """What `mode` drafts with; None where it drafts nothing."""
+    if mode == "off":
+        return None
+    return TextDrafts(MeasuredCosts() if mode == "auto" else AssumedCosts())
 
 
-def speculative(session: Session, mode: Mode, counts: Counts) -> Session:
-    """`session` with drafts as `mode` says; itself if it cannot take tokens back."""
-    if mode == "off" or not isinstance(session, RewindableSession):
+def speculative(session: Session, drafts: Drafts | None, counts: Counts) -> Session:
+    """`session` with these drafts; itself if there are none or it cannot take tokens back."""
+    if drafts is None:
         return session
-    return SpeculativeSession(session, COSTS[mode](), counts)
+    if not isinstance(session, RewindableSession):
+        drafts.close()
+        return session
+    return SpeculativeSession(session, drafts, counts)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import InputError, LosaError, MissingError, ResourceError
 
-from ..probe import probe_session
+from ..process_worker import answer
 from .package import DISTRIBUTION, MODULE, TESTED
 
 BATCH = 512
@@ -153,25 +150,6 @@ def load_library(package: Path) -> ModuleType:
     return library
 
 
-def serve(model: IkModel, requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until `requests` ends; the first line says what was opened."""
-    _send(answers, {"vocab_size": model.vocab_size})
-    for line in requests:
-        request = json.loads(line)
-        if request["do"] == "step":
-            found = model.step(request["token"])
-        elif request["do"] == "prefill":
-            found = model.prefill(request["tokens"])
-        else:
-            found = model.logits(request["tokens"])
-        _send(answers, {"bytes": found.nbytes}, found.tobytes())
-
-
-def _send(answers: BinaryIO, header: dict[str, int], body: bytes = b"") -> None:
-    answers.write(json.dumps(header).encode() + b"\n" + body)
-    answers.flush()
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line above; a `LosaError` is JSON on stderr, and its exit code."""
     parser = argparse.ArgumentParser(prog="losa_deploy.benchmarks.ik.worker", description=__doc__)
@@ -180,22 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("threads", type=int)
     parser.add_argument("--probe", type=int, nargs=2, metavar=("PROMPT", "DECODE"))
     options = parser.parse_args(arguments)
-    # The library also prints to stdout, where only answers may be.
-    with os.fdopen(os.dup(1), "wb") as answers:
-        os.dup2(2, 1)
-        try:
-            if options.probe:
-                costs = probe_session(
-                    lambda: IkModel(options.package, options.model, options.threads), *options.probe
-                )
-                answers.write(json.dumps(costs).encode() + b"\n")
-            else:
-                model = IkModel(options.package, options.model, options.threads)
-                serve(model, sys.stdin.buffer, answers)
-        except LosaError as error:
-            sys.stderr.write("\n" + json.dumps(error.to_json()) + "\n")
-            return error.exit_code
-    return 0
+    return answer(lambda: IkModel(options.package, options.model, options.threads), options.probe)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "peers": (GEOMETRY, PEERS),
     "keep": (GEOMETRY, PEERS),
     "ik_path": (GEOMETRY, PEERS),
+    "openvino_path": (PEERS,),
     "text_tokens": (PEERS,),
     "sparsity": (GEOMETRY, KERNEL_TABLE),
     **dict.fromkeys(("rows", "columns", "layouts", "value_types", "targets", "tokens"), (KERNEL_TABLE,)),
@@ -99,13 +100,20 @@ def _add_geometry(group: argparse._ArgumentGroup) -> None:
         metavar="NAMES",
         help="ort-int4,ort-int8,ort-fp32, or of llamacpp q4_0,q4_k_m,q8_0,q3_k_m,q3_k_s,q2_k,f16 (all of "
         "these), and by name ours-dense-i4,ours-dense-i3, ort-int2, iq3_xxs,iq2_m; of ik_llama.cpp "
-        "ik-q4_0,ik-q3_k_s,ik-iq3_k,ik-q2_k,ik-iq4_ks,ik-iq2_k; or none",
+        "ik-q4_0,ik-q3_k_s,ik-iq3_k,ik-q2_k,ik-iq4_ks,ik-iq2_k; with PATH those of llamacpp and "
+        "ort-int4,ort-int2, openvino-q4_0,openvino-q8_0,openvino-q4_k_m; or none",
     )
     group.add_argument(
         "--ik-path",
         type=Path,
         metavar="DIR",
         help="where ik-llama-cpp-python lies (pip install --target DIR)",
+    )
+    group.add_argument(
+        "--openvino-path",
+        type=Path,
+        metavar="DIR",
+        help="with PATH: where openvino-genai lies (pip install --target DIR)",
     )
     group.add_argument(
         "--prefill-tokens", type=positive, metavar="N", help="prompt whose reading is timed (512)"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def run_peers(args: argparse.Namespace, console: Console) -> None:
     """Make the peers, measure everything interleaved, and publish table or document, and the verdict."""
     from losa_deploy.benchmarks.contest import measure_quality
+    from losa_deploy.benchmarks.peer_kinds import Material
     from losa_deploy.benchmarks.real_peers import all_real_peers, dense_file, peer_runtime, real_contenders
     from losa_deploy.benchmarks.synthetic.peers import ik_runtime, measure_contenders
     from losa_deploy.pipeline import work_folder
@@ -37,10 +38,9 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
     dense = dense_file(work_folder(paths[0] if paths[0].is_dir() else paths[0].parent), args.baseline)
     with model_folder(args.keep) as folder:
         with console.stage("models") as progress:
-            source = partial(_source, dense, Path(folder), console)
-            contenders, missing = real_contenders(
-                runtime, paths, dense, peers, source, Path(folder), threads, progress, ik=ik
-            )
+            source = cache(partial(_source, dense, Path(folder), console))
+            material = Material(dense, source, Path(folder), threads, runtime, progress, args.openvino_path)
+            contenders, missing = real_contenders(paths, peers, material, ik=ik)
         with console.stage("perplexity") as progress:
             tokenizer, tokens = load_tokenizer(paths[0]), args.text_tokens
             missing |= measure_quality(contenders, tokenizer, threads, tokens, progress)
@@ -52,7 +52,7 @@ def run_peers(args: argparse.Namespace, console: Console) -> None:
 
 
 def _source(dense: Path, folder: Path, console: Console) -> Checkpoint:
-    """The dense file as a Hugging Face folder, of which importances and our own dense i4 are made."""
+    """The dense file as a Hugging Face folder, of which importances, our own dense i4 and others are made."""
     from losa_deploy.progress import no_progress
     from losa_deploy.sources.locate import load_source
 

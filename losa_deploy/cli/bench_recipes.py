@@ -128,8 +128,8 @@ def _dense_gguf(
     grid: Grid, keys: Sequence[str], source: Checkpoint, record: SourceRecord, output: Path
 ) -> Path | None:
     """The F16 file that peers are made of, if one of them is still to be made."""
+    from losa_deploy.benchmarks.gguf_peers import dense_gguf
     from losa_deploy.benchmarks.grid import PeerRow
-    from losa_deploy.benchmarks.real_peers import dense_gguf
 
     waiting = [
         row

@@ -162,8 +162,8 @@ def _exported(name: str, model: SparseModel, recipe: Recipe, folder: Path, conso
 
 
 def _peer(row: PeerRow, job: RowJob) -> Made:
+    from losa_deploy.benchmarks.gguf_peers import make_peer
     from losa_deploy.benchmarks.gguf_sizes import block_sizes
-    from losa_deploy.benchmarks.real_peers import make_peer
     from losa_deploy.cli import stages
 
     assert job.dense is not None  # the parent makes it for grids with peers

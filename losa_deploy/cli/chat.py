@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
-from losa_deploy.cli.flags import thread_count
+from losa_deploy.cli.drafts import check_speculate, open_session
 from losa_deploy.cli.generate import add_model_folder, add_sampling, sampling
 from losa_deploy.console import Console
 from losa_deploy.errors import InputError
@@ -26,16 +26,15 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     sampling(args)
-    from losa_deploy.cli.stages import warn_of_fallback
+    check_speculate(args)
     from losa_deploy.pipeline import pick_runtime
     from losa_deploy.runtimes.chat import ChatSession
-    from losa_deploy.runtimes.speculation import Counts, speculative
+    from losa_deploy.runtimes.speculation import Counts
     from losa_deploy.text.tokenizer import load_tokenizer
 
     runtime = pick_runtime(args.model, args.runtime)
     tokenizer = load_tokenizer(args.model)
-    session = speculative(runtime.open(args.model, threads=thread_count(args)), args.speculate, Counts())
-    warn_of_fallback(runtime, console)
+    session = open_session(args, runtime, tokenizer, Counts(), console)
     try:
         chat = ChatSession(
             session,

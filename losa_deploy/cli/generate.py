@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
-from losa_deploy.cli.flags import add_threads, positive, thread_count
+from losa_deploy.cli.drafts import add_speculate, check_speculate, open_session
+from losa_deploy.cli.flags import add_threads, positive
 from losa_deploy.console import Console
 from losa_deploy.errors import UsageError
 
@@ -43,17 +44,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add_threads(parser)
 
 
-def add_speculate(parser: argparse.ArgumentParser) -> None:
-    """Whether tokens are drafted."""
-    parser.add_argument(
-        "--speculate",
-        choices=("off", "ngram", "auto"),
-        default="off",
-        metavar="MODE",
-        help="draft what followed the same words before: off (default), ngram, or auto (by measured times)",
-    )
-
-
 def sampling(args: argparse.Namespace, stop_ids: tuple[int, ...] = ()) -> GenerateOptions:
     """The options those flags stand for; `UsageError` for values out of range."""
     from losa_deploy.runtimes.generate import GenerateOptions
@@ -82,10 +72,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.system and not args.chat:
         raise UsageError("--system needs a conversation.", hint="Add --chat.")
     sampling(args)
-    from losa_deploy.cli.stages import warn_of_fallback
+    check_speculate(args)
     from losa_deploy.pipeline import pick_runtime
     from losa_deploy.runtimes.generate import TokenClock, generate, text_of
-    from losa_deploy.runtimes.speculation import Counts, speculative
+    from losa_deploy.runtimes.speculation import Counts
     from losa_deploy.text.tokenizer import load_tokenizer
 
     text = args.prompt if args.prompt is not None else _standard_input()
@@ -98,8 +88,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         prompt = tokenizer.encode(text)
     options = sampling(args, tokenizer.eos_ids)
     counts, clock = Counts(), TokenClock()
-    session = speculative(runtime.open(args.model, threads=thread_count(args)), args.speculate, counts)
-    warn_of_fallback(runtime, console)
+    session = open_session(args, runtime, tokenizer, counts, console)
     start = time.perf_counter()
     pieces: list[str] = []
     try:

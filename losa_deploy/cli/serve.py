@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from losa_deploy.cli.command import Command
+from losa_deploy.cli.drafts import add_speculate, check_speculate, open_drafts, require_rewinding
 from losa_deploy.cli.flags import add_threads, positive, thread_count
-from losa_deploy.cli.generate import add_model_folder, add_speculate
+from losa_deploy.cli.generate import add_model_folder
 from losa_deploy.console import Console
 from losa_deploy.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from losa_deploy.interfaces import Runtime
     from losa_deploy.runtimes.server.engine import Engine
+    from losa_deploy.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "LOSA_API_KEY"
 HOST, PORT, PARALLEL, QUEUE = "127.0.0.1", 8080, 4, 32
@@ -63,7 +65,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     runtime = pick_runtime(args.model, args.runtime)
     with bind(args.host, args.port) as listening:
         tokenizer = load_tokenizer(args.model)
-        engine = _engine(runtime, args, console)
+        engine = _engine(runtime, args, tokenizer, console)
         try:
             name = args.model_name or _name(args.model.absolute())
             model = Model(name, tokenizer, engine, _modified(args.model))
@@ -79,6 +81,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_speculate(args)
     if not 0 <= args.port <= 65535:
         raise UsageError(f"--port is {args.port}, expected 0 to 65535.", hint=f"Default: {PORT}.")
     if args.queue < 0:
@@ -87,7 +90,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--api-key is empty.", hint="Leave it out, or give a key.")
 
 
-def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Engine:
+def _engine(runtime: Runtime, args: argparse.Namespace, tokenizer: Tokenizer, console: Console) -> Engine:
     """Parallel slots where the runtime has them, else one session and a queue."""
     from losa_deploy.cli.stages import warn_of_fallback
     from losa_deploy.runtimes.server.sequential import QueueEngine
@@ -95,25 +98,28 @@ def _engine(runtime: Runtime, args: argparse.Namespace, console: Console) -> Eng
 
     threads = thread_count(args)
     if isinstance(runtime, ParallelRuntime):
+        drafts = open_drafts(args, tokenizer, console)
         slots = runtime.open_slots(
             args.model, threads=threads, slots=args.parallel or PARALLEL, context=args.context
         )
         warn_of_fallback(runtime, console)
-        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn, speculate=args.speculate)
+        return SlotEngine(runtime.name, slots, queue=args.queue, log=console.warn, drafts=drafts)
     if args.parallel is not None and args.parallel > 1:
         raise UsageError(
             f"--parallel is {args.parallel}, but the runtime {runtime.name} answers one request at a time.",
             hint="Leave --parallel out (others wait, see --queue), or serve a GGUF file.",
         )
+    drafts = open_drafts(args, tokenizer, console)
     session = runtime.open(args.model, threads=threads)
     warn_of_fallback(runtime, console)
+    require_rewinding(session, args, runtime)
     return QueueEngine(
         runtime.name,
         session,
         queue=args.queue,
         context=args.context,
         log=console.warn,
-        speculate=args.speculate,
+        drafts=drafts,
     )
 
 

@@ -60,6 +60,19 @@ class GgufVocabulary:
         ends = self._library.llama_vocab_is_eog
         return tuple(token for token in range(len(self)) if ends(self._vocabulary, token))
 
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+        """Tokens as the file has them; None for ids that it only fills up with."""
+        return [self._token(token) for token in ids]
+
+    def _token(self, token: int) -> str | None:
+        if (
+            self._library.llama_vocab_get_attr(self._vocabulary, token)
+            & self._library.LLAMA_TOKEN_ATTR_UNUSED
+        ):
+            return None
+        text: bytes = self._library.llama_vocab_get_text(self._vocabulary, token)
+        return text.decode("utf-8", "replace")
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; the names of special tokens in the text become these tokens, as in transformers."""
         data = text.encode("utf-8")

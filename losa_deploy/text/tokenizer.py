@@ -74,6 +74,14 @@ class Tokenizer:
         """Number of token ids the tokenizer knows, added ones included."""
         return len(self._inner)
 
+    @cached_property
+    def tokens(self) -> tuple[str | None, ...]:
+        """Tokens by id, as the files write them; None for ids without one, which never come last."""
+        found = list(self._inner.convert_ids_to_tokens(list(range(self.size))))
+        while found and found[-1] is None:
+            found.pop()
+        return tuple(found)
+
     @property
     def bos_id(self) -> int | None:
         """The token a text starts with, if the tokenizer has one."""

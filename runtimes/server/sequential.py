@@ -6,7 +6,7 @@ import traceback
 
 from losa_deploy.interfaces import Session
 
-from ..speculation import Mode, speculative
+from ..speculation import Drafts, speculative
 from .engine import Course, EngineFailure, Log, ThreadedEngine
 
 
@@ -14,14 +14,21 @@ class QueueEngine(ThreadedEngine):
     """For runtimes whose session holds a single sequence."""
 
     def __init__(
-        self, name: str, session: Session, *, queue: int, context: int, log: Log, speculate: Mode = "off"
+        self,
+        name: str,
+        session: Session,
+        *,
+        queue: int,
+        context: int,
+        log: Log,
+        drafts: Drafts | None = None,
     ) -> None:
-        """`context` 0: as long as the model allows."""
+        """Takes `session` and `drafts` over; `context` 0: as long as the model allows."""
         limit = min(context or session.context_length, session.context_length or context)
         super().__init__(
             name, slots=1, queue=queue, context_length=limit, vocab_size=session.vocab_size, log=log
         )
-        self._session = speculative(session, speculate, self._counts)
+        self._session = speculative(session, drafts, self._counts)
         self.start()
 
     def _work(self) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..speculation import COSTS, DRAFTS, Drafter, Mode
+from ..speculation import DRAFTS, Drafts, Foresight
 from .engine import Course, EngineFailure, Log, ThreadedEngine, Ticket
 
 CHUNK_BESIDE = 64
@@ -79,7 +79,7 @@ class _Slot:
     """Tokens that the session has to be given before the next one can be chosen."""
     alone: bool = False
     """It was in a pass that failed: until it has passed by itself, it is computed by itself."""
-    drafter: Drafter | None = None
+    drafter: Foresight | None = None
 
     @property
     def ready(self) -> bool:
@@ -100,8 +100,9 @@ class SlotEngine(ThreadedEngine):
     """Continuous batching: requests join and leave between any two passes."""
 
     def __init__(
-        self, name: str, session: BatchSession, *, queue: int, log: Log, speculate: Mode = "off"
+        self, name: str, session: BatchSession, *, queue: int, log: Log, drafts: Drafts | None = None
     ) -> None:
+        """Takes `session` and `drafts` over."""
         super().__init__(
             name,
             slots=session.slots,
@@ -111,7 +112,8 @@ class SlotEngine(ThreadedEngine):
             log=log,
         )
         self._session = session
-        self._costs = COSTS[speculate]() if speculate in COSTS else None
+        self._drafts = drafts
+        self._can_cut = True
         self._places = [_Slot(number) for number in range(session.slots)]
         self.start()
 
@@ -145,7 +147,8 @@ class SlotEngine(ThreadedEngine):
         kept = self._session.cut(slot.number, slot.shared(course.prompt))
         del slot.held[kept:]
         slot.pending = list(course.prompt[kept:])
-        slot.drafter = None if self._costs is None else Drafter(course.prompt, self._costs)
+        if self._drafts is not None and self._can_cut:
+            slot.drafter = self._drafts.begin(course.prompt, self.vocab_size)
         self._count_prompt(len(course.prompt), cached=kept)
 
     def _drop_cancelled(self) -> None:
@@ -202,8 +205,8 @@ class SlotEngine(ThreadedEngine):
             del slot.pending[:1]
         wanted = [row for row in rows if row.wanted]
         if len(wanted) == len(rows) and len({row.slot for row in rows}) == 1:
-            if self._costs is not None:
-                self._costs.record(len(rows), seconds)
+            if self._drafts is not None:
+                self._drafts.costs.record(len(rows), seconds)
             self._choose_among(self._places[rows[0].slot], rows, logits)
             return
         for row, values in zip(wanted, logits, strict=True):
@@ -227,7 +230,7 @@ class SlotEngine(ThreadedEngine):
         """Drop what a slot holds beyond its first `length` tokens; if it cannot, nothing is drafted again."""
         kept = self._session.cut(slot.number, length)
         if kept < length:
-            self._costs = None
+            self._can_cut = False
             slot.drafter = None
             if slot.course is not None:
                 slot.pending = slot.held[kept:length] + slot.pending
@@ -283,4 +286,6 @@ class SlotEngine(ThreadedEngine):
                 self._release(slot)
 
     def _free(self) -> None:
+        if self._drafts is not None:
+            self._drafts.close()
         self._session.close()

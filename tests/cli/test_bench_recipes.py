@@ -214,7 +214,7 @@ def test_flags_and_words_that_say_nothing_here_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("value_type", ["i4", "i3"])
 def test_the_peer_of_our_own_is_dense_and_packed(value_type: str, tiny_llama: Path, tmp_path: Path) -> None:
-    from losa_deploy.benchmarks.real_peers import dense_gguf, make_peer
+    from losa_deploy.benchmarks.gguf_peers import dense_gguf, make_peer
     from losa_deploy.manifest import SourceRecord
     from losa_deploy.sources.checkpoint import Checkpoint
 

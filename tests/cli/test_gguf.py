@@ -204,6 +204,39 @@ def test_bench_beside_the_dense_model_and_its_quantizations(
     assert all(f">{name}</text>" in picture for name in (output.name, *peers))
 
 
+@pytest.mark.slow
+def test_bench_beside_onnx_runtimes_own_quantizations(
+    finished: tuple[Path, Result], tiny_dense_onnx: Path, tmp_path: Path
+) -> None:
+    """And an ONNX folder of the user's own in the same call."""
+    output, _ = finished
+    names = "ort-int4,ort-int2,openvino-q4_0,f16"
+    argv = ["bench", output, tiny_dense_onnx, "--peers", names, "--text-tokens", "400", *IK_LOAD]
+    result = losa(*argv, "--openvino-path", tmp_path, "--keep", tmp_path / "kept", "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    (missing,) = document["not_measured"]
+    assert (
+        missing["name"] == "openvino-q4_0" and "pip install --target DIR openvino-genai" in missing["reason"]
+    )
+    models = {m["name"]: m for m in document["results"]}
+    assert list(models) == [str(output), str(tiny_dense_onnx), "ort-int4", "ort-int2", "f16"]
+    assert [m["runtime"] for m in models.values()] == [
+        "llamacpp",
+        "ort",
+        "ort-stock",
+        "ort-stock",
+        "llamacpp-stock",
+    ]
+    assert all(m["peak_rss_bytes"] > 10e6 and m["decode_tokens_per_second"] > 0 for m in models.values())
+    four, two, half = (models[name] for name in ("ort-int4", "ort-int2", "f16"))
+    assert two["bytes"] < four["bytes"] < models[str(tiny_dense_onnx)]["bytes"]
+    assert four["perplexity"] == pytest.approx(half["perplexity"], rel=0.2)
+    assert two["perplexity"] == pytest.approx(half["perplexity"], rel=0.6)  # of other text than it has learnt
+    assert len({(m["perplexity_tokens"], m["perplexity_window"]) for m in models.values()}) == 1
+    assert not list((tmp_path / "kept").glob("*.partial"))
+
+
 IK_LOAD = ("--prefill-tokens", "32", "--decode-tokens", "4", "--repetitions", "2", *THREADS)
 
 
@@ -239,7 +272,8 @@ def test_a_peer_that_cannot_be_had_leaves_the_others(
     assert [m["name"] for m in document["not_measured"]] == ["ik-q4_0"]
     assert "Not measured:\n\n- ik-q4_0: " in (tmp_path / "out" / "table.md").read_text()
     lines = result.out.splitlines()
-    assert lines[0].split()[:2] == ["model", "runtime"] and " take " in result.out
+    # "For speed take …", "Instead of … take …", or "Take …" where one file is best in everything
+    assert lines[0].split()[:2] == ["model", "runtime"] and "take " in result.out.lower()
     assert lines[-1] == document["verdict"]["lines"][-1]
 
 

@@ -16,11 +16,12 @@ from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
 from losa_deploy.interfaces import Exporter, RewindableSession, Runtime
 from losa_deploy.recipe import ExportRecipe
+from losa_deploy.runtimes.draft_model import DraftModel, require_same_vocabulary
 from losa_deploy.runtimes.generate import GenerateOptions, generate, pick
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 from losa_deploy.runtimes.ort.session import OrtRuntime
 from losa_deploy.runtimes.reference import ReferenceRuntime
-from losa_deploy.runtimes.speculation import Counts, Mode, speculative
+from losa_deploy.runtimes.speculation import Counts, Mode, speculative, text_drafts
 from losa_deploy.text.tokenizer import load_tokenizer
 
 from .conftest import export_as, prune
@@ -162,7 +163,7 @@ def test_texts_are_those_without_drafts(
     counts = Counts()
     prompt = texts[text]
     plain = list(generate(session, prompt, options))
-    drafted = list(generate(speculative(session, mode, counts), prompt, options))
+    drafted = list(generate(speculative(session, text_drafts(mode), counts), prompt, options))
     assert len(plain) == min(LONGEST, 257 - len(prompt))
     differ = [i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b]
     if differ:
@@ -171,6 +172,64 @@ def test_texts_are_those_without_drafts(
         assert near(session, prompt, plain[:place], options, (plain[place], drafted[place]), EPSILON["i4"])
     if mode == "ngram" and text == "repeating":
         assert counts.accepted > 20
+
+
+@pytest.fixture(scope="module", params=["ort-i4", "llamacpp-i4"])
+def second(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[RewindableSession]:
+    """A model that drafts: of either runtime, more compressed than most of those that check."""
+    runtime: Runtime = OrtRuntime() if request.param.startswith("ort") else LlamaCppRuntime()
+    found = runtime.open(folders[request.param], threads=1)
+    assert isinstance(found, RewindableSession)
+    yield found
+    found.close()
+
+
+class Told:
+    """Costs that are known: a further row costs a twentieth of a pass, whatever the machine does."""
+
+    def __call__(self, rows: int) -> float:
+        return 1.0 + 0.05 * (rows - 1)
+
+    def seconds(self, rows: int) -> float | None:
+        return self(rows)
+
+    def record(self, rows: int, seconds: float) -> None: ...
+
+
+class TenTimesFaster(Told):
+    """Costs of a second model."""
+
+    def seconds(self, rows: int) -> float | None:
+        return 0.1 * self(rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GenerateOptions(max_tokens=LONGEST), GenerateOptions(max_tokens=LONGEST, temperature=0.9, seed=2)],
+    ids=["greedy", "sampled"],
+)
+@pytest.mark.parametrize("text", ["ordinary", "random"])
+def test_texts_are_those_without_a_second_model(
+    session: RewindableSession,
+    second: RewindableSession,
+    kind: str,
+    texts: dict[str, list[int]],
+    text: str,
+    options: GenerateOptions,
+) -> None:
+    """Of all pairs of runtimes; a text of f32 is the same, and most drafts of the same model are right."""
+    counts, prompt = Counts(), texts[text]
+    drafts = DraftModel(second, costs=Told(), own_costs=TenTimesFaster())
+    plain = list(generate(session, prompt, options))
+    drafted = list(generate(speculative(session, drafts, counts), prompt, options))
+    differ = [i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b]
+    if differ:
+        assert kind.endswith("i4")
+        place = differ[0]
+        assert near(session, prompt, plain[:place], options, (plain[place], drafted[place]), EPSILON["i4"])
+    assert counts.accepted > 20
+    if text == "ordinary" and options.temperature == 0.0:
+        assert counts.accepted > 0.7 * counts.drafted
 
 
 def near(
@@ -199,7 +258,7 @@ def near(
 
 def test_a_runtime_that_takes_nothing_back_is_left_alone(tiny_llama: Path) -> None:
     session = ReferenceRuntime().open(tiny_llama, threads=1)
-    assert speculative(session, "auto", Counts()) is session
+    assert speculative(session, text_drafts("auto"), Counts()) is session
     session.close()
 
 
@@ -254,3 +313,64 @@ def test_the_flag_drafts_and_changes_no_text(
             assert found["accepted_tokens"] > 0
     assert texts["off"] == texts["ngram"] == texts["auto"]
     assert drafted.get("off", 0) == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_second_model_drafts_on_the_command_line(
+    command: str,
+    folders: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In another runtime than the one that checks."""
+    argv = [command, "-m", str(folders["ort-f32"]), "--threads", "1", "--json", "--max-tokens", "60"]
+    found = []
+    for flags in ([], ["--speculate", "draft", "--draft", str(folders["llamacpp-i4"])]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(REPEATING + "\n"))
+        assert main([*argv, *flags]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    key = "text" if command == "generate" else "messages"
+    assert found[0][key] == found[1][key]
+    if command == "generate":
+        assert found[0]["drafted_tokens"] == 0
+        assert 0 <= found[1]["accepted_tokens"] <= found[1]["drafted_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--speculate", "draft"], "needs a second model"),
+        (["--draft", "LLAMACPP"], "says nothing about --speculate off"),
+        (["--speculate", "ngram", "--draft", "LLAMACPP"], "says nothing about --speculate ngram"),
+        (["--speculate", "draft", "--draft", "MERGED"], "cannot take drafted tokens back"),
+        (
+            ["--speculate", "draft", "--draft", "LLAMACPP", "--runtime", "genai"],
+            "cannot take drafted tokens back",
+        ),
+        (["--speculate", "draft", "--draft", "OTHER"], "has another vocabulary"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str],
+    words: str,
+    folders: dict[str, Path],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text("utf-8").replace("<|user|>", "<|you|>"), "utf-8")
+    places = {"LLAMACPP": folders["llamacpp-i4"], "MERGED": tiny_llama, "OTHER": other}
+    argv = [str(places.get(flag, flag)) for flag in flags]
+    assert main(["generate", "-m", str(folders["ort-f32"]), "Anna", "--threads", "1", *argv]) != 0
+    assert words in capsys.readouterr().err
+
+
+def test_a_gguf_file_alone_has_the_vocabulary_of_its_folder(
+    folders: dict[str, Path], tmp_path: Path, tiny_llama: Path
+) -> None:
+    file = tmp_path / "alone.gguf"
+    shutil.copyfile(next(folders["llamacpp-f32"].glob("*.gguf")), file)
+    require_same_vocabulary(load_tokenizer(tiny_llama), load_tokenizer(file))

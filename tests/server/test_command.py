@@ -83,8 +83,12 @@ def test_a_gguf_file_is_served_in_parallel(gguf_models: dict[bool, Path], packed
         assert figures["p95_seconds"] >= figures["p50_seconds"] > 0
 
 
-def test_the_flag_of_drafts_reaches_the_engine(gguf_models: dict[bool, Path]) -> None:
-    with served(gguf_models[True], "--model-name", "tiny", "--speculate", "ngram") as ready:
+@pytest.mark.parametrize("mode", ["ngram", "draft"])
+def test_the_flag_of_drafts_reaches_the_engine(
+    gguf_models: dict[bool, Path], tiny_dense_onnx: Path, mode: str
+) -> None:
+    flags = ["--speculate", mode, *(["--draft", str(tiny_dense_onnx)] if mode == "draft" else [])]
+    with served(gguf_models[True], "--model-name", "tiny", *flags) as ready:
         assert len(text(ready["url"], "Anna has 2 red apples. " * 4 + "Anna")) > 5
         address = str(ready["url"]).removesuffix("/v1")
         with urllib.request.urlopen(f"{address}/metrics", timeout=20) as answer:

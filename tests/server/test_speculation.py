@@ -11,13 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from losa_deploy.errors import LosaError
+from losa_deploy.runtimes.draft_model import DraftModel
 from losa_deploy.runtimes.generate import GenerateOptions
 from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
 from losa_deploy.runtimes.ort.session import OrtRuntime
 from losa_deploy.runtimes.server.engine import EngineFailure, EngineRequest, EngineToken, FinishReason
 from losa_deploy.runtimes.server.sequential import QueueEngine
 from losa_deploy.runtimes.server.slots import Row, SlotEngine
-from losa_deploy.runtimes.speculation import Mode
+from losa_deploy.runtimes.speculation import Drafts, Mode, text_drafts
 
 from .conftest import Running, running
 
@@ -73,8 +74,10 @@ async def _replies(engine: SlotEngine, requests: Sequence[EngineRequest]) -> lis
     return await asyncio.gather(*(read(request) for request in requests))
 
 
-def replies(session: Cyclic, mode: Mode, requests: Sequence[EngineRequest]) -> tuple[list[Reply], SlotEngine]:
-    engine = SlotEngine("cyclic", session, queue=10, log=lambda text: None, speculate=mode)
+def replies(
+    session: Cyclic, drafts: Drafts | None, requests: Sequence[EngineRequest]
+) -> tuple[list[Reply], SlotEngine]:
+    engine = SlotEngine("cyclic", session, queue=10, log=lambda text: None, drafts=drafts)
     try:
         return asyncio.run(_replies(engine, requests)), engine
     finally:
@@ -99,11 +102,11 @@ def requests() -> list[EngineRequest]:
 @pytest.mark.parametrize("cuts", [True, False])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_replies_are_those_without_drafts(slots: int, cuts: bool, mode: Mode) -> None:
-    plain, _ = replies(Cyclic(slots), "off", requests())
+    plain, _ = replies(Cyclic(slots), None, requests())
     assert [finish for _, finish in plain] == ["length", "length", "length", "stop", "length"]
     assert len(plain[2][0]) == Cyclic.context_length - len(PROMPT) + 1
     session = Cyclic(slots, cuts=cuts)
-    found, engine = replies(session, mode, requests())
+    found, engine = replies(session, text_drafts(mode), requests())
     assert found == plain
     stats = engine.stats()
     assert stats.generated_tokens == sum(len(tokens) for tokens, _ in plain)
@@ -116,11 +119,11 @@ def test_replies_are_those_without_drafts(slots: int, cuts: bool, mode: Mode) ->
 def test_a_slot_is_reused_after_a_draft_that_went_too_far() -> None:
     """What was drafted beyond the end of a reply is not held against the next prompt."""
     first = EngineRequest((*range(50), 7), GenerateOptions(max_tokens=61))
-    plain, _ = replies(Cyclic(1), "off", [first])
+    plain, _ = replies(Cyclic(1), None, [first])
     longer = EngineRequest((*first.prompt, *(t.id for t in plain[0][0]), 9), GenerateOptions(max_tokens=5))
-    expected, _ = replies(Cyclic(1), "off", [longer])
+    expected, _ = replies(Cyclic(1), None, [longer])
     session = Cyclic(1)
-    engine = SlotEngine("cyclic", session, queue=10, log=lambda text: None, speculate="ngram")
+    engine = SlotEngine("cyclic", session, queue=10, log=lambda text: None, drafts=text_drafts("ngram"))
     try:
         assert asyncio.run(_replies(engine, [first])) == plain
         assert asyncio.run(_replies(engine, [longer])) == expected
@@ -133,18 +136,87 @@ def test_a_slot_is_reused_after_a_draft_that_went_too_far() -> None:
 def test_a_pass_with_a_draft_that_fails_ends_its_request_only() -> None:
     session = Cyclic(2)
     request = EngineRequest(PROMPT, GenerateOptions(max_tokens=100))
-    expected, _ = replies(Cyclic(2), "off", [request])
-    replies(session, "ngram", [request])
+    expected, _ = replies(Cyclic(2), None, [request])
+    replies(session, text_drafts("ngram"), [request])
     drafted = next(i for i, rows in enumerate(session.passes) if len(rows) == 8 and rows[-1].wanted)
     failing = Cyclic(2)
     failing.fail_at = drafted + 1
-    engine = SlotEngine("cyclic", failing, queue=10, log=lambda text: None, speculate="ngram")
+    engine = SlotEngine("cyclic", failing, queue=10, log=lambda text: None, drafts=text_drafts("ngram"))
     try:
         with pytest.raises(EngineFailure):
             asyncio.run(_replies(engine, [request]))
         assert asyncio.run(_replies(engine, [request])) == expected
     finally:
         engine.close()
+
+
+class Second:
+    """A session that says what `Cyclic` says, but for one token in four."""
+
+    vocab_size = VOCAB
+    context_length = 0
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+        self.closed = False
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return np.stack([self._after(token) for token in tokens])
+
+    def prefill(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self.held = list(tokens)
+        return self._after(tokens[-1])
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        return self.extend((token,))[0]
+
+    def extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self.held += tokens
+        return self.logits(tokens)
+
+    def rewind(self, length: int) -> bool:
+        del self.held[length:]
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+    @staticmethod
+    def _after(token: int) -> NDArray[np.float32]:
+        logits = logits_after(token)
+        return np.roll(logits, 1) if token % 4 == 0 else logits
+
+
+class Told:
+    """Costs that are known: a further row takes a twentieth of a pass, as does a pass of a second model."""
+
+    def __call__(self, rows: int) -> float:
+        return 0.95 + 0.05 * rows
+
+    def seconds(self, rows: int) -> float | None:
+        return self(rows)
+
+    def record(self, rows: int, seconds: float) -> None: ...
+
+
+class Cheap(Told):
+    def __call__(self, rows: int) -> float:
+        return 0.05
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_replies_are_those_without_a_second_model(slots: int, cuts: bool) -> None:
+    plain, _ = replies(Cyclic(slots), None, requests())
+    second = Second()
+    drafts = DraftModel(second, costs=Told(), own_costs=Cheap())
+    found, engine = replies(Cyclic(slots, cuts=cuts), drafts, requests())
+    assert found == plain
+    assert second.closed
+    stats = engine.stats()
+    assert stats.accepted_tokens <= stats.drafted_tokens
+    if cuts:
+        assert stats.accepted_tokens > 50
 
 
 @pytest.fixture(scope="module", params=["ort", "llamacpp"])
@@ -156,9 +228,9 @@ def servers(
     def engine(mode: Mode) -> QueueEngine | SlotEngine:
         if request.param == "ort":
             session = OrtRuntime().open(tiny_dense_onnx, threads=1)
-            return QueueEngine("ort", session, queue=8, context=0, log=print, speculate=mode)
+            return QueueEngine("ort", session, queue=8, context=0, log=print, drafts=text_drafts(mode))
         slots = LlamaCppRuntime().open_slots(gguf_models[True], threads=1, slots=2, context=0)
-        return SlotEngine("llamacpp", slots, queue=8, log=print, speculate=mode)
+        return SlotEngine("llamacpp", slots, queue=8, log=print, drafts=text_drafts(mode))
 
     with running(engine("off"), tiny_llama) as off, running(engine("ngram"), tiny_llama) as ngram:
         yield {"off": off, "ngram": ngram}

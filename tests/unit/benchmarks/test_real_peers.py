@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from losa_deploy.benchmarks.real_peers import all_real_peers, dense_file, peer_runtime, real_peers
+from losa_deploy.benchmarks.gguf_peers import real_peers
+from losa_deploy.benchmarks.real_peers import all_real_peers, dense_file, peer_runtime
 from losa_deploy.cli.main import main
 from losa_deploy.errors import InputError
 
@@ -19,7 +20,7 @@ def test_artifacts_that_hold_no_file_for_it_are_refused(
         folder.mkdir()
     (good / "model.gguf").write_bytes(b"GGUF")
     assert peer_runtime([good]).supports(good)
-    with pytest.raises(InputError, match="other holds no GGUF file"):
+    with pytest.raises(InputError, match="other holds no GGUF file and no ONNX model"):
         peer_runtime([good, other])
     assert main(["bench", str(other), "--peers", "q4_0"]) == 3
     assert "Leave --peers out, or export with --format gguf" in capsys.readouterr().err
@@ -38,8 +39,8 @@ def test_peers_are_made_of_the_dense_file_of_the_work_folder_or_of_the_baseline(
     assert dense_file(work, given) == dense_file(work, tmp_path) == given
 
 
-def test_peers_of_another_package_come_last() -> None:
-    assert all_real_peers()[: len(real_peers())] == real_peers()
-    assert {name for name in all_real_peers() if name.startswith("ik-")} == {*all_real_peers()} - {
-        *real_peers()
-    }
+def test_peers_of_other_runtimes_come_last() -> None:
+    names = all_real_peers()
+    assert names[: len(real_peers())] == real_peers() and len(set(names)) == len(names)
+    others = {name.split("-")[0] for name in names[len(real_peers()) :]}
+    assert others == {"ort", "openvino", "ik"}

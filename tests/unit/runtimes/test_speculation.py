@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from losa_deploy.interfaces import RewindableSession
 from losa_deploy.runtimes.generate import GenerateOptions, generate
+from losa_deploy.runtimes.pass_costs import STALE, AssumedCosts, MeasuredCosts
 from losa_deploy.runtimes.speculation import (
-    STALE,
-    AssumedCosts,
     Counts,
     Drafter,
-    MeasuredCosts,
     Mode,
     SpeculativeSession,
+    TextDrafts,
     speculative,
+    text_drafts,
 )
 
 VOCAB = 40
@@ -108,7 +108,7 @@ def test_tokens_are_those_without_drafts(
     assert len(expected) == (80 if context else 150)
     inner, counts = Exact(repeats=repeats, context_length=context, rewinds=rewinds), Counts()
     costs = {"ngram": AssumedCosts, "auto": MeasuredCosts, "free": Free}[mode]()
-    session = SpeculativeSession(inner, costs, counts)
+    session = SpeculativeSession(inner, TextDrafts(costs), counts)
     assert list(generate(session, PROMPT, options)) == expected
     assert counts.accepted <= counts.drafted
     assert inner.rows == inner.passes + counts.drafted
@@ -124,7 +124,7 @@ def test_the_same_passes_in_every_run(repeats: bool) -> None:
 
     def passes() -> tuple[int, int]:
         inner = Exact(repeats=repeats)
-        list(generate(speculative(inner, "ngram", Counts()), PROMPT, SAMPLED))
+        list(generate(speculative(inner, text_drafts("ngram"), Counts()), PROMPT, SAMPLED))
         return inner.passes, inner.rows
 
     assert passes() == passes()
@@ -132,7 +132,7 @@ def test_the_same_passes_in_every_run(repeats: bool) -> None:
 
 def test_a_text_without_repetition_is_left_alone() -> None:
     inner, counts = Exact(repeats=False), Counts()
-    list(generate(speculative(inner, "ngram", counts), PROMPT, SAMPLED))
+    list(generate(speculative(inner, text_drafts("ngram"), counts), PROMPT, SAMPLED))
     assert counts.drafted < 15 < inner.passes
 
 
@@ -140,8 +140,8 @@ def test_a_text_without_repetition_is_left_alone() -> None:
 def test_who_is_sped_up(mode: Mode) -> None:
     plain, inner = Plain(), Exact(repeats=True)
     assert not isinstance(plain, RewindableSession) and isinstance(inner, RewindableSession)
-    assert speculative(plain, mode, Counts()) is plain
-    assert (speculative(inner, mode, Counts()) is inner) == (mode == "off")
+    assert speculative(plain, text_drafts(mode), Counts()) is plain
+    assert (speculative(inner, text_drafts(mode), Counts()) is inner) == (mode == "off")
 
 
 def test_the_longest_match_goes_on_and_repeats_itself() -> None:
