@@ -37,7 +37,7 @@ class Weight:
 
 
 def large_weights(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors that nearly all bytes of a model are in: block linears, embedding, a head that is not tied."""
+    """The tensors with nearly all bytes of a model: block linears, embedding, a head that is not tied."""
     family = checkpoint.family
     ends = [family.embedding] if checkpoint.tied else [family.embedding, family.head]
     return frozenset(f"{module}.weight" for module in (*checkpoint.linears, *ends))
