@@ -152,8 +152,6 @@ class Exporter(Protocol):
     """The runtime that its artifacts are made for, by its name."""
     suffixes: tuple[str, ...] = ()
     """How the names of its weight files end: a folder may hold none that `losa.json` does not list."""
-    building_bytes: float = 0.0
-    """Per parameter, what `export` has in memory at once; 0 if one tensor at a time."""
 
     @abstractmethod
     def estimate(

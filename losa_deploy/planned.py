@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 from losa_deploy.errors import InputError, LosaError
 from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, PlannedTensor
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
+
+LINEAR_BYTES, TABLE_BYTES = 20, 12
+"""Per weight of a linear, and of an embedding or head, what is in memory while it is packed or checked."""
+
+
+def packing_bytes(linears: Iterable[tuple[int, int]], tables: Iterable[tuple[int, int]]) -> int:
+    """Memory that packing tensors of these shapes (out, in) takes, one at a time."""
+    sizes = (
+        *(LINEAR_BYTES * prod(shape) for shape in linears),
+        *(TABLE_BYTES * prod(shape) for shape in tables),
+    )
+    return max(sizes, default=0)
 
 
 def export_planned(

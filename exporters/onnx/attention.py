@@ -51,12 +51,16 @@ def rope_kind(checkpoint: Checkpoint) -> str:
 
 
 def write_plain_model(checkpoint: Checkpoint, folder: Path) -> None:
-    """The model for the builder: its files, and a `config.json` that says nothing of attention."""
+    """The model for the builder: its files, and a `config.json` that says nothing of attention.
+
+    It does say whether the head is the embedding, which the builder does not find out.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = model_config(checkpoint.config)
     kind, blocks = type(config), config.num_hidden_layers
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.tie_word_embeddings = checkpoint.tied
     config.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
     if hasattr(kind, "sliding_window"):
         config.sliding_window = None

@@ -45,7 +45,6 @@ class OnnxExporter(Exporter):
     name = "onnx"
     runtime = "ort"
     suffixes = (".onnx", ".data")
-    building_bytes = 12.0
 
     def estimate(
         self, linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf

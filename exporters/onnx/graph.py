@@ -1,7 +1,8 @@
 """Where the dense f32 graph of a model comes from: one of two graph sources, run in a subprocess.
 
 Both print, warn and draw progress bars as they like; in a process of their own all of that goes to
-`export.log`, and their memory is given back before packing starts.
+`export.log`, and their memory is given back before packing starts. Neither gets the large weights of the
+model, see `stand_ins`; the graph says which tensors of the checkpoint they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from losa_deploy.errors import InputError, MissingError, ResourceError
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .attention import TABLED, rope_kind, set_attention, write_plain_model
+from .weights import Weight, weights_of
 
 LOG_FILE = "export.log"
 MODEL_FILE = "model.onnx"
@@ -42,13 +44,13 @@ class DenseGraph:
 
     model: onnx.ModelProto
     folder: Path
-    weights: Mapping[str, Callable[[], NDArray[np.float32]]] = field(default_factory=dict)
-    """Initializers whose values are not in the folder."""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    """Initializers whose values are not in the folder but a checkpoint's."""
 
     def array(self, tensor: onnx.TensorProto) -> NDArray[np.generic]:
         """The value of an initializer; external data is mapped, not read."""
         if tensor.name in self.weights:
-            return self.weights[tensor.name]()
+            return self.weights[tensor.name].array()
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -71,17 +73,18 @@ def dense_graph(checkpoint: Checkpoint, folder: Path, *, plain: bool = False) ->
         built = not plain and can_build(checkpoint)
         if built:
             write_plain_model(checkpoint, work / "plain")
-            command = _genai_command(work / "plain", work)
+            _require_builder()
+            command = ["build", str(work / "plain"), str(work)]
         else:
             fusable = checkpoint.family.onnx_graph == "transformers"
-            command = ["-m", "losa_deploy.exporters.onnx.trace", str(checkpoint.folder), str(work)]
+            command = ["trace", str(checkpoint.folder), str(work)]
             command += ["plain"] if plain or not fusable else []
         _run(command, folder / LOG_FILE, work)
         model = onnx.load(work / MODEL_FILE, load_external_data=False)
         _rename_ports(model.graph)
         if built:
             set_attention(model.graph, checkpoint)
-        yield DenseGraph(model, work)
+        yield DenseGraph(model, work, weights_of(model.graph.initializer, checkpoint))
 
 
 def can_build(checkpoint: Checkpoint) -> bool:
@@ -97,29 +100,17 @@ def can_build(checkpoint: Checkpoint) -> bool:
     return checkpoint.family.onnx_graph == "genai" and fits and rope_kind(checkpoint) in TABLED
 
 
-def _genai_command(model: Path, work: Path) -> list[str]:
-    """The builder, with one MatMul per linear."""
+def _require_builder() -> None:
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise MissingError(
             "The ONNX export needs onnxruntime-genai, which is not installed.",
             hint="pip install onnxruntime-genai",
         )
-    builder = ["-m", "onnxruntime_genai.models.builder", "-m", str(model), "-o", str(work)]
-    return [
-        *builder,
-        "-p",
-        "fp32",
-        "-e",
-        "cpu",
-        "-c",
-        str(work / "cache"),
-        "--extra_options",
-        "fuse_qkv=false",
-    ]
 
 
 def _run(command: list[str], log: Path, work: Path) -> None:
-    """Run a graph source, offline, with everything it says appended to `log`."""
+    """Run a module beside this one, offline, with everything it says appended to `log`."""
+    module, *arguments = command
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -130,7 +121,7 @@ def _run(command: list[str], log: Path, work: Path) -> None:
     }
     with log.open("ab") as handle:
         done = subprocess.run(
-            [sys.executable, *command],
+            [sys.executable, "-m", f"losa_deploy.exporters.onnx.{module}", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=subprocess.STDOUT,

@@ -24,13 +24,11 @@ from .lookup import lookup
 from .plan import Job, packing_options, siblings
 from .rewrite import (
     Gating,
-    Site,
     find_embedding,
     find_gating,
     find_head,
     find_linears,
     replace_node,
-    unpack_siblings,
 )
 from .sizes import GATED_WEIGHTS
 from .writer import Writer
@@ -74,18 +72,16 @@ def pack_graph(
     job: Job, tensors: Iterable[PlannedTensor], graph: DenseGraph, writer: Writer, progress: Progress
 ) -> Packing:
     """Rewrite the graph in place, each of `tensors` as planned; packed arrays go to the writer when made."""
-    packing = Packing(graph, writer)
-    unpack_siblings(graph)
-    checkpoint = job.checkpoint
+    packing, checkpoint = Packing(graph, writer), job.checkpoint
     linears, planned = checkpoint.linears, {tensor.name: tensor for tensor in tensors}
-    sites = find_linears(graph, linears, lambda name: checkpoint.array(f"{name}.weight"))
+    nodes = find_linears(graph, linears)
     done = 0
     for group in siblings(checkpoint):
         stored: list[Stored] = []
         for name in group:
             progress(done, len(linears) + 1, f"packing {name}")
             packed = _packed(job, planned[name])
-            stored.append(Stored(name, sites[name], packed))
+            stored.append(Stored(name, nodes[name], packed))
             packing.linears.append(TensorRecord.of(name, packed, planned[name].reason))
             done += 1
         _place(packing, stored)
@@ -101,7 +97,7 @@ class Stored:
     """A packed linear and where it is applied."""
 
     name: str
-    site: Site
+    node: onnx.NodeProto
     packed: PackedTensor
 
     @property
@@ -129,7 +125,7 @@ def _place(packing: Packing, group: list[Stored]) -> None:
     first = group[0]
     alike = all(
         not stored.is_plain
-        and stored.site.node.input[0] == first.site.node.input[0]
+        and stored.node.input[0] == first.node.input[0]
         and op_type(stored.packed) == op_type(first.packed)
         and attributes(stored.packed) == attributes(first.packed)
         for stored in group
@@ -141,20 +137,20 @@ def _place(packing: Packing, group: list[Stored]) -> None:
     for members in together:
         nodes = [_matmul(packing, members, gating)]
         for stored in members:
-            bias = _bias(stored.site.node)
+            bias = _bias(stored.node)
             if bias:
-                output = stored.site.node.output[0]
+                output = stored.node.output[0]
                 nodes.append(
                     helper.make_node("Add", [_target(stored), bias], [output], name=f"{stored.name}.bias_add")
                 )
         for stored in members[1:]:
-            replace_node(packing.graph, stored.site.node, [])
-        replace_node(packing.graph, members[0].site.node, nodes)
+            replace_node(packing.graph, stored.node, [])
+        replace_node(packing.graph, members[0].node, nodes)
 
 
 def _gating(packing: Packing, group: list[Stored]) -> Gating | None:
     """What the graph does with gate and up, if one node can do it: without biases, and with SiLU."""
-    if len(group) != GATED_WEIGHTS or any(_bias(stored.site.node) for stored in group):
+    if len(group) != GATED_WEIGHTS or any(_bias(stored.node) for stored in group):
         return None
     return find_gating(packing.graph, *(_target(stored) for stored in group))
 
@@ -166,13 +162,13 @@ def _bias(node: onnx.NodeProto) -> str:
 
 def _target(stored: Stored) -> str:
     """Name of the product, before a bias is added."""
-    return f"{stored.name}.product" if _bias(stored.site.node) else stored.site.node.output[0]
+    return f"{stored.name}.product" if _bias(stored.node) else stored.node.output[0]
 
 
 def _matmul(packing: Packing, members: list[Stored], gating: Gating | None) -> onnx.NodeProto:
     """The node for one or several packed tensors, named after the first module."""
     first = members[0]
-    x, outputs = first.site.node.input[0], [_target(stored) for stored in members]
+    x, outputs = first.node.input[0], [_target(stored) for stored in members]
     outputs = [gating.output] if gating else outputs
     if first.is_plain:
         weight = packing.writer.add(f"{first.name}.weight", first.packed.arrays["values"].T)
@@ -211,9 +207,9 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
     for name, (stored_as, shape) in job.other.items():
         tensor, table = planned[name], checkpoint.array(stored_as)
         options = packing_options(job, tensor)
-        gather = find_embedding(packing.graph, table) if name == checkpoint.family.embedding else None
+        gather = find_embedding(packing.graph, stored_as) if name == checkpoint.family.embedding else None
         is_head = checkpoint.tied or name == checkpoint.family.head
-        head = find_head(packing.graph, table) if is_head else None
+        head = find_head(packing.graph, stored_as) if is_head else None
         if (gather is None and name == checkpoint.family.embedding) or (head is None and is_head):
             raise InputError(
                 f"The ONNX graph of this model does not use {stored_as} as expected.",
@@ -229,17 +225,17 @@ def _pack_ends(job: Job, planned: Mapping[str, PlannedTensor], packing: Packing)
         if gather is not None:
             replace_node(packing.graph, gather, lookup(packing.writer, name, packed, stored, gather))
         if head is not None:
-            node, head_name = head.node, checkpoint.family.head
-            by = _packed_node(packing, head_name, packed, [node.input[0], *stored], [node.output[0]])
-            replace_node(packing.graph, node, [by])
+            inputs, outputs = [head.input[0], *stored], [head.output[0]]
+            by = _packed_node(packing, checkpoint.family.head, packed, inputs, outputs)
+            replace_node(packing.graph, head, [by])
 
 
-def _name_nodes(checkpoint: Checkpoint, gather: onnx.NodeProto | None, head: Site | None) -> None:
+def _name_nodes(checkpoint: Checkpoint, gather: onnx.NodeProto | None, head: onnx.NodeProto | None) -> None:
     """f32 ends stay as the graph source wrote them; the nodes get the modules' names."""
     if gather is not None:
         gather.name = checkpoint.family.embedding
     if head is not None:
-        head.node.name = checkpoint.family.head
+        head.name = checkpoint.family.head
 
 
 def _keep_rest(packing: Packing) -> None:

@@ -12,6 +12,7 @@ from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
+from losa_deploy.planned import packing_bytes
 from losa_deploy.recipe import ExportRecipe, ValueType
 from losa_deploy.sources.checkpoint import Checkpoint
 
@@ -20,7 +21,7 @@ from .sizes import file_sizes
 from .writer import DATA_FILE
 
 RUNTIME_BYTES = 700_000_000
-"""Resident size of the graph source's process beside the weights."""
+"""What the process of a graph source takes, and this one before it packs."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,10 @@ def plan(job: Job) -> ExportPlan:
     """Files and bytes: exact for packed tensors, see `sizes` for the rest."""
     tensors = tuple(planned(job))
     graph, data = _file_sizes(job, {tensor.name: tensor for tensor in tensors})
-    dense = sum(4 * int(np.prod(job.checkpoint.shape(name))) for name in job.checkpoint.files)
     files = {MODEL_FILE: graph, DATA_FILE: data}
     for path in sorted(job.checkpoint.folder.glob("*.json")):
         if path.name.startswith(("tokenizer", "config", "generation", "special", "vocab", "added")):
             files[path.name] = path.stat().st_size
-    return ExportPlan("onnx", job.recipe, files, tensors, 3 * dense + RUNTIME_BYTES)
+    tables = [shape for _, shape in job.other.values()]
+    peak = RUNTIME_BYTES + packing_bytes(job.checkpoint.linears.values(), tables)
+    return ExportPlan("onnx", job.recipe, files, tensors, peak)

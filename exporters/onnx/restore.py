@@ -5,18 +5,17 @@ Both models then run the same graph, and building one (half a minute where it mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper
 
 from losa_deploy.layouts.operator_names import DOMAIN, SWIGLU, parse_op_type
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .graph import MODEL_FILE, DenseGraph
+from .weights import Weight
 
 
 def restored_graph(exported: Path, source: Checkpoint) -> DenseGraph:
@@ -32,24 +31,23 @@ def restored_graph(exported: Path, source: Checkpoint) -> DenseGraph:
     tables = [source.family.embedding] + ([] if source.tied else [source.family.head])
     used = {name for node in model.graph.node for name in node.input}
     weights = {
-        f"{module}.weight": _reader(source, module)
+        f"{module}.weight": _weight(source, module)
         for module in (*source.linears, *tables)
         if f"{module}.weight" in used
     }
     others = [tensor for tensor in model.graph.initializer if tensor.name not in weights]
     del model.graph.initializer[:]
     model.graph.initializer.extend(others)
-    for name, read in weights.items():
-        dims, kind = read().shape, onnx.TensorProto.FLOAT
-        model.graph.initializer.append(onnx.TensorProto(name=name, dims=dims, data_type=kind))
+    for name, weight in weights.items():
+        kind = onnx.TensorProto.FLOAT
+        model.graph.initializer.append(onnx.TensorProto(name=name, dims=weight.shape, data_type=kind))
     return DenseGraph(model, exported, weights)
 
 
-def _reader(source: Checkpoint, module: str) -> Callable[[], NDArray[np.float32]]:
-    """Reads a weight as MatMul takes it, [in, out]; a table that is only gathered as it is."""
-    if module == source.family.embedding and not source.tied:
-        return lambda: source.array(f"{module}.weight")
-    return lambda: source.array(f"{module}.weight").T
+def _weight(source: Checkpoint, module: str) -> Weight:
+    """A weight as MatMul takes it, [in, out]; a table that is only gathered as it is."""
+    gathered = module == source.family.embedding and not source.tied
+    return Weight(source, f"{module}.weight", transposed=not gathered)
 
 
 def _plain(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

@@ -1,4 +1,4 @@
-"""Graph source for families that onnxruntime-genai's builder does not know: `transformers.exporters`.
+"""Graph source for models that onnxruntime-genai's builder does not know: `transformers.exporters`.
 
 Run as `python -m losa_deploy.exporters.onnx.trace MODEL_FOLDER OUTPUT_FOLDER [plain]`; writes
 `model.onnx`, its data and a `genai_config.json`. `plain` leaves the fusions for ONNX Runtime out, so
@@ -12,33 +12,54 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.exporters import onnxruntime_fusions
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
+
+from losa_deploy.attention import head_size
+from losa_deploy.pretrained import load_config
+from losa_deploy.sources.checkpoint import Checkpoint
+
+from .stand_ins import hollow_model
+
+PACKING = "_pack_sibling_matmuls"
+"""The fusion that concatenates the weights of linears with one input, which we store one by one."""
 
 
 def trace(folder: Path, target: Path, *, plain: bool) -> None:
     """Export the causal LM in `folder` with a key/value cache of any length, from zero on."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=_traceable(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    model.train(False)
+    checkpoint = Checkpoint.open(folder)
+    hollow = hollow_model(checkpoint, _traceable(folder))
+    _call_once(hollow.model, checkpoint.family.blocks)
+    _leave_out(PACKING)
     settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]
-    exported = exporter.export(model, _sample_inputs(model), config=settings)
-    program = exported.program
-    ir.save(program, target / "model.onnx", external_data="model.onnx.data")
-    config = genai_config(model.config.to_dict(), past_shared=False)
+    exported = exporter.export(hollow.model, _sample_inputs(hollow.model.config), config=settings)
+    hollow.save(exported.program, target)
+    config = genai_config(hollow.model.config.to_dict(), past_shared=False)
     (target / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
+
+
+def _call_once(model: PreTrainedModel, blocks: str) -> None:
+    """Call the model without its blocks, because the first call makes what is a constant in later ones.
+
+    `longrope` makes its second set of frequencies so.
+    """
+    path, _, name = blocks.rpartition(".")
+    decoder = model.get_submodule(path)
+    kept = decoder.get_submodule(name)
+    setattr(decoder, name, torch.nn.ModuleList())
+    with torch.no_grad():
+        decoder(torch.zeros(1, 1, dtype=torch.long))
+    setattr(decoder, name, kept)
+
+
+def _leave_out(fusion: str) -> None:
+    """Remove a step of the fusions for ONNX Runtime, which has no option for that."""
+    steps = onnxruntime_fusions._STEPS
+    onnxruntime_fusions._STEPS = tuple(s for s in steps if getattr(s[0], "__name__", "") != fusion)
 
 
 def _traceable(folder: Path) -> PreTrainedConfig:
@@ -46,25 +67,23 @@ def _traceable(folder: Path) -> PreTrainedConfig:
 
     `dynamic` positions are scaled beyond `max_position_embeddings` only, which no sequence exceeds.
     """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    config = load_config(folder)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
         config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return config
 
 
-def _sample_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | Cache]:
+def _sample_inputs(config: PreTrainedConfig) -> dict[str, torch.Tensor | Cache]:
     """Two sequences of three tokens after a past of four, so that no dimension looks like a constant."""
-    ids = torch.arange(8, dtype=torch.long).reshape(2, 4)
     # Without a configuration the cache keeps all tokens in every block, also those outside a window:
     # the runtimes' caches do, and the graph masks them. One that drops them counts them in Python.
     past = DynamicCache()
-    with torch.no_grad():
-        model(ids, past_key_values=past)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for block in range(config.num_hidden_layers):
+        past.update(*torch.zeros(2, 2, heads, 4, head_size(config)), block)
     return {
-        "input_ids": ids[:, :3].clone(),
+        "input_ids": torch.arange(6, dtype=torch.long).reshape(2, 3),
         "attention_mask": torch.ones(2, 7, dtype=torch.long),
         "past_key_values": past,
     }

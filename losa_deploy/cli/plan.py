@@ -32,6 +32,7 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
     tensors, graph and tokenizer are left out.
     """
     from losa_deploy.interfaces import ExportPlan
+    from losa_deploy.planned import packing_bytes
 
     export = recipe.export
     files = exporter.estimate(linears, others, export, partial(expected_mask, recipe.sparsity))
@@ -41,7 +42,8 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
     judged = 8 * sum(rows * columns for rows, columns in others.values())
     loaded = _loading_bytes(exporter) * parameters
     exact = loaded if recipe.verify.level != "off" and LIBRARY_BYTES + loaded <= memory else 0
-    peak = LIBRARY_BYTES + int(max(compared, judged, exact, exporter.building_bytes * parameters))
+    packed = packing_bytes(linears.values(), others.values())
+    peak = LIBRARY_BYTES + int(max(compared, judged, exact, packed))
     return ExportPlan(exporter.name, export, sizes, next(iter(files.values())), peak)
 
 

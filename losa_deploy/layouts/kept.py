@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.base import Component, PackedTensor, PackOptions, Unpacked
 from losa_deploy.layouts.values import VALUE_TYPES, dequantize, quantize
+
+TOGETHER = 4_000_000
+"""Weights that are rounded or compared at once: both take up to 28 bytes for each."""
 
 
 def kept_codes(
@@ -18,7 +22,27 @@ def kept_codes(
 
     Raises `ValueError` for values that the type cannot hold; pruned ones may be anything.
     """
-    return quantize(np.where(mask, weight, np.float32(0)), options)
+    parts = [
+        quantize(np.where(mask[rows], weight[rows], np.float32(0)), _options_of(options, rows))
+        for rows in row_slices(*weight.shape)
+    ]
+    codes = np.concatenate([codes for codes, _ in parts])
+    meaning = dict(parts[0][1])
+    if "scale" in meaning:
+        meaning["scale"] = np.concatenate([found["scale"] for _, found in parts])
+    return codes, meaning
+
+
+def row_slices(rows: int, columns: int) -> Iterator[slice]:
+    """All rows of a matrix, about `TOGETHER` weights at a time; at least one slice."""
+    step = max(1, TOGETHER // max(1, columns))
+    for start in range(0, max(1, rows), step):
+        yield slice(start, start + step)
+
+
+def _options_of(options: PackOptions, rows: slice) -> PackOptions:
+    """The same for some rows."""
+    return options if options.scales is None else replace(options, scales=options.scales[rows])
 
 
 def packed_as(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.layouts import VALUE_TYPES
+from losa_deploy.layouts.kept import row_slices
 from losa_deploy.manifest import Manifest, TensorRecord, sha256_file
 from losa_deploy.model import SparseModel, WeightGrid
 from losa_deploy.recipe import SparsityRecipe
@@ -183,15 +184,21 @@ def check_decoded(
         trained = grid.values(weight)
         findings += _off_grid(name, decoded, trained)
         return findings, float(np.abs(decoded - trained).max())
-    error = np.abs(decoded - weight)
-    over = ~(error <= VALUE_TYPES[record.value_type].error_bound(weight, size))
-    if over.any():
-        row, column = map(int, np.argwhere(over)[0])
+    wrong, errors, first = 0, [], ""
+    for rows in row_slices(*weight.shape):
+        error = np.abs(decoded[rows] - weight[rows])
+        over = ~(error <= VALUE_TYPES[record.value_type].error_bound(weight[rows], size))
+        if over.any() and not wrong:
+            row, column = map(int, np.argwhere(over)[0])
+            row += rows.start
+            first = f"[{row}, {column}]: {decoded[row, column]:.6g}, expected {weight[row, column]:.6g}"
+        wrong += int(over.sum())
+        errors.append(error.max())
+    if wrong:
         findings.append(
-            f"{name}: found {int(over.sum())} weights further off than {record.value_type} rounds "
-            f"(first at [{row}, {column}]: {decoded[row, column]:.6g}, expected {weight[row, column]:.6g})"
+            f"{name}: found {wrong} weights further off than {record.value_type} rounds (first at {first})"
         )
-    return findings, float(error.max())
+    return findings, float(np.max(errors))
 
 
 def _off_grid(name: str, decoded: NDArray[np.float32], trained: NDArray[np.float32]) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_llama_equals_torch_on_the_decoded_weights(
         }
     )
     job = Job(merged_llama.checkpoint, recipe, masks.__getitem__ if layout == "nm" else merged_llama.mask)
-    graph = DenseGraph(copy.deepcopy(llama_graph.model), llama_graph.folder)
+    graph = replace(llama_graph, model=copy.deepcopy(llama_graph.model))
     packing = write_graph(job, planned(job), graph, tmp_path, {}, no_progress)
     assert {record.layout for record in packing.linears} == {layout}
     weights = {name: w for name, w in decode(tmp_path).items() if name in merged_llama.linears}
@@ -154,7 +155,7 @@ def test_gate_and_up_are_one_node_that_gates(
 ) -> None:
     recipe = ExportRecipe(layout="bitmask", value_type="i8")
     job = Job(merged_llama.checkpoint, recipe, merged_llama.mask)
-    graph = DenseGraph(copy.deepcopy(llama_graph.model), llama_graph.folder)
+    graph = replace(llama_graph, model=copy.deepcopy(llama_graph.model))
     write_graph(job, planned(job), graph, tmp_path, {}, no_progress)
     found = operators(tmp_path)
     assert found["BitmaskMatMulI8x2SwiGLU"] == found["BitmaskMatMulI8x3"] == 2
@@ -180,7 +181,7 @@ def test_other_gates_stay_in_the_graph(
         model.graph.output.append(onnx.helper.make_tensor_value_info("probe", 1, None))
     else:
         model.graph.output.append(onnx.helper.make_tensor_value_info(gate, 1, None))
-    write_graph(job, planned(job), DenseGraph(model, llama_graph.folder), tmp_path, {}, no_progress)
+    write_graph(job, planned(job), replace(llama_graph, model=model), tmp_path, {}, no_progress)
     found = operators(tmp_path)
     assert found["BitmaskMatMulI8x2"] == found["BitmaskMatMulI8x2SwiGLU"] == 1
     assert found["Sigmoid"] + found["HardSigmoid"] == 1 and found["Mul"] == 2 + 1
@@ -349,7 +350,7 @@ def test_standard_operators_only_and_the_reference_evaluator(
         packed = Job(merged_llama.checkpoint, ExportRecipe(), merged_llama.mask)
         write_graph(packed, planned(packed), graph, tmp_path / "packed", {}, no_progress)
         portable = Job(merged_llama.checkpoint, ExportRecipe(portable=True), merged_llama.mask)
-        plain = DenseGraph(original, graph.folder)
+        plain = replace(graph, model=original)
         write_graph(portable, planned(portable), plain, tmp_path / "portable", {}, no_progress)
     config = json.loads((tmp_path / "packed" / "genai_config.json").read_text())["model"]["decoder"]
     heads, size = config["num_key_value_heads"], config["head_size"]

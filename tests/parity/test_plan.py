@@ -130,7 +130,7 @@ def test_onnx(
     model = model_for(recipe, patterned, mixed)
     plan = OnnxExporter().plan(model, ExportRecipe.model_validate({**recipe, "group_size": 32}))
     kept = graphs[model.folder]
-    graph = DenseGraph(copy.deepcopy(kept.model), kept.folder)
+    graph = replace(kept, model=copy.deepcopy(kept.model))
     job = Job(model.checkpoint, plan.recipe, model.mask, model.grid)
     packing = write_graph(job, plan.tensors, graph, tmp_path, {}, no_progress)
     check(plan, (*packing.linears, *packing.others), layouts)
@@ -144,7 +144,7 @@ def test_portable_onnx(mixed: SparseModel, graphs: Mapping[Path, DenseGraph], tm
     kept = graphs[mixed.folder]
     plan = OnnxExporter().plan(mixed, ExportRecipe(portable=True))
     job = Job(mixed.checkpoint, plan.recipe, mixed.mask, mixed.grid)
-    graph = DenseGraph(copy.deepcopy(kept.model), kept.folder)
+    graph = replace(kept, model=copy.deepcopy(kept.model))
     packing = write_graph(job, plan.tensors, graph, tmp_path, {}, no_progress)
     check(plan, (*packing.linears, *packing.others), {"dense"})
     assert {tensor.value_type for tensor in plan.tensors} == {"f32"}

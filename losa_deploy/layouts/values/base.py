@@ -72,7 +72,9 @@ class ValueType(ABC):
     ) -> tuple[NDArray[np.generic], dict[str, Component]]:
         """Finite weight [out, in] → one code per position [out, in], and what gives codes their meaning.
 
-        Zero weights get code 0. Raises `ValueError` for values that the type cannot hold.
+        Of that `scale` is by row, and everything else the same for all rows: some rows of a weight get what
+        they get as a part of it. Zero weights get code 0. Raises `ValueError` for values that the type
+        cannot hold.
         """
 
     @abstractmethod
