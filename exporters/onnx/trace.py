@@ -19,7 +19,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from losa_deploy.attention import head_size
-from losa_deploy.pretrained import load_config
+from losa_deploy.pretrained import cache_argument, load_config
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .stand_ins import hollow_model
@@ -36,7 +36,7 @@ def trace(folder: Path, target: Path, *, plain: bool) -> None:
     _leave_out(PACKING)
     settings = OnnxConfig(dynamic=True, ort_fusions=None if plain else "cpu")
     exporter = OnnxExporter()  # type: ignore[no-untyped-call]
-    exported = exporter.export(hollow.model, _sample_inputs(hollow.model.config), config=settings)
+    exported = exporter.export(hollow.model, _sample_inputs(hollow.model), config=settings)
     hollow.save(exported.program, target)
     config = genai_config(hollow.model.config.to_dict(), past_shared=False)
     (target / "genai_config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
@@ -74,18 +74,18 @@ def _traceable(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _sample_inputs(config: PreTrainedConfig) -> dict[str, torch.Tensor | Cache]:
+def _sample_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor | Cache]:
     """Two sequences of three tokens after a past of four, so that no dimension looks like a constant."""
     # Without a configuration the cache keeps all tokens in every block, also those outside a window:
     # the runtimes' caches do, and the graph masks them. One that drops them counts them in Python.
-    past = DynamicCache()
+    past, config = DynamicCache(), model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     for block in range(config.num_hidden_layers):
         past.update(*torch.zeros(2, 2, heads, 4, head_size(config)), block)
     return {
         "input_ids": torch.arange(6, dtype=torch.long).reshape(2, 3),
         "attention_mask": torch.ones(2, 7, dtype=torch.long),
-        "past_key_values": past,
+        cache_argument(model): past,
     }
 
 
