@@ -10,24 +10,27 @@ namespace {
 // Rows that are read as such pairs: all of this kind but those of i8, whose codes fill bytes.
 inline bool are_nibbles(const losa_parts &p) { return in_pairs(p) && is_grouped(p); }
 
-inline void unpack_pair_run(const uint8_t *planes, uint8_t *codes) {
-  __m256i found[2];
-  fetch_ahead(planes);
-  split_nibbles(planes, found);
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes), found[0]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + 32), found[1]);
+// Blocks of planes of a pair of i3, each 64 bytes. By itself: what it needs takes no registers from loops over
+// blocks.
+__attribute__((noinline)) inline void unpack_pairs(const uint8_t *planes, size_t count, uint8_t *codes) {
+  for (; count != 0; --count, planes += kPlaneBytes, codes += kBlock) {
+    __m256i found[2];
+    fetch_ahead(planes);
+    split_nibbles(planes, found);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes), found[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(codes + 32), found[1]);
+  }
 }
 
-// By itself: what it needs takes no registers from loops over blocks.
-__attribute__((noinline)) inline void unpack_pair(const uint8_t *planes, size_t bytes, uint8_t *codes) {
-  ShortPair last;
+// The same of the first `count` blocks, and of the short one at the end of a pair of so many bytes.
+__attribute__((noinline)) inline void begin_pair(const uint8_t *planes, size_t bytes, size_t count,
+                                                 uint8_t *codes) {
   const size_t whole = bytes / kPlaneBytes, rest = bytes % kPlaneBytes;
+  ShortPair last;
   if (rest != 0) {
     last.start(planes + whole * kPlaneBytes, quarter_of(rest));
   }
-  for (size_t i = 0; i < whole; ++i) {
-    unpack_pair_run(planes + i * kPlaneBytes, codes + i * kBlock);
-  }
+  unpack_pairs(planes, count, codes);
   if (rest != 0) {
     last.finish(codes + whole * kBlock);
   }
@@ -38,22 +41,40 @@ template <bool I4>
 class PairOfRows {
  public:
   PairOfRows(const Matrix &m, size_t row)
-      : mask_(m.position_row(row)), at_(I4 ? m.values + m.start(row, true) : m.room) {
+      : mask_(m.position_row(row)), at_(I4 ? m.values + m.start(row, true) : m.room), room_(m.room) {
     if (!I4) {
-      unpack_pair(m.values + m.start(row, true), m.bytes_of(row, true), m.room);
+      planes_ = m.values + m.start(row, true);
+      const size_t bytes = m.bytes_of(row, true);
+      whole_ = bytes / kPlaneBytes;
+      done_ = whole_ < kFirst ? whole_ : kFirst;
+      begin_pair(planes_, bytes, done_, room_);
+    }
+  }
+
+  // Before the next so many blocks. Codes of i3 are unpacked little by little, so that their bytes arrive
+  // while others are multiplied.
+  void prepare(size_t blocks) {
+    for (size_t i = 0; i < blocks; i += kCacheLine / 8) {
+      fetch_ahead(mask_ + 8 * i);
+    }
+    if (!I4) {
+      const size_t used = static_cast<size_t>(at_ - room_), wanted = used / kBlock + 1 + blocks;
+      if (done_ < whole_ && done_ < wanted) {
+        const size_t until = wanted < whole_ ? wanted : whole_;
+        unpack_pairs(planes_ + done_ * kPlaneBytes, until - done_, room_ + done_ * kBlock);
+        done_ = until;
+      }
     }
   }
 
   // The next block: a byte for each position.
   Block next() {
-    const uint8_t *mask = mask_;
-    mask_ += 8;
-    fetch_ahead(mask);
     if (I4) {
       fetch_ahead(at_);
     }
     unsigned used;
-    const Block found = scatter(mask, at_, &used);
+    const Block found = scatter(mask_, at_, &used);
+    mask_ += 8;
     at_ += used;
     return found;
   }
@@ -68,7 +89,12 @@ class PairOfRows {
   }
 
  private:
+  static constexpr size_t kFirst = 8;
+
   const uint8_t *mask_, *at_;
+  uint8_t *room_;
+  const uint8_t *planes_ = nullptr;
+  size_t whole_ = 0, done_ = 0;  // blocks of planes, and how many of them are unpacked
 };
 
 }  // namespace

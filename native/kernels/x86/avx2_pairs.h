@@ -9,7 +9,7 @@
 namespace losa {
 namespace {
 
-// Sums of the even and of the odd row for each token.
+// Of the even and of the odd row for each token: sums of a group, and of all groups.
 template <size_t Tokens>
 struct PairSums {
   __m256i even[Tokens], odd[Tokens];
@@ -32,50 +32,86 @@ struct PairSums {
   }
 };
 
-// The rows `row` and `other` times `Tokens` tokens; total [2, Tokens].
-template <bool Narrow, size_t Group, bool I4, size_t Tokens>
-inline void dot_pair(const losa_parts &p, const Matrix &m, const Activations *a, size_t row, size_t other,
-                     __m256 total[2][Tokens]) {
-  using Pair = PairOfRows<I4>;
-  constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1, kEight = 8 * Group / kBlock;
-  const RowScales<true> scales[2] = {{p, row, m.groups}, {p, other, m.groups}};
-  const size_t blocks = m.first_positions.blocks, padded = a[0].padded;
-  const int8_t *x = a[0].q;
-  Pair pair(m, row);
-  for (size_t block = 0; block < blocks;) {
-    alignas(32) float factors[2][Tokens][8];
-    const size_t first = block * kBlock / Group, last = blocks - block < kEight ? blocks : block + kEight;
-    for (size_t i = 0; i < 2; ++i) {
-      for (size_t k = 0; k < Tokens; ++k) {
-        scales[i].times(a[k], first, factors[i][k]);
-        if (Narrow) {
-          const size_t count = ((last - block) * kBlock + Group - 1) / Group;
-          total[i][k] = add_biases(a[k], first, count, factors[i][k], total[i][k]);
-        }
-      }
-    }
-    const auto finish = [&](const PairSums<Tokens> &sums, size_t g) {
-      for (size_t k = 0; k < Tokens; ++k) {
-        total[0][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_total<Narrow>(sums.even[k])),
-                                      _mm256_broadcast_ss(factors[0][k] + g), total[0][k]);
-        total[1][k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_total<Narrow>(sums.odd[k])),
-                                      _mm256_broadcast_ss(factors[1][k] + g), total[1][k]);
-      }
-    };
-    for (size_t g = 0; block < last; ++g) {
-      PairSums<Tokens> sums;
-      for (size_t i = 0; i < kEach && block < last; ++i, ++block, x += kBlock) {
-        const Block bytes = pair.next();
-        sums.template add<Narrow, Pair>(bytes.low, m.levels, x, padded);
-        if (Group == kBlock / 2) {
-          finish(sums, g++);
-          sums = PairSums<Tokens>();
-        }
-        sums.template add<Narrow, Pair>(bytes.high, m.levels, x + 32, padded);
-      }
-      finish(sums, g);
+template <size_t Tokens>
+struct PairTotals {
+  __m256 even[Tokens], odd[Tokens];
+
+  PairTotals() {
+    for (size_t k = 0; k < Tokens; ++k) {
+      even[k] = odd[k] = _mm256_setzero_ps();
     }
   }
+
+  // Adds a group; eight scales lie side by side, those of the odd row behind those of the even one.
+  template <bool Narrow>
+  inline __attribute__((always_inline)) void add(const PairSums<Tokens> &sums, const float *scale) {
+    for (size_t k = 0; k < Tokens; ++k, scale += 16) {
+      even[k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_total<Narrow>(sums.even[k])),
+                                _mm256_broadcast_ss(scale), even[k]);
+      odd[k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_total<Narrow>(sums.odd[k])),
+                               _mm256_broadcast_ss(scale + 8), odd[k]);
+    }
+  }
+};
+
+// The rows `row` and `other` times `Tokens` tokens.
+template <bool Narrow, size_t Group, bool I4, size_t Tokens>
+inline __attribute__((always_inline)) PairTotals<Tokens> dot_pair(const losa_parts &p, const Matrix &m,
+                                                                  const Activations *a, size_t row,
+                                                                  size_t other) {
+  using Pair = PairOfRows<I4>;
+  constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1, kEight = 8 * Group / kBlock;
+  const RowScales<true> even(p, row, m.groups), odd(p, other, m.groups);
+  const size_t blocks = m.first_positions.blocks, padded = a[0].padded;
+  const __m256i levels = m.levels;
+  const int8_t *x = a[0].q;
+  PairTotals<Tokens> totals;
+  Pair pair(m, row);
+  const auto add_block = [&](PairSums<Tokens> &sums) {
+    const Block bytes = pair.next();
+    sums.template add<Narrow, Pair>(bytes.low, levels, x, padded);
+    sums.template add<Narrow, Pair>(bytes.high, levels, x + 32, padded);
+    x += kBlock;
+  };
+  for (size_t block = 0; block < blocks; block += kEight) {
+    const size_t here = blocks - block < kEight ? blocks - block : kEight, first = block * kBlock / Group;
+    alignas(32) float scales[Tokens][16];
+    for (size_t k = 0; k < Tokens; ++k) {
+      even.times(a[k], first, scales[k]);
+      odd.times(a[k], first, scales[k] + 8);
+      if (Narrow) {
+        const size_t count = (here * kBlock + Group - 1) / Group;
+        totals.even[k] = add_biases(a[k], first, count, scales[k], totals.even[k]);
+        totals.odd[k] = add_biases(a[k], first, count, scales[k] + 8, totals.odd[k]);
+      }
+    }
+    pair.prepare(here);
+    const float *scale = scales[0];
+    for (size_t left = here; left >= kEach; left -= kEach) {
+      if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
+        const Block bytes = pair.next();
+        PairSums<Tokens> low, high;
+        low.template add<Narrow, Pair>(bytes.low, levels, x, padded);
+        totals.template add<Narrow>(low, scale++);
+        high.template add<Narrow, Pair>(bytes.high, levels, x + 32, padded);
+        totals.template add<Narrow>(high, scale++);
+        x += kBlock;
+      } else {
+        PairSums<Tokens> sums;
+        add_block(sums);
+        if constexpr (kEach == 2) {
+          add_block(sums);
+        }
+        totals.template add<Narrow>(sums, scale++);
+      }
+    }
+    if (here % kEach != 0) {
+      PairSums<Tokens> sums;
+      add_block(sums);
+      totals.template add<Narrow>(sums, scale);
+    }
+  }
+  return totals;
 }
 
 template <bool Narrow, size_t Group, bool I4, size_t Tokens>
@@ -83,15 +119,12 @@ void dot_pairs(const losa_parts &p, const Matrix &m, const Activations *a, size_
                size_t ldy) {
   for (size_t row = begin; row < end; row += 2) {
     const bool alone = row + 1 == end;  // the last row: what its partner would be is not stored
-    __m256 total[2][Tokens];
+    const PairTotals<Tokens> totals =
+        dot_pair<Narrow, Group, I4, Tokens>(p, m, a, row, alone ? row : row + 1);
     for (size_t k = 0; k < Tokens; ++k) {
-      total[0][k] = total[1][k] = _mm256_setzero_ps();
-    }
-    dot_pair<Narrow, Group, I4, Tokens>(p, m, a, row, alone ? row : row + 1, total);
-    for (size_t k = 0; k < Tokens; ++k) {
-      y[k * ldy + row] = sum(total[0][k]);
+      y[k * ldy + row] = sum(totals.even[k]);
       if (!alone) {
-        y[k * ldy + row + 1] = sum(total[1][k]);
+        y[k * ldy + row + 1] = sum(totals.odd[k]);
       }
     }
   }

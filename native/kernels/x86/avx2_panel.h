@@ -68,6 +68,7 @@ void expand_pair(const losa_tensor &t, size_t row, size_t lane, size_t padded, i
   Matrix matrix(t);
   matrix.room = room;
   Pair pair(matrix, row);
+  pair.prepare(matrix.first_positions.blocks);
   const __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8(static_cast<char>(raised));
   for (size_t block = 0; block * kBlock < padded; ++block) {
     const Block bytes = block < matrix.first_positions.blocks ? pair.next() : Block{zero, zero};
