@@ -61,8 +61,7 @@ Choice choose(const Statistics &found, losa_value_type type, const Terms &terms)
                : Choice{LOSA_TILED, {static_cast<unsigned>(tiles.n), static_cast<unsigned>(tiles.m)}};
   }
   if (best.layout == LOSA_BITMASK && found.can_share) {
-    const uint64_t bytes =
-        (found.rows + 1) / 2 * words * 8 + stream_bytes(found.shared * value_bytes(type));
+    const uint64_t bytes = (found.rows + 1) / 2 * words * 8 + stream_bytes(found.shared * value_bytes(type));
     if (bytes < smallest) {
       best.pattern = kSharedMasks;
       smallest = bytes;

@@ -51,8 +51,8 @@ class ShortBlock {
   uint64_t low_[kPadding / kWord], high_[kPadding / kWord];
 };
 
-// The same of a pair of rows that share a mask: bytes with a code of the even row in the low nibble and one of
-// the odd row in the high one. Its planes end with whole bytes.
+// The same of a pair of rows that share a mask: bytes with a code of the even row in the low nibble and one
+// of the odd row in the high one. Its planes end with whole bytes.
 class ShortPair {
   static constexpr size_t kLow = kPadding / 4, kHigh = kPadding / 8, kWord = sizeof(uint64_t);
   static constexpr uint64_t kLower = 0x3333333333333333, kHighest = 0x4444444444444444;
@@ -100,8 +100,8 @@ inline void unpack_pair_block(const uint8_t *planes, uint8_t *codes) {
 }
 
 // The kept codes of one row, or of a pair as bytes, in their order. Unpack is a target's: it makes `Codes` of
-// the planes of a block, of a row 128, and may use the bits 4 to 6 of a byte for itself. `Blocks` are unpacked
-// at a time.
+// the planes of a block, of a row 128, and may use the bits 4 to 6 of a byte for itself. `Blocks` are
+// unpacked at a time.
 template <void (*Unpack)(const uint8_t *planes, uint8_t *codes), size_t Blocks, typename Last = ShortBlock,
           size_t Codes = kPadding>
 class KeptCodes {

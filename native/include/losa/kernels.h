@@ -58,7 +58,7 @@ typedef struct {
   uint8_t layout, value_type, scale_type;
   // LOSA_NM; n and m also LOSA_TILED; n of LOSA_BITMASK: 2 where pairs of rows share a mask; else 0.
   uint8_t n, m, position_bits;
-  uint16_t group_size;          // LOSA_I4 and LOSA_I3: 32, 64 or 128 positions, else 0
+  uint16_t group_size;  // LOSA_I4 and LOSA_I3: 32, 64 or 128 positions, else 0
   losa_bytes positions, values, scale, table;
 } losa_parts;
 

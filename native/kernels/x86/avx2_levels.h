@@ -217,10 +217,38 @@ inline void repeated_matvec(const losa_tensor &t, const Activations &a, size_t b
   }
 }
 
+// Pairs of rows times a few tokens: placed once for all of them.
+inline void few_times_pairs(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                            size_t ldy, void *scratch) {
+  Matrix matrix(t);
+  matrix.room = static_cast<uint8_t *>(scratch);
+  const bool narrow = is_narrow(t.parts);
+  if (narrow) {
+    matrix.raise(kNarrow);
+  }
+  constexpr size_t kMost = 3;  // more need more registers than there are
+  for (size_t token = 0; token < a.tokens;) {
+    const size_t left = a.tokens - token, count = left == kMost + 1 ? 2 : left < kMost ? left : kMost;
+    Activations each[kMost];
+    for (size_t k = 0; k < count; ++k) {
+      const size_t group = (token + k) * a.groups;
+      each[k] = {
+          a.q + (token + k) * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
+    }
+    const auto multiply = count == kMost ? multiply_pairs<kMost>
+                          : count == 2   ? multiply_pairs<2>
+                                         : multiply_pairs<1>;
+    multiply(t.parts, matrix, narrow, each, begin, end, y + token * ldy, ldy);
+    token += count;
+  }
+}
+
 inline void panels_or_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                              size_t ldy, void *scratch) {
-  const bool few = a.tokens < kWorthPanels && t.parts.layout == LOSA_DENSE && is_grouped(t.parts);
-  (few ? repeated_matvec : matmul_levels)(t, a, begin, end, y, ldy, scratch);
+  const bool few = a.tokens < kWorthPanels && is_grouped(t.parts);
+  (few && t.parts.layout == LOSA_DENSE ? repeated_matvec
+   : few && are_nibbles(t.parts)       ? few_times_pairs
+                                       : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 }  // namespace

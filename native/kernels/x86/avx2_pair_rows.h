@@ -10,8 +10,8 @@ namespace {
 // Rows that are read as such pairs: all of this kind but those of i8, whose codes fill bytes.
 inline bool are_nibbles(const losa_parts &p) { return in_pairs(p) && is_grouped(p); }
 
-// Blocks of planes of a pair of i3, each 64 bytes. By itself: what it needs takes no registers from loops over
-// blocks.
+// Blocks of planes of a pair of i3, each 64 bytes. By itself: what it needs takes no registers from loops
+// over blocks.
 __attribute__((noinline)) inline void unpack_pairs(const uint8_t *planes, size_t count, uint8_t *codes) {
   for (; count != 0; --count, planes += kPlaneBytes, codes += kBlock) {
     __m256i found[2];

@@ -144,8 +144,8 @@ void multiply_pairs(const losa_parts &p, const Matrix &m, bool narrow, const Act
                     size_t end, float *y, size_t ldy) {
   const bool i4 = p.value_type == LOSA_I4;
   (narrow ? (i4 ? dot_pairs_of<true, true, Tokens> : dot_pairs_of<true, false, Tokens>)
-          : (i4 ? dot_pairs_of<false, true, Tokens> : dot_pairs_of<false, false, Tokens>))(
-      p, m, a, begin, end, y, ldy);
+          : (i4 ? dot_pairs_of<false, true, Tokens> : dot_pairs_of<false, false, Tokens>))(p, m, a, begin,
+                                                                                           end, y, ldy);
 }
 
 }  // namespace

@@ -187,8 +187,8 @@ inline void split_nibbles(const uint8_t *bytes, __m256i codes[2]) {
   codes[1] = pair(_mm256_srli_epi16(low, 2), bits);
 }
 
-// Codes of 128 positions of a dense i3 row, 32 in each. They are indices of a byte shuffle, which looks at the
-// low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
+// Codes of 128 positions of a dense i3 row, 32 in each. They are indices of a byte shuffle, which looks at
+// the low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
 inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
   split_nibbles(bytes, codes);
   codes[2] = _mm256_srli_epi16(codes[0], 4);

@@ -88,7 +88,10 @@ template <typename Row>
 class AfterPairs {
  public:
   AfterPairs(const losa_parts &p, const Matrix512 &m)
-      : m_(m), rows_(p.rows), per_run_(m.runs), position_step_(per_run_.of(2 * m.position_bytes >> m.mask_shift)) {}
+      : m_(m),
+        rows_(p.rows),
+        per_run_(m.runs),
+        position_step_(per_run_.of(2 * m.position_bytes >> m.mask_shift)) {}
 
   struct Pair {
     void next() {

@@ -286,9 +286,7 @@ class SparseRowOfPlanes {
   static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
 
   SparseRowOfPlanes(const Matrix512 &m, size_t row)
-      : m_(m),
-        positions_(m.position_row(row)),
-        kept_(m.values + start(m, row), m.bytes_of(row, false)) {}
+      : m_(m), positions_(m.position_row(row)), kept_(m.values + start(m, row), m.bytes_of(row, false)) {}
 
   template <bool Second, bool Whole>
   __m512i next_scaled(size_t block) {
