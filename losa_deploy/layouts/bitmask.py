@@ -43,7 +43,9 @@ def paired(mask: NDArray[np.bool_]) -> bool:
 
 def share(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A mask [out, in] in which the rows 2 i and 2 i + 1 both keep what either of them keeps."""
-    return mask | np.repeat(np.logical_or.reduceat(mask, np.arange(0, len(mask), PAIR)), PAIR, 0)[: len(mask)]
+    either = mask[::2].copy()
+    either[: len(mask) // PAIR] |= mask[1::2]
+    return np.repeat(either, PAIR, axis=0)[: len(mask)]
 
 
 def pack(weight: NDArray[np.float32], mask: NDArray[np.bool_], options: PackOptions) -> PackedTensor:
