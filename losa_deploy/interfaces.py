@@ -45,6 +45,8 @@ class PlannedTensor:
     reason: str
     pattern: tuple[int, int] | None = None
     """(N, M) of a layout that stores N of every M positions: with it a tensor is packed as planned."""
+    rows_per_mask: int = 1
+    """Of a bitmask: as in `PackOptions`."""
 
     @property
     def bits_per_weight(self) -> float:

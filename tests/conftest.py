@@ -55,6 +55,7 @@ end while the others have nothing to do."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 """What libraries read when they are imported."""
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+PairMask = Callable[[int, int, int], NDArray[np.bool_]]
 """(rows, columns, (N, M) or None, seed) → mask."""
 SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 """(rows, columns, seed) → mask of sliding windows."""
@@ -150,6 +151,19 @@ def cold_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     from losa_deploy.exporters.onnx import graph
 
     monkeypatch.setattr(graph, "subprocess", subprocess)
+
+
+@pytest.fixture(scope="session")
+def pair_mask(random_mask: RandomMask) -> PairMask:
+    """A function that makes masks of which the rows 2 i and 2 i + 1 are equal, of any density.
+
+    The first two rows are empty, the last ones, or one, full.
+    """
+
+    def make(rows: int, columns: int, seed: int) -> NDArray[np.bool_]:
+        return np.repeat(random_mask(-(-rows // 2), columns, None, seed), 2, axis=0)[:rows]
+
+    return make
 
 
 @pytest.fixture(scope="session")

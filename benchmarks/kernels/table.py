@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, bitmask
 from losa_deploy.progress import Progress, no_progress
 
 from ..document import SCHEMA, machine_record
@@ -144,7 +144,10 @@ class KernelTable:
 def default_storages(
     layouts: Sequence[str], value_types: Sequence[str], sparsities: Sequence[float]
 ) -> tuple[Storage, ...]:
-    """Every combination: `layouts` are dense, bitmask (each sparsity), sliding and patterns such as 2:4."""
+    """Every combination: `layouts` are dense, bitmask and pair (each sparsity), sliding and patterns as 2:4.
+
+    `pair` is a bitmask whose rows share their masks in pairs.
+    """
     found: list[Storage] = []
     for layout in layouts:
         for value_type in value_types:
@@ -160,6 +163,9 @@ def _storages_of(layout: str, value_type: str, sparsities: Sequence[float]) -> I
         yield Storage("sliding", value_type, 0.5)
     elif layout == "bitmask":
         yield from (Storage("bitmask", value_type, sparsity) for sparsity in sparsities)
+    elif layout == "pair":
+        if bitmask.can_share(VALUE_TYPES[value_type]):
+            yield from (Storage("bitmask", value_type, sparsity, paired=True) for sparsity in sparsities)
     else:
         n, m = (int(part) for part in layout.split(":"))
         yield Storage(layout_of_pattern((n, m), value_type), value_type, 1 - n / m, (n, m))

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, tiled
+from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor, PackOptions, bitmask, tiled
 from losa_deploy.layouts.base import Component
-from losa_deploy.layouts.blob import scale_type_id
+from losa_deploy.layouts.blob import header_numbers, scale_type_id
 from losa_deploy.layouts.sliding import STRIDE, WINDOW
 from losa_deploy.layouts.steps import TILE
 from losa_deploy.layouts.streams import stream_bytes, used_bytes
@@ -82,7 +82,10 @@ class Storage:
     @property
     def options(self) -> PackOptions:
         pattern = None if self.layout == "tiled" else self.pattern
-        return PackOptions(self.value_type, self.group_size, pattern=pattern)
+        shared = self.paired and self.layout == "bitmask" and bitmask.can_share(VALUE_TYPES[self.value_type])
+        return PackOptions(
+            self.value_type, self.group_size, pattern=pattern, rows_per_mask=bitmask.PAIR if shared else 1
+        )
 
 
 def layout_of_pattern(pattern: tuple[int, int] | None, value_type: str) -> str:
@@ -195,18 +198,19 @@ def sliding_mask(
 def repeat_rows(packed: PackedTensor, mask: NDArray[np.bool_], times: int) -> PackedTensor:
     """What packing `times` copies of the rows below each other gives; `mask` is the one of `packed`.
 
-    An odd number of rows can be repeated in every value type but i4.
+    An odd number of rows can be repeated in every value type but i4, unless rows share masks.
     """
     if times == 1:
         return packed
-    if packed.value_type == "i4" and packed.shape[0] % 2 and packed.layout != "dense":
-        raise ValueError("i4 stores pairs of rows, so only an even number of rows can be repeated")
+    shared = packed.params.get("rows_per_mask", 1)
+    if packed.shape[0] % 2 and packed.layout != "dense" and (packed.value_type == "i4" or shared > 1):
+        raise ValueError("rows are stored in pairs, so only an even number of rows can be repeated")
     arrays: dict[str, Component] = {}
     for name, array in packed.arrays.items():
         if name == "table":
             arrays[name] = array
         elif name == "values" and packed.layout in ("bitmask", "nm"):
-            arrays[name] = _repeat_stream(array, _counts(packed, mask), packed.value_type, times)
+            arrays[name] = _repeat_stream(packed, _counts(packed, mask), times)
         else:
             arrays[name] = np.tile(array, (times,) + (1,) * (array.ndim - 1))
     shape = (packed.shape[0] * times, packed.shape[1])
@@ -215,7 +219,8 @@ def repeat_rows(packed: PackedTensor, mask: NDArray[np.bool_], times: int) -> Pa
 
 def native_description(packed: PackedTensor) -> dict[str, int | NDArray[np.uint8]]:
     """What `losa_deploy._native.MatmulTimer` takes: parameters, and the bytes of each component."""
-    numbers = {key: packed.params.get(key, 0) for key in ("n", "m", "position_bits", "group_size")}
+    keys = ("n", "m", "position_bits", "group_size")
+    numbers = dict(zip(keys, header_numbers(packed.params), strict=True))
     return {
         "rows": packed.shape[0],
         "columns": packed.shape[1],
@@ -241,11 +246,12 @@ def _counts(packed: PackedTensor, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     return counts
 
 
-def _repeat_stream(values: Component, counts: NDArray[np.int64], value_type: str, times: int) -> Component:
+def _repeat_stream(packed: PackedTensor, counts: NDArray[np.int64], times: int) -> Component:
     """The stream without its padding, `times` times, and padded again."""
-    kind = VALUE_TYPES[value_type]
-    used = used_bytes(counts, kind) // values.itemsize
-    length = stream_bytes(np.tile(counts, times), kind) // values.itemsize
+    values, kind = packed.arrays["values"], VALUE_TYPES[packed.value_type]
+    paired = packed.params.get("rows_per_mask", 1) > 1
+    used = used_bytes(counts, kind, paired=paired) // values.itemsize
+    length = stream_bytes(np.tile(counts, times), kind, paired=paired) // values.itemsize
     repeated = np.zeros(length, values.dtype)
     repeated[: used * times] = np.tile(values[:used], times)
     return repeated

@@ -51,7 +51,15 @@ def linear_tensor(recipe: ExportRecipe, kind: Kind, name: str, mask: NDArray[np.
         return _dense(name, shape, recipe.value_type, kept, "fewer weights than the header of a packed one")
     options = picked.options
     return PlannedTensor(
-        name, shape, picked.layout, options.value_type, kept, picked.bytes, picked.reason, options.pattern
+        name,
+        shape,
+        picked.layout,
+        options.value_type,
+        kept,
+        picked.bytes,
+        picked.reason,
+        options.pattern,
+        options.rows_per_mask,
     )
 
 
@@ -158,7 +166,11 @@ class Job:
         tensor = planned[module]
         if not self._is_packed(tensor):
             return Entry(source, name, shape, tensor.bytes, stock_type(tensor.value_type), tensor)
-        options = replace(pack_options(tensor.value_type, self.recipe.group_size), pattern=tensor.pattern)
+        options = replace(
+            pack_options(tensor.value_type, self.recipe.group_size),
+            pattern=tensor.pattern,
+            rows_per_mask=tensor.rows_per_mask,
+        )
         size = blob_bytes(tensor.layout, self._stored_mask(module), options)
         return Entry(source, f"{PREFIX}{name}", shape, size, I8, tensor, options)
 

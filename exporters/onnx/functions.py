@@ -28,7 +28,7 @@ from losa_deploy.layouts.steps import STEP, TILE
 from losa_deploy.layouts.values import VALUE_TYPES, ValueType
 
 from .body import Body
-from .planes import levels_of_rows
+from .planes import levels_of_pairs, levels_of_rows
 
 VERSION = 1
 OPSET = 20
@@ -143,20 +143,36 @@ def _sum(body: Body, planes: Sequence[str]) -> str:
 
 
 def _decode_bits(body: Body, kind: ValueType, unpadded: bool) -> str:
-    """Mask bits and levels → levels [out, padded in].
+    """Mask bits and levels → levels [out, padded in]."""
+    del unpadded  # rows end with a word of mask bits, whatever they hold
+    return _place(body, kind, body.part("positions"))
+
+
+def _decode_pairs(body: Body, kind: ValueType, unpadded: bool) -> str:
+    """Mask bits of pairs of rows, and levels → levels [out, padded in]; scales tell the number of rows."""
+    del unpadded
+    masks, rows = body.part("positions"), body.size(body.part("scale"), 0)
+    width = body.size(masks, 1)
+    shape = body.op("Concat", body.size(masks, 0), body.ints(2), width, axis=0)
+    twice = body.op("Expand", body.op("Unsqueeze", masks, body.ints(1)), shape)
+    return _place(body, kind, body.head(body.reshape(twice, body.ints(-1), width), rows, 0), paired=True)
+
+
+def _place(body: Body, kind: ValueType, positions: str, *, paired: bool = False) -> str:
+    """Mask bits of every row [out, bytes], and the levels of the stream → levels [out, padded in].
 
     A mask byte's kept values are a run that starts at `first`; it lies within two neighbouring
     blocks of 8 levels. A table indexed by `first % 8` and the byte says which of the 16 levels
     each of the byte's 8 positions takes, or the zero behind them if it is pruned.
     """
-    byte = body.cast(body.part("positions"), I32)
+    byte = body.cast(positions, I32)
     bits = ((np.arange(256)[:, None] >> np.arange(8)) & 1).astype(np.int32)
     kept = body.op("Gather", body.const(bits.sum(axis=1).astype(np.int32)), byte, axis=0)
     if len(kind.planes) > 1:
-        levels, first = _levels_by_row(body, kind, kept)
+        levels, first = _levels_by_row(body, kind, positions, kept, paired=paired)
     elif kind.bits < 8:
         levels = body.op("Transpose", _levels(body, kind), perm=[1, 0])  # of i4: first all low nibbles
-        first = _first_in_streams(body, kept, body.size(levels, 1), 8 // kind.bits)
+        first = _first_in_streams(body, positions, kept, body.size(levels, 1), 8 // kind.bits)
     else:
         levels, flat = _levels(body, kind), body.reshape(kept, body.ints(-1))
         first = body.op("CumSum", flat, body.const(np.array(0, np.int64)), exclusive=1)
@@ -171,13 +187,16 @@ def _decode_bits(body: Body, kind: ValueType, unpadded: bool) -> str:
     column = body.op("Gather", body.const(_columns(bits)), body.op("Add", phase, byte), axis=0)
     run = body.op("Gather", pairs, body.op("Div", first, eight), axis=0)
     found = body.op("GatherElements", run, column, axis=1)
-    return body.reshape(found, body.size(body.part("positions"), 0), body.ints(-1))
+    return body.reshape(found, body.size(positions, 0), body.ints(-1))
 
 
-def _levels_by_row(body: Body, kind: ValueType, kept: str) -> tuple[str, str]:
+def _levels_by_row(
+    body: Body, kind: ValueType, positions: str, kept: str, *, paired: bool
+) -> tuple[str, str]:
     """Bits per mask byte [out, bytes] → levels, flat, and the index of each byte's first one."""
-    one, rows = body.ints(1), body.size(body.part("positions"), 0)
-    levels = levels_of_rows(body, kind, body.cast(body.op("ReduceSum", kept, one, keepdims=1), I64))
+    one, rows = body.ints(1), body.size(positions, 0)
+    counts = body.cast(body.op("ReduceSum", kept, one, keepdims=1), I64)
+    levels = levels_of_pairs(body, kind, counts) if paired else levels_of_rows(body, kind, counts)
     zero, step = body.const(np.array(0, np.int64)), body.const(np.array(1, np.int64))
     starts = body.op("Mul", body.op("Range", zero, body.scalar(rows), step), body.size(levels, 1))
     inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
@@ -186,13 +205,13 @@ def _levels_by_row(body: Body, kind: ValueType, kept: str) -> tuple[str, str]:
     return body.op("Concat", flat, body.zeros(kind.level, body.ints(BLOCK)), axis=0), first
 
 
-def _first_in_streams(body: Body, kept: str, length: str, together: int) -> str:
+def _first_in_streams(body: Body, positions: str, kept: str, length: str, together: int) -> str:
     """Bits per mask byte [out, bytes] → index of each byte's first level.
 
     `together` rows share a stream. Their levels lie apart: first those of all first rows, `length` of them,
     then those of all second rows, and so on.
     """
-    rows, one = body.size(body.part("positions"), 0), body.ints(1)
+    rows, one = body.size(positions, 0), body.ints(1)
     inside = body.op("CumSum", kept, body.const(np.array(1, np.int64)), exclusive=1)
     totals = body.op("ReduceSum", kept, one, keepdims=1)
     missing = body.op("Mod", body.op("Neg", rows), body.ints(together))
@@ -399,6 +418,7 @@ def _spread_scale(body: Body, features: str, dimensions: int) -> str:
 DECODERS: dict[str, Callable[[Body, ValueType, bool], str]] = {
     "Dense": _decode_dense,
     "Bitmask": _decode_bits,
+    "BitmaskPairs": _decode_pairs,
     "NmBits": _decode_bits,
     "NmCodes": _decode_codes,
     "Tiled": _decode_tiled,

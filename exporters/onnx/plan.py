@@ -70,6 +70,7 @@ def linear_tensor(recipe: ExportRecipe, name: str, mask: NDArray[np.bool_]) -> P
         picked.bytes,
         picked.reason,
         picked.options.pattern,
+        picked.options.rows_per_mask,
     )
 
 
@@ -113,7 +114,12 @@ def estimate(
 def packing_options(job: Job, tensor: PlannedTensor) -> PackOptions:
     """How a planned tensor is packed, but for the scales of its grid."""
     chosen = table_options if tensor.name in job.other else linear_options
-    return replace(chosen(job.recipe), value_type=tensor.value_type, pattern=tensor.pattern)
+    return replace(
+        chosen(job.recipe),
+        value_type=tensor.value_type,
+        pattern=tensor.pattern,
+        rows_per_mask=tensor.rows_per_mask,
+    )
 
 
 def siblings(checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:

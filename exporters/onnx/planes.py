@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from losa_deploy.layouts.rows import BLOCK
+from losa_deploy.layouts.streams import FILLED
 from losa_deploy.layouts.values import ValueType
 
 from .body import Body
@@ -20,10 +21,27 @@ from .body import Body
 I32, I64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
-def levels_of_rows(body: Body, kind: ValueType, counts: str) -> str:
+def levels_of_pairs(body: Body, kind: ValueType, counts: str) -> str:
+    """Kept codes per row, equal in a pair, int64 [out, 1] → levels [out, width], as `levels_of_rows`.
+
+    A pair is stored as one row: blocks have 64 codes of the even row, then 64 of the odd one.
+    """
+    rows, half, two = body.size(counts, 0), body.ints(BLOCK // 2), body.ints(2)
+    of_pairs = body.op("Slice", counts, body.ints(0), rows, body.ints(0), two)
+    filled = body.op("Div", body.op("Add", of_pairs, body.ints(FILLED - 1)), body.ints(FILLED))
+    lengths = body.op("Mul", filled, body.ints(2 * FILLED))
+    levels = levels_of_rows(body, kind, lengths, paired=True)
+    pairs, width = body.size(levels, 0), body.op("Div", body.size(levels, 1), two)
+    split = body.reshape(levels, pairs, body.ints(-1), two, half)
+    by_row = body.reshape(body.op("Transpose", split, perm=[0, 2, 1, 3]), body.ints(-1), width)
+    return body.head(by_row, rows, 0)
+
+
+def levels_of_rows(body: Body, kind: ValueType, counts: str, *, paired: bool = False) -> str:
     """Kept codes per row, int64 [out, 1] → levels [out, width], those of a row first in its line.
 
-    `width` is a multiple of 128 and larger than any count. Behind the levels of a row lies anything.
+    `width` is a multiple of 128 and larger than any count. Behind the levels of a row lies anything. Of
+    `paired` ones the second half of the codes of the last block is put at its 64th place.
     """
     count, one, block = body.ints(BLOCK), body.ints(1), body.ints(BLOCK * kind.bits // 8)
     whole, rest = body.op("Div", counts, count), body.op("Mod", counts, count)
@@ -37,7 +55,8 @@ def levels_of_rows(body: Body, kind: ValueType, counts: str) -> str:
     number = _range(body, blocks)
     firsts = body.op("Add", starts, body.op("Mul", number, block))
     codes = _whole_blocks(body, kind, body.op("Unsqueeze", firsts, body.ints(2)))
-    tail = body.op("Unsqueeze", _last_blocks(body, kind, body.op("Add", starts, before), last), one)
+    first = body.op("Add", starts, before)
+    tail = body.op("Unsqueeze", _last_blocks(body, kind, first, last, rest if paired else ""), one)
     is_last = body.op("Unsqueeze", body.op("Equal", number, whole), body.ints(2))
     codes = body.cast(body.op("Where", is_last, tail, codes), I32)
     levels = body.op("Gather", body.part("table"), codes, axis=0)
@@ -69,9 +88,16 @@ def _whole_blocks(body: Body, kind: ValueType, firsts: str) -> str:
     return _joined(body, planes)
 
 
-def _last_blocks(body: Body, kind: ValueType, first: str, sizes: Sequence[str]) -> str:
-    """First byte [out, 1] of the last block of each row, bytes of its planes → codes uint8 [out, 128]."""
+def _last_blocks(body: Body, kind: ValueType, first: str, sizes: Sequence[str], halved: str) -> str:
+    """First byte [out, 1] of the last block of each row, bytes of its planes → codes uint8 [out, 128].
+
+    `halved` is empty, or how many codes the block has, of which each half gets half of the places.
+    """
     number, one = body.const(np.arange(BLOCK, dtype=np.int64)), body.ints(1)
+    if halved:
+        half = body.ints(BLOCK // 2)
+        second = body.op("Mul", body.op("Div", number, half), body.op("Div", halved, body.ints(2)))
+        number = body.op("Add", body.op("Mod", number, half), second)
     planes, low = [], 0
     for bits, size in zip(kind.planes, sizes, strict=True):
         width = body.op("Max", size, one)  # none where a row ends with a whole block

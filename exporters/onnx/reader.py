@@ -94,7 +94,10 @@ def packed_tensors(
         # A tied head reads the embedding's tables; its node has the name of the head.
         linear = node.name if weights == 1 else own[0].rpartition(".")[0]
         components = {name.rpartition(".")[2]: array(name) for name in own}
-        first = components.get("positions", components["values"])
-        rows = first.shape[0] * layout.rows_together
+        # Rows that share a mask have scales of their own.
+        by_row = (
+            "scale" if "rows_per_mask" in params else "positions" if "positions" in components else "values"
+        )
+        rows = components[by_row].shape[0] * layout.rows_together
         shape = (int(rows), attributes["in_features"])
         yield linear, PackedTensor(layout.name, value_type, shape, params, components, shape[0] * shape[1])

@@ -131,7 +131,7 @@ def _add_kernels(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rows", type=positive, metavar="N", help="outputs of the matrix (4096)")
     group.add_argument("--columns", type=positive, metavar="N", help="inputs of the matrix (11008)")
     group.add_argument(
-        "--layouts", metavar="NAMES", help="dense, bitmask, sliding, and N:M patterns, with commas"
+        "--layouts", metavar="NAMES", help="dense, bitmask, pair, sliding, and N:M patterns, with commas"
     )
     group.add_argument("--value-types", metavar="NAMES", help="f32, f16, i8, i4 and i3, with commas")
     group.add_argument("--targets", metavar="NAMES", help="kernels, with commas (all this CPU can run)")

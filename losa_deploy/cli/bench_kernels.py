@@ -16,7 +16,7 @@ from losa_deploy.errors import UsageError
 if TYPE_CHECKING:
     from losa_deploy.benchmarks.kernels.table import KernelPlan, KernelTable
 
-LAYOUTS = ("dense", "bitmask", "sliding", "2:4", "4:8", "2:8", "1:4", "8:16", "6:16", "4:16")
+LAYOUTS = ("dense", "bitmask", "pair", "sliding", "2:4", "4:8", "2:8", "1:4", "8:16", "6:16", "4:16")
 VALUE_TYPES = ("f32", "f16", "i8", "i4", "i3")
 SPARSITIES = (0.5, 0.6, 0.7)
 ROWS, COLUMNS = 4096, 11_008
@@ -61,7 +61,7 @@ def chosen_plan(args: argparse.Namespace) -> KernelPlan:
 
     layouts = split(args.layouts) if args.layouts else list(LAYOUTS)
     for name in layouts:
-        if name not in ("dense", "bitmask", "sliding"):
+        if name not in ("dense", "bitmask", "pair", "sliding"):
             if ":" not in name:
                 pick(name, dict.fromkeys(LAYOUTS), "layout", "--layouts")
             parse_pattern(name)

@@ -48,17 +48,28 @@ def estimate(exporter: Exporter, linears: Shapes, others: Shapes, recipe: Recipe
 
 
 def expected_mask(sparsity: SparsityRecipe, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """A mask [out, in] of the recipe's pattern and rate: the first columns (of each group or window)."""
+    """A mask [out, in] of the recipe's pattern and rate: the first columns (of each group or window).
+
+    Odd rows keep others, the last ones or those behind, unless pairs of rows are to share their masks.
+    """
     import numpy as np
 
     from losa_deploy.structure import window_starts
 
     columns = np.arange(shape[1])
     group, stride = sparsity.group, sparsity.structure.stride
-    kept = columns % group[1] < group[0] if group else columns < round(shape[1] * (1 - sparsity.target))
     if stride:
-        kept = np.isin(columns, np.maximum(window_starts(shape[1], stride), 0))
-    return np.ascontiguousarray(np.broadcast_to(kept, shape))
+        starts = np.array(window_starts(shape[1], stride))
+        even, odd = np.isin(columns, np.maximum(starts, 0)), np.isin(columns, starts + 1)
+    elif group:
+        even, odd = columns % group[1] < group[0], columns % group[1] >= group[1] - group[0]
+    else:
+        kept = round(shape[1] * (1 - sparsity.target))
+        even, odd = columns < kept, columns >= shape[1] - kept
+    mask = np.ascontiguousarray(np.broadcast_to(even, shape))
+    if not sparsity.structure.paired:
+        mask[1::2] = odd
+    return mask
 
 
 def _loading_bytes(exporter: Exporter) -> float:

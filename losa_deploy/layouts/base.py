@@ -40,6 +40,8 @@ class PackOptions:
     """Grouped types without `scales`: the best of some scales up to that of the largest weight, by error."""
     pattern: tuple[int, int] | None = None
     """(N, M) for the layouts nm and tiled: N kept of every M positions along the input dimension."""
+    rows_per_mask: int = 1
+    """2 for the layout bitmask: rows 2 i and 2 i + 1 have one mask, which is stored once."""
 
 
 @dataclass(frozen=True)

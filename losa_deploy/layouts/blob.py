@@ -30,7 +30,8 @@ MAGIC = b"LOSA"
 HEADER_BYTES = 128
 ALIGNMENT = 64
 FIXED = struct.Struct("<4sHHBBBBBBHIIQ")
-"""Magic, version, header bytes, layout, value and scale type, n, m, position bits, groups, shape, kept."""
+"""Magic, version, header bytes, layout, value and scale type, n or rows per mask, m, position bits, groups,
+shape, kept."""
 MOST = 1 << 30
 """Rows, and columns."""
 
@@ -51,6 +52,15 @@ class BlobHeader:
     """Component → offset from the start of the blob, bytes."""
 
 
+def header_numbers(params: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """Parameters of a packed tensor as its header has them: n, m, position bits and group size.
+
+    Rows that share a mask are in the place of n: a reader that does not know of them refuses the number.
+    """
+    first = params.get("n", params.get("rows_per_mask", 0))
+    return first, params.get("m", 0), params.get("position_bits", 0), params.get("group_size", 0)
+
+
 def scale_type_id(packed: PackedTensor) -> int:
     """0: no scales, 1: f32, 2: f16."""
     scale = packed.arrays.get("scale")
@@ -59,7 +69,6 @@ def scale_type_id(packed: PackedTensor) -> int:
 
 def to_blob(packed: PackedTensor) -> bytes:
     """Header and components, each at a multiple of 64 bytes from the start."""
-    params = packed.params
     header = FIXED.pack(
         MAGIC,
         FORMAT_VERSION,
@@ -67,10 +76,7 @@ def to_blob(packed: PackedTensor) -> bytes:
         LAYOUTS[packed.layout].number,
         VALUE_TYPES[packed.value_type].number,
         scale_type_id(packed),
-        params.get("n", 0),
-        params.get("m", 0),
-        params.get("position_bits", 0),
-        params.get("group_size", 0),
+        *header_numbers(packed.params),
         *packed.shape,
         packed.nnz,
     )
@@ -117,6 +123,7 @@ def read_header(data: bytes, total: int) -> BlobHeader:
         raise ValueError(f"scale type {scale_type}, groups of {group}: not of the format for {kind.name}")
     params = {"n": n, "m": m} if m else {}
     params |= {"position_bits": bits} if "position_bits" in layouts[layout].parameters else {}
+    params |= {"rows_per_mask": n} if n and "rows_per_mask" in layouts[layout].parameters else {}
     params |= {"group_size": group} if group else {}
     places = _places(data, total)
     found = BlobHeader(name, kind.name, scale_type, (rows, columns), params, kept, places)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losa_deploy.errors import UsageError
-from losa_deploy.layouts import nm, sliding, tiled
+from losa_deploy.layouts import bitmask, nm, sliding, tiled
 from losa_deploy.layouts.base import LAYOUTS, PackOptions
 from losa_deploy.layouts.bitmask import BITMASK
 from losa_deploy.layouts.dense import DENSE
@@ -35,7 +35,7 @@ class Terms:
     tiles_may_cost: float
     """Bytes of tiles per byte of the smallest other sparse layout, for a mask without a pattern."""
     start_bytes: int
-    """Held for each row (of i4 each pair of rows) of a stream of values."""
+    """Held for each row (of those that share bytes, for all of them) of a stream of values."""
     exact: bool
     """The mask is data. Otherwise it was found from zeros: a kept weight that is zero is missing in it, so
     that tiles may have slots without one, and of the other patterns only 2:4 and 4:8 are looked for."""
@@ -96,10 +96,24 @@ def choose(mask: NDArray[np.bool_], options: PackOptions, terms: Terms = IN_FILE
             compared = f"{best.layout} {_share(best.bytes, dense_bytes)} but slower"
             reason = f"{name} mask in tiles: {_share(tiles.bytes, dense_bytes)}, {compared}"
             return tiles.chosen(options, reason)
-    streams = -(-len(mask) // rows_together(kind))
+    if best.layout == "bitmask":
+        best = _shared(best, mask if terms.exact else bitmask.share(mask), dense_bytes)
+    streams = -(-len(mask) // rows_together(kind, paired=best.options.rows_per_mask > 1))
     if best.bytes + streams * terms.start_bytes < dense_bytes:
         return best
     return Choice("dense", options, dense_bytes, reason)
+
+
+def _shared(best: Choice, mask: NDArray[np.bool_], dense_bytes: int) -> Choice:
+    """The bitmask with one mask for each pair of rows, if they have the same and that is smaller."""
+    if not bitmask.can_share(VALUE_TYPES[best.options.value_type]) or not bitmask.paired(mask):
+        return best
+    options = replace(best.options, rows_per_mask=bitmask.PAIR)
+    size = BITMASK.size(mask, options)
+    if size >= best.bytes:
+        return best
+    reason = f"{mask.mean():.0%} kept: bitmask of pairs of rows takes {_share(size, dense_bytes)}"
+    return Choice("bitmask", options, size, reason)
 
 
 def _smaller(best: Choice, mask: NDArray[np.bool_], options: PackOptions, dense_bytes: int) -> Choice:
@@ -197,7 +211,10 @@ def forced(layout: str, linear: str, mask: NDArray[np.bool_], options: PackOptio
             hint="Use --layout auto, or compress with --pattern sliding.",
             details={"tensor": linear},
         )
-    return Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
+    choice = Choice(layout, options, LAYOUTS[layout].size(mask, options), f"--layout {layout}")
+    if layout == "bitmask":
+        return replace(_shared(choice, mask, DENSE.size(mask, options)), reason=choice.reason)
+    return choice
 
 
 def _name(pattern: Pattern) -> str:

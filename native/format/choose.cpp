@@ -29,10 +29,14 @@ bool may_cost(uint64_t tiles, uint64_t smallest, Pattern pattern, const Terms &t
 }  // namespace
 
 Statistics statistics_of(const Mask &mask, losa_value_type type, const Terms &terms) {
-  Statistics found = {mask.rows, mask.columns, stream_starts(mask, type == LOSA_I4).back(), {0, 0}, {}};
+  Statistics found = {mask.rows, mask.columns, stream_starts(mask, type == LOSA_I4).back(), {0, 0}, {}, false,
+                      0};
   found.pattern = terms.exact ? find_pattern(mask) : find_half(mask);
   if (type == LOSA_I8 || type == LOSA_I4) {
     found.tiles = find_tiles(mask, type == LOSA_I4, terms.exact);
+    const Mask shared = share(mask);
+    found.can_share = mask.rows > 1 && (!terms.exact || shared.words == mask.words);
+    found.shared = stream_starts(shared, type == LOSA_I4).back();
   }
   return found;
 }
@@ -55,6 +59,13 @@ Choice choose(const Statistics &found, losa_value_type type, const Terms &terms)
     return tiles.sliding
                ? Choice{LOSA_SLIDING, {0, 0}}
                : Choice{LOSA_TILED, {static_cast<unsigned>(tiles.n), static_cast<unsigned>(tiles.m)}};
+  }
+  if (best.layout == LOSA_BITMASK && found.can_share) {
+    const uint64_t bytes = (found.rows + 1) / 2 * words * 8 + stream_bytes(found.shared * value_bytes(type));
+    if (bytes < smallest) {
+      best.pattern = kSharedMasks;
+      smallest = bytes;
+    }
   }
   const uint64_t streams = type == LOSA_I4 ? (found.rows + 1) / 2 : found.rows;
   return smallest + streams * terms.start_bytes < dense ? best : Choice{LOSA_DENSE, {0, 0}};

@@ -31,12 +31,15 @@ struct Statistics {
   uint64_t stream;  // length of the stream of kept values, without its padding
   Pattern pattern;  // for the layout nm
   TileShape tiles;  // n is 0 if there are none
+  bool can_share;   // whether pairs of rows can share a mask, and
+  uint64_t shared;  // how long the stream is then
 };
 
 struct Choice {
   losa_layout layout;
-  Pattern pattern;  // of nm and tiled, else 0
+  Pattern pattern;  // of nm and tiled; kSharedMasks of a bitmask whose rows share masks in pairs; else 0
 };
+constexpr Pattern kSharedMasks = {2, 0};
 
 Statistics statistics_of(const Mask &mask, losa_value_type type, const Terms &terms);
 

@@ -44,6 +44,22 @@ static inline size_t planes_row_bytes(size_t n) {
 }
 static inline size_t quarter_of(size_t bytes) { return bytes * 2 / 3; }
 
+// LOSA_BITMASK: the rows 2 i and 2 i + 1 share a mask, which is stored once.
+static inline bool in_pairs(const losa_parts &p) { return p.layout == LOSA_BITMASK && p.n == 2; }
+// Masks, or other lines of positions, of so many rows.
+static inline size_t mask_lines(const losa_parts &p) {
+  return in_pairs(p) ? (p.rows + size_t{1}) / 2 : p.rows;
+}
+
+// I3 in such pairs: bytes of both rows, which keep n codes each, in blocks of 64 codes of the even row and 64
+// of the odd one. Those of the last block are filled up to a multiple of four.
+static inline size_t planes_pair_bytes(size_t n) { return planes_row_bytes(2 * round_up(n, 4)); }
+
+// True where the values of two rows lie together: in the nibbles of bytes, or as such a pair.
+static inline bool shares_values(const losa_parts &p) {
+  return p.value_type == LOSA_I4 || (p.value_type == LOSA_I3 && in_pairs(p));
+}
+
 static inline size_t dense_row_bytes(const losa_parts &p) {
   switch (p.value_type) {
     case LOSA_I4:
@@ -87,18 +103,17 @@ static inline size_t position_row_bytes(const losa_parts &p) {
 static inline bool fixed_count(const losa_parts &p) { return p.layout == LOSA_NM && kBlock % p.m == 0; }
 
 // First value of a row: an index into values, or for i4 the first byte of the row's pair, for i3 that of the
-// row.
+// row, or of a pair that shares a mask.
 static inline size_t row_start(const losa_tensor &t, size_t row) {
   const losa_parts &p = t.parts;
-  if (p.layout == LOSA_NM) {
-    return slot_stride(p) * (p.value_type == LOSA_I4 ? row / 2 : row);
-  }
-  return t.starts[p.value_type == LOSA_I4 ? row / 2 : row];
+  const size_t line = shares_values(p) ? row / 2 : row;
+  return p.layout == LOSA_NM ? slot_stride(p) * line : t.starts[line];
 }
 
-// I3: bytes of a row of a stream.
+// I3: bytes of a row of a stream, or of a pair that shares a mask.
 static inline size_t stream_row_bytes(const losa_tensor &t, size_t row) {
-  return t.parts.layout == LOSA_NM ? slot_stride(t.parts) : t.starts[row + 1] - t.starts[row];
+  const size_t line = shares_values(t.parts) ? row / 2 : row;
+  return t.parts.layout == LOSA_NM ? slot_stride(t.parts) : t.starts[line + 1] - t.starts[line];
 }
 
 static inline uint64_t load_word(const uint8_t *bytes) {
@@ -164,7 +179,8 @@ struct Positions {
 
   Positions() = default;  // of a layout without positions
   Positions(const losa_parts &p, size_t row)
-      : bytes(static_cast<const uint8_t *>(p.positions.data) + row * position_row_bytes(p)),
+      : bytes(static_cast<const uint8_t *>(p.positions.data) +
+              (in_pairs(p) ? row / 2 : row) * position_row_bytes(p)),
         step(position_bytes_per_block(p)),
         blocks(position_row_bytes(p) / step),
         groups(p.layout == LOSA_NM ? group_count(p) : 0),
@@ -240,6 +256,14 @@ static inline unsigned kept_code(const uint8_t *row, size_t bytes, size_t k) {
   return low | (row[start + quarter + i % eighth] >> i / eighth & 1u) << 2;
 }
 
+// The same of a pair of rows that takes so many bytes: code number k of one of them.
+static inline unsigned kept_code_of_pair(const uint8_t *pair, size_t bytes, size_t k, bool odd) {
+  constexpr size_t kHalf = kPadding / 2;
+  const size_t start = k / kHalf, left = bytes - start * kPlaneBytes;
+  const size_t half = left < kPlaneBytes ? left * 4 / 3 : kHalf;
+  return kept_code(pair, bytes, start * kPadding + (odd ? half : 0) + k % kHalf);
+}
+
 static inline float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, fraction = half & 1023u;
   uint32_t bits;
@@ -305,31 +329,40 @@ struct RowPlaces {
       : values(static_cast<const uint8_t *>(t.parts.values.data)),
         starts(t.starts),
         columns(t.parts.columns),
-        slots(t.parts.layout == LOSA_NM ? slot_stride(t.parts) : 0) {
+        slots(t.parts.layout == LOSA_NM ? slot_stride(t.parts) : 0),
+        mask_shift(in_pairs(t.parts) ? 1 : 0) {
     if (t.parts.layout != LOSA_DENSE) {
       first_positions = Positions(t.parts, 0);
       position_bytes = position_row_bytes(t.parts);
     }
   }
 
+  const uint8_t *position_row(size_t row) const {
+    return first_positions.bytes + (row >> mask_shift) * position_bytes;
+  }
+
   Positions positions_of(size_t row) const {
     Positions found = first_positions;
-    found.bytes += row * position_bytes;
+    found.bytes = position_row(row);
     return found;
   }
 
-  // First value of a row; two rows share the bytes of i4.
-  size_t start(size_t row, bool i4) const {
-    const size_t line = i4 ? row / 2 : row;
+  // First value of a row; two rows may share their bytes.
+  size_t start(size_t row, bool shared) const {
+    const size_t line = shared ? row / 2 : row;
     return slots ? slots * line : starts[line];
   }
 
-  // I3: of a row of a stream.
-  size_t bytes_of(size_t row) const { return slots ? slots : starts[row + 1] - starts[row]; }
+  // I3: of a row of a stream, or of those that share bytes.
+  size_t bytes_of(size_t row, bool shared) const {
+    const size_t line = shared ? row / 2 : row;
+    return slots ? slots : starts[line + 1] - starts[line];
+  }
 
   const uint8_t *values;
   const uint64_t *starts;
   size_t columns, slots, position_bytes = 0;
+  unsigned mask_shift;  // 1 where two rows share a mask
   Positions first_positions;
 };
 

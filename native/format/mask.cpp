@@ -99,6 +99,20 @@ Mask::Mask(size_t rows, size_t columns)
       words(rows * words_per_row),
       counts(rows) {}
 
+Mask share(const Mask &mask) {
+  Mask shared = mask;
+  for (size_t r = 0; r + 1 < mask.rows; r += 2) {
+    uint64_t *even = shared.row(r), *odd = shared.row(r + 1);
+    uint32_t count = 0;
+    for (size_t w = 0; w < mask.words_per_row; ++w) {
+      even[w] = odd[w] = even[w] | odd[w];
+      count += static_cast<uint32_t>(__builtin_popcountll(even[w]));
+    }
+    shared.counts[r] = shared.counts[r + 1] = count;
+  }
+  return shared;
+}
+
 std::vector<uint64_t> stream_starts(const Mask &mask, bool pairs) {
   std::vector<uint64_t> starts = {0};
   const size_t step = pairs ? 2 : 1;

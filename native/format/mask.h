@@ -28,6 +28,9 @@ struct Mask {
   std::vector<uint32_t> counts;  // [rows] bits
 };
 
+// A mask in which the rows 2 i and 2 i + 1 both keep what either of them keeps.
+Mask share(const Mask &mask);
+
 // Where each row begins in the stream of kept values, of i4 (`pairs`) each pair of rows in bytes; then the
 // end.
 std::vector<uint64_t> stream_starts(const Mask &mask, bool pairs);

@@ -36,8 +36,12 @@ bool is_written(const losa_parts &p) {
     case LOSA_SLIDING:
       return is_integer(p) && is_whole(p) && p.n == 0 && p.m == 0;
     default:
-      return p.n == 0 && p.m == 0;
+      return (p.n == 0 || (in_pairs(p) && is_integer(p))) && p.m == 0;
   }
+}
+
+bool shares_masks(const Choice &choice) {
+  return choice.layout == LOSA_BITMASK && choice.pattern.n == kSharedMasks.n;
 }
 
 }  // namespace
@@ -47,7 +51,8 @@ size_t scales_of_row(losa_value_type type, size_t columns, size_t group_size) {
 }
 
 Packer::Packer(const Mask &mask, const Choice &choice, const Values &values)
-    : mask_(mask),
+    : shared_(shares_masks(choice) ? share(mask) : Mask(0, 0)),
+      mask_(shares_masks(choice) ? shared_ : mask),
       values_(values),
       scales_per_row_(scales_of_row(values.type, mask.columns, values.group_size)) {
   losa_parts &p = parts_;
@@ -72,8 +77,8 @@ Packer::Packer(const Mask &mask, const Choice &choice, const Values &values)
   } else if (choice.layout == LOSA_DENSE) {
     p.values.bytes = mask.rows * dense_row_bytes(values.type, mask.columns);
   } else {
-    starts_ = stream_starts(mask, i4);
-    p.positions.bytes = mask.words.size() * sizeof(uint64_t);
+    starts_ = stream_starts(mask_, i4);
+    p.positions.bytes = mask_lines(p) * mask.words_per_row * sizeof(uint64_t);
     p.values.bytes = stream_bytes(starts_.back() * value_bytes(p.value_type));
   }
   const uint64_t sizes[] = {p.positions.bytes, p.values.bytes, p.scale.bytes, p.table.bytes};
@@ -121,7 +126,11 @@ void Packer::store_row(size_t row, const uint8_t *codes) const {
                 values + row * dense_row_bytes(values_.type, mask_.columns));
   } else {
     const size_t count = mask_.words_per_row, line = values_.type == LOSA_I4 ? row / 2 : row;
-    std::memcpy(positions + row * count * sizeof(uint64_t), words, count * sizeof(uint64_t));
+    if (!in_pairs(parts_)) {
+      std::memcpy(positions + row * count * sizeof(uint64_t), words, count * sizeof(uint64_t));
+    } else if (row % 2 == 0) {
+      std::memcpy(positions + row / 2 * count * sizeof(uint64_t), words, count * sizeof(uint64_t));
+    }
     store_kept(values_.type, codes, words, count, values + starts_[line] * value_bytes(parts_.value_type),
                shift_of(row));
   }
@@ -151,7 +160,7 @@ void load_row(const losa_tensor &tensor, size_t row, uint8_t *codes) {
   }
   const size_t bytes = position_row_bytes(p);
   std::vector<uint64_t> words(bytes / sizeof(uint64_t));
-  std::memcpy(words.data(), positions + row * bytes, bytes);
+  std::memcpy(words.data(), positions + (in_pairs(p) ? row / 2 : row) * bytes, bytes);
   load_kept(type, values + row_start(tensor, row) * value_bytes(p.value_type), words.data(), words.size(),
             shift_of(row), codes);
 }

@@ -49,6 +49,7 @@ class Packer {
   void store_row(size_t row, const uint8_t *codes) const;
   void store_scales(size_t row) const;
 
+  Mask shared_;  // of pairs of rows that share a mask
   const Mask &mask_;
   Values values_;
   size_t scales_per_row_;

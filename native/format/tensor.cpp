@@ -30,7 +30,9 @@ bool known_positions(const losa_parts &p) {
            (p.m == kQuad || p.value_type != LOSA_I3);
   }
   const bool shape = p.layout != LOSA_SLIDING || (p.rows % kTile == 0 && p.columns % kTile == 0);
-  return shape && p.n == 0 && p.m == 0 && p.position_bits == 0 && (p.layout != LOSA_SLIDING || is_integer(p));
+  const bool shared = in_pairs(p) && is_integer(p);
+  return shape && (p.n == 0 || shared) && p.m == 0 && p.position_bits == 0 &&
+         (p.layout != LOSA_SLIDING || is_integer(p));
 }
 
 int check_parameters(const losa_parts &p) {
@@ -101,11 +103,14 @@ Sizes sizes_of(const losa_parts &p) {
   if (in_tiles(p)) {
     return tiled_sizes(p);
   }
-  const uint64_t streams = p.value_type == LOSA_I4 ? (uint64_t{p.rows} + 1) / 2 : p.rows;
-  const uint64_t most_of_row = p.value_type == LOSA_I3 ? planes_row_bytes(p.columns) : p.columns;
+  const uint64_t streams = shares_values(p) ? (uint64_t{p.rows} + 1) / 2 : p.rows;
+  const uint64_t most_of_row = p.value_type != LOSA_I3 ? p.columns
+                               : in_pairs(p)           ? planes_pair_bytes(p.columns)
+                                                       : planes_row_bytes(p.columns);
   const uint64_t of_row = p.layout == LOSA_NM ? slot_stride(p) : most_of_row;
   const uint64_t most = stream_bytes(streams * of_row * value_bytes(p.value_type));
-  return {uint64_t{p.rows} * position_row_bytes(p), p.layout == LOSA_NM ? most : stream_bytes(0), most};
+  return {uint64_t{mask_lines(p)} * position_row_bytes(p), p.layout == LOSA_NM ? most : stream_bytes(0),
+          most};
 }
 
 bool sizes_are_sound(const losa_parts &p) {
@@ -334,9 +339,14 @@ int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
     }
     const auto kept = static_cast<uint64_t>(count);
     tensor->kept += kept;
-    if (p.value_type != LOSA_I4) {
+    if (!shares_values(p)) {
       starts[row] = total;
       total += p.value_type == LOSA_I3 ? planes_row_bytes(kept) : kept;
+    } else if (p.value_type == LOSA_I3) {
+      if (row % 2 == 0) {
+        starts[row / 2] = total;
+        total += planes_pair_bytes(kept);
+      }
     } else if (row % 2 == 0) {
       starts[row / 2] = total;
       pair = kept;
@@ -346,7 +356,7 @@ int check_bitmask(const losa_parts &p, uint64_t *starts, losa_tensor *tensor) {
     }
   }
   if (p.value_type == LOSA_I3) {
-    starts[p.rows] = total;
+    starts[mask_lines(p)] = total;
   }
   return has(p.values, stream_bytes(total * value_bytes(p.value_type))) ? LOSA_OK : LOSA_BAD_SIZE;
 }
@@ -379,8 +389,8 @@ extern "C" size_t losa_starts_count(const losa_parts *parts) {
   if (losa_parts_check(parts) != LOSA_OK || parts->layout != LOSA_BITMASK) {
     return 0;
   }
-  const size_t rows = parts->rows;
-  return parts->value_type == LOSA_I4 ? (rows + 1) / 2 : parts->value_type == LOSA_I3 ? rows + 1 : rows;
+  const size_t rows = parts->rows, streams = shares_values(*parts) ? (rows + 1) / 2 : rows;
+  return parts->value_type == LOSA_I3 ? streams + 1 : streams;
 }
 
 extern "C" int losa_tensor_open(const losa_parts *parts, uint64_t *starts, losa_tensor *tensor) {

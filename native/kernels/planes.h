@@ -51,9 +51,59 @@ class ShortBlock {
   uint64_t low_[kPadding / kWord], high_[kPadding / kWord];
 };
 
-// The kept codes of one row, in their order. Unpack is a target's: it makes 128 codes of the planes of a
-// block, and may use the bits 4 to 6 of a byte for itself. `Blocks` are unpacked at a time.
-template <void (*Unpack)(const uint8_t *planes, uint8_t *codes), size_t Blocks>
+// The same of a pair of rows that share a mask: bytes with a code of the even row in the low nibble and one
+// of the odd row in the high one. Its planes end with whole bytes.
+class ShortPair {
+  static constexpr size_t kLow = kPadding / 4, kHigh = kPadding / 8, kWord = sizeof(uint64_t);
+  static constexpr uint64_t kLower = 0x3333333333333333, kHighest = 0x4444444444444444;
+
+ public:
+  void start(const uint8_t *planes, size_t quarter) {
+    const size_t eighth = quarter / 2;
+    uint64_t low[kLow / kWord], high[kHigh / kWord];
+    std::memcpy(low, planes, kLow);
+    std::memcpy(high, planes + quarter, kHigh);
+    for (size_t k = 0; k < 2; ++k) {
+      uint64_t run[kLow / kWord];
+      for (size_t j = 0; j < kLow / kWord; ++j) {
+        run[j] = low[j] >> 2 * k & kLower;
+      }
+      std::memcpy(reinterpret_cast<uint8_t *>(low_) + k * quarter, run, kLow);
+    }
+    for (size_t k = 0; k < 4; ++k) {
+      uint64_t run[kHigh / kWord];
+      for (size_t j = 0; j < kHigh / kWord; ++j) {
+        run[j] = (k < 2 ? high[j] << (2 - k) : high[j] >> (k - 2)) & kHighest;
+      }
+      std::memcpy(reinterpret_cast<uint8_t *>(high_) + k * eighth, run, kHigh);
+    }
+  }
+
+  // Its bytes; behind them anything, 64 in all.
+  void finish(uint8_t *codes) const {
+    uint64_t joined[kBlock / kWord];
+    for (size_t j = 0; j < kBlock / kWord; ++j) {
+      joined[j] = low_[j] | high_[j];
+    }
+    std::memcpy(codes, joined, kBlock);
+  }
+
+ private:
+  uint64_t low_[kBlock / kWord], high_[kBlock / kWord];
+};
+
+// A whole block of such a pair in plain C++: of 128 codes 64 bytes.
+inline void unpack_pair_block(const uint8_t *planes, uint8_t *codes) {
+  ShortPair block;
+  block.start(planes, quarter_of(kPlaneBytes));
+  block.finish(codes);
+}
+
+// The kept codes of one row, or of a pair as bytes, in their order. Unpack is a target's: it makes `Codes` of
+// the planes of a block, of a row 128, and may use the bits 4 to 6 of a byte for itself. `Blocks` are
+// unpacked at a time.
+template <void (*Unpack)(const uint8_t *planes, uint8_t *codes), size_t Blocks, typename Last = ShortBlock,
+          size_t Codes = kPadding>
 class KeptCodes {
  public:
   KeptCodes(const uint8_t *row, size_t bytes) : planes_(row), whole_(bytes / kPlaneBytes) {
@@ -83,13 +133,13 @@ class KeptCodes {
     at_ = at_ + kBlock - end_;
     end_ = kBlock;
     const size_t count = whole_ < Blocks ? whole_ : Blocks;
-    for (size_t i = 0; i < count; ++i, planes_ += kPlaneBytes, end_ += kPadding) {
+    for (size_t i = 0; i < count; ++i, planes_ += kPlaneBytes, end_ += Codes) {
       Unpack(planes_, codes_ + end_);
     }
     whole_ -= count;
     if (count < Blocks && short_) {
       last_.finish(codes_ + end_);
-      end_ += kPadding;
+      end_ += Codes;
       short_ = false;
     }
   }
@@ -100,9 +150,12 @@ class KeptCodes {
   // Blocks are put down behind the last codes before them, of which fewer than 64 are not taken: so they are
   // aligned.
   size_t at_ = kBlock, end_ = kBlock;
-  alignas(32) uint8_t codes_[kBlock + Blocks * kPadding + kBlock];
-  ShortBlock last_;
+  alignas(32) uint8_t codes_[kBlock + Blocks * Codes + kBlock];
+  Last last_;
 };
+
+template <size_t Blocks>
+using KeptPairs = KeptCodes<unpack_pair_block, Blocks, ShortPair, kBlock>;
 
 }  // namespace
 }  // namespace losa

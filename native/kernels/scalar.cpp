@@ -138,7 +138,10 @@ void expand_levels(const losa_tensor &t, size_t row, int8_t *out) {
     each_kept(p, row, [&](size_t position, size_t k) { out[position] = table[(first[k] >> shift) & 15]; });
   } else if (p.value_type == LOSA_I3) {
     const size_t bytes = stream_row_bytes(t, row);
-    each_kept(p, row, [&](size_t at, size_t k) { out[at] = table[kept_code(first, bytes, k)]; });
+    const bool pair = in_pairs(p), odd = row % 2 != 0;
+    each_kept(p, row, [&](size_t at, size_t k) {
+      out[at] = table[pair ? kept_code_of_pair(first, bytes, k, odd) : kept_code(first, bytes, k)];
+    });
   } else {
     each_kept(p, row, [&](size_t position, size_t k) { out[position] = static_cast<int8_t>(first[k]); });
   }

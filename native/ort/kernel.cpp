@@ -178,6 +178,9 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     const bool codes = op_.position_codes;
     parts.position_bits = static_cast<uint8_t>(integer("position_bits", codes ? 1 : 0, codes ? 8 : 0));
   }
+  if (op_.shared_masks) {
+    parts.n = static_cast<uint8_t>(integer("rows_per_mask", 2, 2));
+  }
   if (op_.value_type >= LOSA_I4) {
     parts.group_size = static_cast<uint16_t>(integer("group_size", 32, 128));
   }
@@ -196,7 +199,9 @@ void Kernel::open(const OrtKernelInfo *info, size_t index) {
     }
     Shape shape(api_, value);
     check(shape.status());
-    if (i == 0) {  // positions, or values where there are none: a line per row or tile
+    // Positions, or values where there are none, have a line per row or tile; where rows share masks, scales
+    // have one.
+    if (op_.shared_masks ? name == "scale" : i == 0) {
       const int64_t lines = shape.rank() == 0 ? 0 : std::min<int64_t>(shape.dims()[0], INT32_MAX);
       const int64_t rows = tiles ? lines * LOSA_TILE : lines;
       int64_t promised = rows;

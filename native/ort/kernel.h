@@ -29,6 +29,7 @@ constexpr std::array<StoredType, LOSA_I3 + 1> kStoredTypes = {
 struct Operator : OrtCustomOp {
   losa_layout layout;
   bool position_codes;  // LOSA_NM: codes instead of mask bits; LOSA_TILED: groups of 4 instead of 16
+  bool shared_masks;    // LOSA_BITMASK: pairs of rows share a mask
   losa_value_type value_type;
   size_t weights;
   bool gated;  // of two weights one output: SiLU of the first product, times the second

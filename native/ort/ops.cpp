@@ -100,11 +100,18 @@ void add_forms(std::deque<Operator> &list, size_t weights, bool gated) {
   const auto add = [&](const char *name, losa_layout layout, bool codes, losa_value_type type) {
     list.push_back(make_operator(name, layout, codes, type, weights, gated));
   };
+  const auto add_pairs = [&](losa_value_type type) {
+    add("BitmaskPairs", LOSA_BITMASK, false, type);
+    list.back().shared_masks = true;
+  };
   for (const losa_value_type type : {LOSA_F32, LOSA_F16, LOSA_I8, LOSA_I4, LOSA_I3}) {
     add("Dense", LOSA_DENSE, false, type);
     add("Bitmask", LOSA_BITMASK, false, type);
     add("NmBits", LOSA_NM, false, type);
     add("NmCodes", LOSA_NM, true, type);
+  }
+  for (const losa_value_type type : {LOSA_I8, LOSA_I4, LOSA_I3}) {
+    add_pairs(type);
   }
   for (const losa_value_type type : {LOSA_I8, LOSA_I4}) {
     add("Tiled", LOSA_TILED, false, type);

@@ -49,8 +49,9 @@ def test_a_pattern_holds_from_compress_to_the_exported_model(
     assert model.manifest.sparsity_achieved == pytest.approx(sparsity, abs=0.01)
     code, _, err = losa("export", merged, "-f", "onnx", "-o", onnx, "--verify", "off", "--threads", "1")
     assert code == 0, err
-    layouts = {t["layout"] for t in json.loads((onnx / "losa.json").read_text())["linears"]}
-    assert layouts == {layout}
+    stored = json.loads((onnx / "losa.json").read_text())["linears"]
+    assert {t["layout"] for t in stored} == {layout}
+    assert all(("pairs of rows" in t["reason"]) == ("pair" in flags) for t in stored)
 
     damage(merged, model)
     code, out, err = losa("verify", merged)
@@ -76,23 +77,63 @@ def test_sliding_windows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -
         assert code == 0, err
 
 
+def test_pairs_of_rows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -> None:
+    """With masks that are stored once; q and k of a GGUF file, whose rows are reordered, have one per row."""
+    flags = ["--pattern", "pair", "--sparsity", "0.7", "--set", "export.value_type=i3", "--offline"]
+    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
+    code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags)
+    assert code == 0, err
+    code, _, err = losa("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline")
+    assert code == 0, err
+    for name, more in (("onnx", []), ("gguf", ["--packed"])):
+        folder = tmp_path / name
+        code, _, err = losa("export", merged, "-f", name, "-o", folder, "--threads", "1", *more)
+        assert code == 0, err
+        stored = json.loads((folder / "losa.json").read_text())["linears"]
+        assert {t["layout"] for t in stored} == {"bitmask"}
+        apart = {t["name"].rpartition(".")[2] for t in stored if "pairs of rows" not in t["reason"]}
+        assert apart == (set() if name == "onnx" else {"q_proj", "k_proj"})
+        code, _, err = losa("verify", folder, "--against", merged, "--threads", "1")
+        assert code == 0, err
+
+
+def test_a_portable_file_of_pairs_is_packed_in_pairs_when_it_is_loaded(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Although i4 rounded some of the kept weights to zero: rows share what either of them keeps."""
+    packed, portable = held_by(export_both(tiny_llama, tmp_path, "--pattern", "pair", "--sparsity", "0.7"))
+    assert 0.97 * packed <= portable <= packed
+
+
 def test_a_portable_file_is_packed_as_sliding_when_it_is_loaded(tiny_llama: Path, tmp_path: Path) -> None:
     """The zeros of its dense tensors tell the windows, although i4 rounded more weights to zero."""
-    pytest.importorskip("llama_cpp")
-    from losa_deploy.runtimes.llamacpp.backend import attach
-    from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
+    gguf = export_both(tiny_llama, tmp_path, "--pattern", "sliding")
+    assert {t["layout"] for t in json.loads((gguf / "losa.json").read_text())["linears"]} == {"sliding"}
+    packed, portable = held_by(gguf)
+    assert packed == portable, "the packed file has sliding windows, and no other layout takes their bytes"
 
-    flags = ["--pattern", "sliding", "--prune-method", "wanda", "--adapt", "none", "--offline"]
-    adapted, merged, gguf = (tmp_path / name for name in ("adapted", "merged", "gguf"))
+
+def export_both(model: Path, folder: Path, *flags: str) -> Path:
+    """A folder with a packed and a portable file of i4 values of the model, pruned and no more."""
+    adapted, merged, gguf = (folder / name for name in ("adapted", "merged", "gguf"))
     values = ["--value-type", "i4", "--set", "export.group_size=32", "--packed", "--portable"]
+    plain = ["--prune-method", "wanda", "--adapt", "none", "--offline"]
     for argv in (
-        ("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags),
-        ("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline"),
+        ("compress", "-m", model, "-o", adapted, *SMALL, *flags, *plain),
+        ("merge", adapted, "-m", model, "-o", merged, "--offline"),
         ("export", merged, "-f", "gguf", "-o", gguf, "--verify", "off", *values),
     ):
         code, _, err = losa(*argv)
         assert code == 0, err
-    assert {t["layout"] for t in json.loads((gguf / "losa.json").read_text())["linears"]} == {"sliding"}
+    return gguf
+
+
+def held_by(gguf: Path) -> tuple[int, int]:
+    """Bytes that the plug-in holds of the packed and of the portable file, which compute the same logits."""
+    pytest.importorskip("llama_cpp")
+    from losa_deploy.runtimes.llamacpp.backend import attach
+    from losa_deploy.runtimes.llamacpp.runtime import LlamaCppRuntime
+
     plugin = attach().plugin
     assert plugin is not None
     held, logits = [], []
@@ -104,8 +145,8 @@ def test_a_portable_file_is_packed_as_sliding_when_it_is_loaded(tiny_llama: Path
         held.append(after.packed_bytes - before.packed_bytes)
         logits.append(session.logits(range(2, 40)))
         session.close()
-    assert held[0] == held[1], "the packed file has sliding windows, and no other layout takes their bytes"
     assert np.array_equal(*logits)
+    return held[0], held[1]
 
 
 def damage(merged: Path, model: SparseModel) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from losa_deploy.ggml import plugin_path
 from losa_deploy.layouts import LAYOUTS, PackOptions, unpack
+from losa_deploy.layouts.bitmask import share
 from losa_deploy.layouts.blob import to_blob
 
 pytest.importorskip("llama_cpp")
@@ -293,6 +294,30 @@ def test_sliding_windows_are_recognised(
     assert np.diff([0, *(note["statistics"]["packed_bytes"] for note in notes)]).tolist() == expected
 
 
+@pytest.mark.parametrize("route", ["a", "b"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rows_that_share_masks_are_recognised(kind: str, route: str, tmp_path: Path) -> None:
+    """Although kept weights were rounded to zero: both rows keep the positions of either."""
+    rng = np.random.default_rng(9)
+    cases, expected = [], []
+    for rows, columns, kept in ((16, 64, 1.0), (47, 160, 0.98), (1024, 512, 0.98)):
+        mask = np.repeat(rng.random((-(-rows // 2), columns)) < 0.5, 2, axis=0)[:rows]
+        mask &= rng.random((rows, columns)) < kept
+        scales = 16 + 2 * rows * columns // 32 if kind == "Q4_0" else 2 * rows
+        for tokens in (1, 2, 6):
+            stock = random_stock(rng, kind, mask)
+            weight = values_of(kind, stock, rows, columns)
+            x = rng.standard_normal((1, tokens, columns)).astype(np.float32)
+            cases.append(Case(kind, stock, weight, x, threads=2))
+            shared = share(weight != 0)
+            values = int(shared[::2].sum() if kind == "Q4_0" else shared.sum())
+            starts, words = (-(-rows // 2) if kind == "Q4_0" else rows), -(-rows // 2) * -(-columns // 64)
+            expected.append(8 * words + -(-values // 64) * 64 + 64 + scales + 8 * starts)
+    results, notes = run(cases, tmp_path, route)
+    check(cases, results)
+    assert np.diff([0, *(note["statistics"]["packed_bytes"] for note in notes)]).tolist() == expected
+
+
 def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] | None, tokens: int) -> Case:
     rng = np.random.default_rng(tokens)
     rows, columns = 48, 128
@@ -301,9 +326,11 @@ def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] 
         mask = np.zeros((rows, columns // pattern[1], pattern[1]), bool)
         mask[:, :, : pattern[0]] = True
         mask = rng.permuted(mask, axis=2).reshape(rows, columns)
+    if layout == "pairs":
+        mask[1::2] = mask[::2]
     weight = np.where(mask, rng.standard_normal((rows, columns)), 0).astype(np.float32)
-    options = PackOptions(value_type=value_type, group_size=32, pattern=pattern)  # type: ignore[arg-type]
-    packed = LAYOUTS[layout].pack(weight, mask, options)
+    options = PackOptions(value_type, 32, pattern=pattern, rows_per_mask=2 if layout == "pairs" else 1)
+    packed = LAYOUTS["bitmask" if layout == "pairs" else layout].pack(weight, mask, options)
     size = {"F32": 4 * columns, "F16": 2 * columns, "Q8_0": columns // 32 * 34, "Q4_0": columns // 32 * 18}[
         kind
     ]
@@ -313,16 +340,22 @@ def blob_case(value_type: str, kind: str, layout: str, pattern: tuple[int, int] 
     return Case(kind, blob, unpack(packed).weight.astype(np.float64), x)
 
 
+LAYOUTS_OF_BLOBS = (
+    ("bitmask", None), ("pairs", None), ("nm", (1, 4)), ("tiled", (6, 16)), ("tiled", (2, 4)),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("route", ["a", "b"])
 def test_blobs(route: str, tmp_path: Path) -> None:
     """Packed bytes under the declared type of the standard view."""
     cases = [
         blob_case(value_type, kind, layout, pattern, tokens)
         for value_type, kind in (("i8", "Q8_0"), ("i4", "Q8_0"), ("f16", "F16"), ("f32", "F32"))
-        for layout, pattern in (("bitmask", None), ("nm", (1, 4)), ("tiled", (6, 16)), ("tiled", (2, 4)))
-        if layout != "tiled" or value_type in ("i8", "i4")
+        for layout, pattern in LAYOUTS_OF_BLOBS
+        if layout not in ("tiled", "pairs") or value_type in ("i8", "i4")
         for tokens in (1, 6)
     ]
+    cases += [blob_case("i3", "Q8_0", "pairs", None, tokens) for tokens in (1, 2, 6)]
     for c in cases:
         c.group = {"Q8_0": 64}.get(c.kind, 0)
     results, notes = run(cases, tmp_path, route)

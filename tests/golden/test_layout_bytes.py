@@ -135,6 +135,62 @@ def test_a_row_of_a_stream_of_i3_is_a_dense_row_of_what_is_kept() -> None:
         assert stored(packed)["values"] == of_rows + end
 
 
+def test_pairs_of_rows_store_their_mask_once() -> None:
+    mask = [[1, 0, 1]] * 2 + [[0, 1, 0]]
+    i8 = pack(
+        "bitmask", [[1.0, 9.0, -0.5], [2.0, 9.0, 0.0], [0, 4.0, 0]], mask, PackOptions("i8", rows_per_mask=2)
+    )
+    positions = bytes([0b101, 0, 0, 0, 0, 0, 0, 0, 0b010, 0, 0, 0, 0, 0, 0, 0])
+    assert stored(i8) == {
+        "positions": positions,
+        "values": padded(bytes([127, 256 - 64, 127, 0, 127])),
+        "scale": np.array([1 / 127, 2 / 127, 4 / 127], "<f4").tobytes(),
+    }
+    i4 = pack(
+        "bitmask",
+        [[8.0, 0.0, 1.0], [-8.0, 0.0, 3.0], [0, -8.0, 0]],
+        mask,
+        PackOptions("i4", 32, rows_per_mask=2),
+    )
+    # Row 0: scale -1, levels -8 and -1; row 1: scale 1, levels -8 and 3; row 2 has no partner.
+    assert stored(i4)["positions"] == positions
+    assert stored(i4)["values"] == padded(bytes([0x88, 0x3F, 0x08]))
+    for packed in (i8, i4):
+        assert packed.params["rows_per_mask"] == 2
+        assert to_blob(packed)[8:14] == bytes([1, *to_blob(packed)[9:11], 2, 0, 0])
+
+
+def test_pairs_of_rows_of_i3_are_one_row_of_planes() -> None:
+    weight, mask = np.zeros((3, 20)), np.zeros((3, 20), int)
+    mask[:2, ::2] = 1  # 10 codes of each row, filled up to 12: 24 codes in 6 + 3 bytes
+    weight[0, [0, 6, 12, 16, 18]] = [-4, 3, 2, -2, -1]  # the kept ones number 0, 3, 6, 8, 9
+    weight[1, [0, 10, 18]] = [1, -4, 2]  # 0, 5, 9: numbers 12, 17, 21 of the pair
+    mask[2, [1, 3]] = 1  # alone: 4 codes of its own, 4 of nobody
+    weight[2, [1, 3]] = [-4, 1]
+    packed = pack("bitmask", weight.tolist(), mask.tolist(), PackOptions("i3", 32, rows_per_mask=2))
+    # Byte j of the lower bits: numbers j, j + 6, j + 12, j + 18; of the highest: j, j + 3, ...
+    low = bytes([2 << 2 | 1 << 4, 0, 2 << 2, 3 | 3 << 2 | 2 << 6, 0, 0])
+    high = bytes([1 << 0 | 1 << 3, 0, 1 << 2 | 1 << 5])
+    alone = bytes([0, 1]) + bytes([1])
+    assert stored(packed) == {
+        "positions": bytes([0x55, 0x55, 0x05, 0, 0, 0, 0, 0]) + bytes([0x0A]) + bytes(7),
+        "values": padded(low + high + alone),
+        "scale": bytes.fromhex("003c003c003c"),
+        "table": bytes([0, 1, 2, 3, 0xFC, 0xFD, 0xFE, 0xFF]) + bytes(8),
+    }
+
+
+def test_blocks_of_a_pair_of_rows_of_i3_have_64_codes_of_each() -> None:
+    levels = np.resize([-4, 3, 2, 1, -1, -2, -3], (2, 72))
+    packed = pack("bitmask", levels.tolist(), [[1] * 72] * 2, PackOptions("i3", 128, rows_per_mask=2))
+    even, odd = levels.tolist()
+    rows = [[*even[:64], *odd[:64]], [*even[64:], *odd[64:], *[0] * 112]]
+    blocks = pack("dense", rows, [[1] * 128] * 2, PackOptions("i3", 128)).arrays["values"]
+    assert stored(packed)["values"][:48] == blocks[0].tobytes()
+    short = pack("dense", [rows[1][:16]], [[1] * 16], PackOptions("i3", 128)).arrays["values"]
+    assert stored(packed)["values"] == (blocks[0].tobytes() + short.tobytes()).ljust(64, b"\0") + SLACK
+
+
 def test_nm_2_of_4_stores_mask_bits() -> None:
     mask = [[1, 0, 0, 1, 0, 1, 1, 0]]
     packed = pack("nm", [[1.0] * 8], mask, PackOptions("f16", pattern=(2, 4)))

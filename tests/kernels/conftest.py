@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from losa_deploy import _native
 from losa_deploy.layouts import LAYOUTS, VALUE_TYPES, PackedTensor
 from losa_deploy.layouts.base import COMPONENTS
-from losa_deploy.layouts.blob import scale_type_id, to_blob
+from losa_deploy.layouts.blob import header_numbers, scale_type_id, to_blob
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g"
@@ -45,10 +45,7 @@ def opened(packed: PackedTensor) -> _native.Tensor:
         VALUE_TYPES[packed.value_type].number,
         *packed.shape,
         scale_type_id(packed),
-        packed.params.get("n", 0),
-        packed.params.get("m", 0),
-        packed.params.get("position_bits", 0),
-        packed.params.get("group_size", 0),
+        *header_numbers(packed.params),
         *(np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts),
     )
 

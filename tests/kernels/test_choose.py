@@ -33,11 +33,13 @@ SHAPES = [
 ]
 Mask = NDArray[np.bool_]
 Picked = tuple[str, int, int]
-"""Layout, N and M; 0 of a layout without a pattern."""
+"""Layout, N and M; 0 of a layout without a pattern, but for the 2 rows that may share a mask."""
 
 
 def in_python(mask: Mask, value_type: str, terms: Terms) -> Picked:
     choice = choose(mask, PackOptions(value_type, scale_type="f16"), terms)
+    if choice.options.rows_per_mask > 1:
+        return choice.layout, choice.options.rows_per_mask, 0
     return choice.layout, *(choice.options.pattern or (0, 0))
 
 
@@ -79,6 +81,16 @@ def grid() -> Iterator[tuple[str, Mask]]:
             less[shape[0] // 2] = False
             yield f"{n}:{m} and an empty row of {shape}", less
         yield from windows(shape, rng)
+        yield from pairs(shape, rng)
+
+
+def pairs(shape: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[str, Mask]]:
+    """Masks whose rows are equal in pairs, and such as almost are."""
+    for kept in (0.0, 0.3, 0.5, 0.7, 0.8):
+        mask = np.repeat(rng.random((-(-shape[0] // 2), shape[1])) < kept, 2, axis=0)[: shape[0]]
+        yield f"{kept:.0%} in pairs of {shape}", mask
+        for lost in (0.01, 0.05, 0.1, 0.2):
+            yield f"{kept:.0%} in pairs without {lost:.0%} of {shape}", mask & (rng.random(shape) >= lost)
 
 
 def windows(shape: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[str, Mask]]:
@@ -106,12 +118,15 @@ def windows(shape: tuple[int, int], rng: np.random.Generator) -> Iterator[tuple[
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 def test_both_languages_choose_alike(value_type: str, terms: str) -> None:
     seen: Counter[str] = Counter()
+    shared = 0
     for what, mask in grid():
         picked = in_python(mask, value_type, TERMS[terms])
         assert in_cpp(mask, value_type, terms) == picked, what
         seen[picked[0]] += 1
+        shared += picked == ("bitmask", 2, 0)
     layouts = LAYOUT_NAMES if value_type in ("i8", "i4") else LAYOUT_NAMES[:3]
     assert all(seen[name] >= 3 for name in layouts), "the grid has masks for every layout"
+    assert (shared >= 3) == (value_type in ("i8", "i4"))
 
 
 @pytest.mark.parametrize("value_type", ["i8", "i4"])

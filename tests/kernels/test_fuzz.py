@@ -34,6 +34,10 @@ def seeds() -> list[bytes]:
         mask = rng.random((rows, columns)) < 0.4
         for name in ("dense", "bitmask"):
             found.append(to_blob(LAYOUTS[name].pack(weight, mask, PackOptions(value_type, 32))))
+        if value_type.startswith("i"):
+            shared = np.repeat(mask[::2], 2, axis=0)[:rows]
+            options = PackOptions(value_type, 32, rows_per_mask=2)
+            found.append(to_blob(LAYOUTS["bitmask"].pack(weight, shared, options)))
         for n, m in PATTERNS:
             fixed = np.arange(columns)[None].repeat(rows, 0) % m < n
             options = PackOptions(value_type, 32, pattern=(n, m))

@@ -38,11 +38,14 @@ def blob_of(layout: str, value_type: str, columns: int = COLUMNS) -> bytes:
     rows = 16 if name == "tiled" else ROWS
     weight = rng.standard_normal((rows, columns)).astype(np.float32)
     mask = rng.random((rows, columns)) < 0.5
-    n_of_m = None
-    if pattern:
+    n_of_m, shared = None, 1
+    if pattern == "pairs":
+        mask, shared = np.repeat(mask[::2], 2, axis=0)[:rows], 2
+    elif pattern:
         n_of_m = n, m = tuple(map(int, pattern.split(":")))  # type: ignore[assignment]
         mask = np.arange(columns)[None].repeat(rows, 0) % m < n
-    return to_blob(LAYOUTS[name].pack(weight, mask, PackOptions(value_type, 64, pattern=n_of_m)))
+    options = PackOptions(value_type, 64, pattern=n_of_m, rows_per_mask=shared)
+    return to_blob(LAYOUTS[name].pack(weight, mask, options))
 
 
 @pytest.fixture
@@ -79,7 +82,10 @@ def damaged(blob: bytes) -> Iterator[bytes]:
 
 SPARSE = ("bitmask", "nm 2:4", "nm 1:4", "nm 3:5", "nm 3:16")
 TYPES = ("f32", "f16", "i8", "i4", "i3")
-STREAMS = tuple((layout, kind) for layout in ("dense", *SPARSE) for kind in TYPES)
+STREAMS = (
+    *((layout, kind) for layout in ("dense", *SPARSE) for kind in TYPES),
+    *(("bitmask pairs", kind) for kind in ("i8", "i4", "i3")),
+)
 
 
 @pytest.mark.parametrize(("layout", "value_type"), STREAMS)
@@ -170,6 +176,24 @@ def test_each_lie_is_named(statuses: Statuses) -> None:
     assert size == ROWS * 24
     outside = codes[:128] + bytes([0x0F]) + codes[129:]  # code 15 in a group of 8
     assert statuses("scalar", [codes, outside]) == [OK, BAD_POSITIONS]
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_lies_about_rows_that_share_masks_are_named(statuses: Statuses, value_type: str) -> None:
+    blob = blob_of("bitmask pairs", value_type)
+    positions, size, _, values = struct.unpack_from("<QQQQ", blob, 32)
+    assert size == (ROWS + 1) // 2 * 24
+    lies = [
+        (BAD_PARAMETER, blob[:11] + b"\x01" + blob[12:]),
+        (BAD_PARAMETER, blob[:11] + b"\x04" + blob[12:]),
+        (BAD_PARAMETER, blob[:9] + b"\x01" + blob[10:]),  # f16
+        (BAD_SIZE, blob[:11] + b"\x00" + blob[12:]),  # a mask for each row
+        (BAD_SIZE, blob[:16] + struct.pack("<I", ROWS - 1) + blob[20:]),
+        (BAD_SIZE, blob[:56] + struct.pack("<Q", values - 64) + blob[64:]),
+        (BAD_SIZE, blob[:positions] + b"\xff" * 21 + blob[positions + 21 :]),  # a mask of more values
+        (BAD_POSITIONS, blob[: positions + 22] + b"\xf0" + blob[positions + 23 :]),
+    ]
+    assert statuses("scalar", [blob, *(lie for _, lie in lies)]) == [OK, *(status for status, _ in lies)]
 
 
 def test_planes_of_i3_end_in_zeros(statuses: Statuses) -> None:

@@ -40,6 +40,7 @@ Case = tuple[PackedTensor, Matrix, int]
 MultiplyAll = Callable[[Sequence[Case]], list[Matrix]]
 RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
 SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
+PairMask = Callable[[int, int, int], NDArray[np.bool_]]
 ALL = 1 << 30
 
 
@@ -121,6 +122,63 @@ def test_dense_and_bitmask(
 ) -> None:
     weights = [packed_of(layout, value_type, *shape) for shape in SHAPES]
     check(multiply_all, [case(weight, tokens) for weight in weights for tokens in TOKENS])
+
+
+def pairs_of(
+    mask: NDArray[np.bool_], value_type: str, group_size: int = 128, table: tuple[int, ...] | None = None
+) -> PackedTensor:
+    """A random tensor whose rows share this mask in pairs."""
+    weight = np.random.default_rng(mask.size).standard_normal(mask.shape).astype(np.float32)
+    options = PackOptions(value_type, group_size, table=table, rows_per_mask=2)
+    return LAYOUTS["bitmask"].pack(weight, mask, options)
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_pairs_of_rows_that_share_a_mask(
+    multiply_all: MultiplyAll, pair_mask: PairMask, value_type: str
+) -> None:
+    """Rows in odd and even numbers, rows that end anywhere, and parts of the rows as threads take them."""
+    shapes = [shape for shape in SHAPES if shape[0] > 1]
+    weights = [pairs_of(pair_mask(*shape, 0), value_type) for shape in shapes]
+    cases = [case(weight, tokens) for weight in weights for tokens in TOKENS]
+    many = pairs_of(pair_mask(43, 300, 0), value_type, 32)
+    cases += [case(many, tokens, step) for step in (16, 32) for tokens in (1, 2, 3, 6, 8)]
+    check(multiply_all, cases)
+
+
+@pytest.mark.parametrize("value_type", ["i4", "i3"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_groups_and_tables_of_pairs_of_rows(
+    multiply_all: MultiplyAll, pair_mask: PairMask, group_size: int, value_type: str
+) -> None:
+    tables = {
+        "i4": (None, WIDE_TABLE, (0, -1, 2, -3, 4, -5, 6, -7, 8, -8, 7, -6, 5, -4, 3, -2)),
+        "i3": (None, (0, 20, 60, 127, -127, -60, -20, -5), (0, -1, 2, -3, 4, -4, 3, 1)),
+    }
+    weights = [
+        pairs_of(pair_mask(*shape, 0), value_type, group_size, table)
+        for shape in ((9, 65), (33, 172), (7, 576), (5, 3000))
+        for table in tables[value_type]
+    ]
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 2, 5, 18)])
+
+
+def test_pairs_of_rows_of_i3_of_every_length(multiply_all: MultiplyAll) -> None:
+    """Pair r keeps r of 140 positions: every length of a short block, and nothing."""
+    mask = np.arange(140)[None].repeat(141, 0) < np.arange(141)[:, None]
+    mask = np.repeat(np.random.default_rng(0).permuted(mask, axis=1), 2, axis=0)
+    check(multiply_all, [case(pairs_of(mask, "i3", 64), tokens) for tokens in (1, 3)])
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_pairs_of_rows_at_their_limits_do_not_saturate(multiply_all: MultiplyAll, value_type: str) -> None:
+    weight, mask = np.full((4, 256), -1.0, np.float32), np.ones((4, 256), np.bool_)
+    packed = LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type, 128, rows_per_mask=2))
+    cases = [
+        (packed, np.full((tokens, 256), x, np.float32), ALL) for tokens in (1, 2, 4, 16) for x in (-3.0, 3.0)
+    ]
+    for (_, x, _), y in zip(cases, multiply_all(cases), strict=True):
+        assert np.allclose(y, -x[0, 0] * 256, rtol=1e-3), (len(x), x[0, 0])
 
 
 @pytest.mark.parametrize("value_type", ["f32", "f16", "i8", "i4", "i3"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from losa_deploy import _native
-from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, sliding
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, bitmask, sliding
 from losa_deploy.layouts.base import COMPONENTS
 from losa_deploy.layouts.values import quantize
 
@@ -95,7 +95,8 @@ def differing(found: Mapping[str, Bytes], packed: PackedTensor) -> list[str]:
 def check(layout: str, weight: NDArray[np.float32], mask: Mask, options: PackOptions) -> None:
     packed = LAYOUTS[layout].pack(weight, mask, options)
     for ranges in (1, 3):
-        found = rows_of(weight, mask, options).pack(layout, options.pattern or (0, 0), ranges)
+        numbers = options.pattern or (options.rows_per_mask - 1 and options.rows_per_mask, 0)
+        found = rows_of(weight, mask, options).pack(layout, numbers, ranges)
         assert differing(found, packed) == [], f"{layout} {options} {mask.shape}, {ranges} ranges"
 
 
@@ -107,6 +108,25 @@ def test_unstructured_masks(layout: str, value_type: str) -> None:
             for group_size in (32, 64, 128):
                 options = options_of(value_type, group_size)
                 check(layout, weight_of(shape), random_mask(shape, kept), options)
+
+
+@pytest.mark.parametrize("value_type", INTEGERS)
+def test_masks_of_pairs_of_rows(value_type: str, pair_mask: Callable[[int, int, int], Mask]) -> None:
+    for shape in SHAPES:
+        if shape[0] > 1:
+            options = replace(options_of(value_type, 32), rows_per_mask=2)
+            check("bitmask", weight_of(shape), pair_mask(*shape, 0), options)
+
+
+@pytest.mark.parametrize("value_type", INTEGERS)
+def test_rows_share_the_mask_of_what_either_of_them_keeps(value_type: str) -> None:
+    """As at load, where a kept weight that is zero is missing in a mask."""
+    shape = (5, 172)
+    weight, options = weight_of(shape), replace(options_of(value_type, 32), rows_per_mask=2)
+    found = random_mask(shape, 0.4)
+    weight[~found] = 0
+    packed = LAYOUTS["bitmask"].pack(weight, bitmask.share(found), options)
+    assert differing(rows_of(weight, found, options).pack("bitmask", (2, 0)), packed) == []
 
 
 @pytest.mark.parametrize("value_type", VALUE_NUMBERS)

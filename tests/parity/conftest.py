@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from losa_deploy.interfaces import ExportedModel, Exporter
 from losa_deploy.manifest import Manifest, SourceRecord
@@ -29,6 +30,17 @@ SHAPE = {
 }
 GATED = {**SHAPE, "intermediate_size": 172, "num_key_value_heads": 2}
 Make = Callable[[object], SparseModel]
+
+
+def with_masks(model: SparseModel, folder: Path, masks: Mapping[str, NDArray[np.bool_]]) -> SparseModel:
+    """The same model under other masks."""
+    shutil.copytree(model.folder, folder)
+    save_file({name: pack_mask(mask) for name, mask in masks.items()}, folder / MASK_FILE)
+    tensors = load_file(folder / "model.safetensors")
+    for name, mask in masks.items():
+        tensors[f"{name}.weight"] *= mask
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return SparseModel.open(folder)
 
 
 def prune(source: Path, folder: Path) -> SparseModel:

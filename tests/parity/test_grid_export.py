@@ -24,7 +24,7 @@ from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import write_weights
 from losa_deploy.verify.stored import check_decoded, check_grid
 
-from .conftest import export_as
+from .conftest import export_as, with_masks
 
 
 def on_grid(model: SparseModel, folder: Path, kind: GridKind, dtype: torch.dtype) -> SparseModel:
@@ -41,6 +41,12 @@ def on_grid(model: SparseModel, folder: Path, kind: GridKind, dtype: torch.dtype
     kinds = {name: [kind.value_type, kind.group_size] for name in scales}
     save_file(scales, folder / GRID_FILE, metadata={"format": "pt", GRID_KEY: json.dumps(kinds)})
     return SparseModel.open(folder)
+
+
+def in_pairs(model: SparseModel, folder: Path) -> SparseModel:
+    """The model with masks that rows share in pairs: those of the even rows."""
+    shared = {name: model.mask(name)[: rows // 2 * 2 : 2] for name, (rows, _) in model.linears.items()}
+    return with_masks(model, folder, {name: np.repeat(mask, 2, axis=0) for name, mask in shared.items()})
 
 
 def trained(model: SparseModel, name: str) -> np.ndarray:
@@ -85,6 +91,24 @@ def test_exports_hold_exactly_the_trained_values(
             assert np.array_equal(decoded[name].view(np.uint32), expected.view(np.uint32)), name
             if beside is not None and expected.shape[1] % 32 == 0:  # other rows are F16 there
                 assert np.array_equal(beside.weights[name], expected), name
+
+
+@pytest.mark.parametrize(("value_type", "group_size"), [("i4", 32), ("i3", 64), ("i8", 0)])
+def test_exports_of_rows_that_share_masks_hold_exactly_the_trained_values(
+    value_type: str, group_size: int, merged_llama: SparseModel, tmp_path: Path
+) -> None:
+    kind = GridKind(value_type, group_size)  # type: ignore[arg-type]
+    model = on_grid(in_pairs(merged_llama, tmp_path / "pairs"), tmp_path / "merged", kind, torch.float32)
+    recipe = ExportRecipe.model_validate({"value_type": value_type, "group_size": group_size or 128})
+    packed = recipe.model_copy(update={"packed": True})
+    for exporter, chosen in ((OnnxExporter(), recipe), (GgufExporter(), packed)):
+        folder = tmp_path / exporter.name
+        folder.mkdir()
+        stored = export_as(exporter, model, chosen, folder).tensors
+        assert sum("pairs of rows" in tensor.reason for tensor in stored) >= 5
+        decoded = exporter.decode(folder)
+        for name in model.linears:
+            assert np.array_equal(decoded[name].view(np.uint32), trained(model, name).view(np.uint32)), name
 
 
 def test_values_off_the_trained_ones_are_found(merged_llama: SparseModel, tmp_path: Path) -> None:

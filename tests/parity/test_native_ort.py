@@ -42,8 +42,11 @@ SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
 
 
 @pytest.fixture(scope="module")
-def pack(random_mask: RandomMask, sliding_mask: SlidingMask) -> Pack:
-    """A function: layout, value type, rows, columns → a random packed tensor."""
+def pack(random_mask: RandomMask, sliding_mask: SlidingMask, pair_mask: SlidingMask) -> Pack:
+    """A function: layout, value type, rows, columns → a random packed tensor.
+
+    The layout `pairs` is a bitmask of rows that share masks.
+    """
 
     def make(
         layout: str, value_type: str, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
@@ -58,10 +61,13 @@ def pack(random_mask: RandomMask, sliding_mask: SlidingMask) -> Pack:
             group_size=32 if columns < 100 else 128 if columns < 500 else 64,
             scale_type="f16" if scale == "f16" else "f32",
             pattern=pattern,
+            rows_per_mask=2 if name == "pairs" else 1,
         )
         weight = np.random.default_rng((rows, columns, seed)).standard_normal((rows, columns), np.float32)
         if name == "sliding":
             return LAYOUTS[name].pack(weight, sliding_mask(rows, columns, seed), options)
+        if name == "pairs":
+            return LAYOUTS["bitmask"].pack(weight, pair_mask(rows, columns, seed), options)
         return LAYOUTS[name].pack(weight, random_mask(rows, columns, pattern, seed), options)
 
     return make
@@ -182,6 +188,26 @@ def test_tiles_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> Non
             check(session, weights[:shared], activations(tokens, 176))
 
 
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_rows_that_share_masks_equal_the_oracle(value_type: str, pack: Pack) -> None:
+    weights = [pack("pairs", value_type, count, 172, seed=i) for i, count in enumerate((67, 68, 2))]
+    for shared in (1, 2, 3):
+        session = open_native(model_of(weights[:shared]), threads=2)
+        for tokens in (1, 5, 17):
+            check(session, weights[:shared], activations(tokens, 172))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_what_does_not_belong_to_shared_masks_is_refused(value_type: str, pack: Pack) -> None:
+    packed = pack("pairs", value_type, 9, 65)
+    assert "rows_per_mask is missing" in refused(model_of([packed], rows_per_mask=None))
+    assert "rows_per_mask is 4, expected 2 to 2" in refused(model_of([packed], rows_per_mask=4))
+    assert "out_features is 10" in refused(model_of([packed], out_features=10))
+    for name in ("positions", "scale"):
+        shorter = packed.arrays[name][:-1]
+        assert "a component has not the bytes" in refused(model_of([packed], changed={name: shorter}))
+
+
 def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
     activated: NDArray[np.float64] = x / (1 + np.exp(np.minimum(-x, 700)))
     return activated
@@ -204,6 +230,7 @@ GATED = [
     *product(("dense", "bitmask", "nm 2:4", "nm 1:4"), VALUE_TYPES),
     *product(("tiled 6:16", "tiled 2:4", "sliding"), ("i8", "i4")),
     *product(("dense", "tiled 2:4", "sliding"), ("i3",)),
+    *product(("pairs",), ("i8", "i4", "i3")),
 ]
 
 

@@ -48,8 +48,11 @@ def one_node_model(packed: PackedTensor, *, unpadded: bool) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module")
-def pack(random_mask: RandomMask) -> Pack:
-    """A function: layout, value type, rows, columns, options of `PackOptions` → a random packed tensor."""
+def pack(random_mask: RandomMask, pair_mask: Callable[[int, int, int], NDArray[np.bool_]]) -> Pack:
+    """A function: layout, value type, rows, columns, options of `PackOptions` → a random packed tensor.
+
+    The layout `pairs` is a bitmask of rows that share masks.
+    """
 
     def make(layout: str, value_type: str, rows: int, columns: int, **options: object) -> PackedTensor:
         name, _, words = layout.partition(" ")
@@ -58,8 +61,11 @@ def pack(random_mask: RandomMask) -> Pack:
             n, m = map(int, words.split(":"))
             pattern = n, m
         weight = np.random.default_rng(columns + rows).standard_normal((rows, columns), np.float32)
-        mask = random_mask(rows, columns, pattern, 0)
-        return LAYOUTS[name].pack(weight, mask, PackOptions(value_type, pattern=pattern, **options))  # type: ignore[arg-type]
+        mask, shared = random_mask(rows, columns, pattern, 0), 1
+        if name == "pairs":
+            name, mask, shared = "bitmask", pair_mask(rows, columns, 0), 2
+        chosen = PackOptions(value_type, pattern=pattern, rows_per_mask=shared, **options)  # type: ignore[arg-type]
+        return LAYOUTS[name].pack(weight, mask, chosen)
 
     return make
 
@@ -90,7 +96,8 @@ def check_model(model: onnx.ModelProto, packed: PackedTensor, *, reference: bool
 
 STREAMS = ("bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:16", "nm 4:16", "nm 1:32", "nm 3:5")
 TYPES = ("f32", "f16", "i8", "i4", "i3")
-LAYOUTS_AND_TYPES = [(layout, kind) for layout in ("dense", *STREAMS) for kind in TYPES]
+PAIRS = [("pairs", kind) for kind in ("i8", "i4", "i3")]
+LAYOUTS_AND_TYPES = [*((layout, kind) for layout in ("dense", *STREAMS) for kind in TYPES), *PAIRS]
 PATTERNS = [(1, 16), (3, 16), (6, 16), (15, 16), (2, 4), (1, 4)]
 TILES = [(pattern, kind) for pattern in PATTERNS for kind in ("i8", "i4")]
 
@@ -129,7 +136,7 @@ def test_all_or_nothing_kept(value_type: str, keep: bool) -> None:
     check(LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type)), reference=True)
 
 
-FOLDED = [(layout, kind) for layout in ("dense", "bitmask", "nm 1:4") for kind in TYPES]
+FOLDED = [*((layout, kind) for layout in ("dense", "bitmask", "nm 1:4") for kind in TYPES), *PAIRS]
 
 
 @pytest.mark.parametrize(("layout", "value_type"), FOLDED)
@@ -144,8 +151,10 @@ def test_decoding_is_folded_at_load(layout: str, value_type: str, pack: Pack, tm
     assert left == ({"MatMul", "Mul"} if value_type == "i8" else {"MatMul"})
 
 
-@pytest.mark.parametrize("value_type", TYPES)
-@pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 2:4", "nm 1:4"])
+@pytest.mark.parametrize(
+    ("layout", "value_type"),
+    [*((layout, kind) for layout in ("dense", "bitmask", "nm 2:4", "nm 1:4") for kind in TYPES), *PAIRS],
+)
 def test_one_operator_of_three_weights(layout: str, value_type: str, pack: Pack) -> None:
     """As q, k and v: different numbers of rows, one input, three outputs."""
     weights = [pack(layout, value_type, rows, 172) for rows in (9, 4, 3)]

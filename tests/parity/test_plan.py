@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import cycle
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from losa_deploy.exporters.gguf.exporter import GgufExporter
 from losa_deploy.exporters.onnx.exporter import OnnxExporter, write_graph
@@ -20,11 +18,11 @@ from losa_deploy.exporters.onnx.graph import DenseGraph, dense_graph
 from losa_deploy.exporters.onnx.plan import Job
 from losa_deploy.interfaces import ExportPlan, PlannedTensor
 from losa_deploy.manifest import TensorRecord
-from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
+from losa_deploy.model import SparseModel
 from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe
 
-from .conftest import GATED, Make
+from .conftest import GATED, Make, with_masks
 
 PAGE = 4096
 GGUF_CLOSENESS = 50_000
@@ -34,17 +32,6 @@ GGUF_CLOSENESS = 50_000
 def kept_of(kept: int, group: int, shape: tuple[int, int]) -> NDArray[np.bool_]:
     order = np.random.default_rng(shape[0]).random((shape[0], shape[1] // group, group)).argsort(axis=2)
     return (order < kept).reshape(shape)
-
-
-def with_masks(model: SparseModel, folder: Path, masks: Mapping[str, NDArray[np.bool_]]) -> SparseModel:
-    """The same model under other masks."""
-    shutil.copytree(model.folder, folder)
-    save_file({name: pack_mask(mask) for name, mask in masks.items()}, folder / MASK_FILE)
-    tensors = load_file(folder / "model.safetensors")
-    for name, mask in masks.items():
-        tensors[f"{name}.weight"] *= mask
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return SparseModel.open(folder)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +52,13 @@ def patterned(make_merged: Make, tmp_path_factory: pytest.TempPathFactory) -> Sp
 
 @pytest.fixture(scope="module")
 def mixed(patterned: SparseModel, tmp_path_factory: pytest.TempPathFactory) -> SparseModel:
-    """The same without a pattern in two linears."""
+    """The same without a pattern in two linears, in one of them with the same mask for pairs of rows."""
     masks = {name: patterned.mask(name) for name in patterned.linears}
     for name, mask in masks.items():
         if name.endswith(("q_proj", "gate_proj")):
             masks[name] = np.random.default_rng(7).random(mask.shape) < 0.4
+        if name.endswith("gate_proj"):
+            masks[name][1::2] = masks[name][::2]
     return with_masks(patterned, tmp_path_factory.mktemp("mixed") / "merged", masks)
 
 

@@ -56,15 +56,17 @@ typedef struct {
   uint32_t rows;     // output features
   uint32_t columns;  // input features
   uint8_t layout, value_type, scale_type;
-  uint8_t n, m, position_bits;  // LOSA_NM; n and m also LOSA_TILED, else 0
-  uint16_t group_size;          // LOSA_I4 and LOSA_I3: 32, 64 or 128 positions, else 0
+  // LOSA_NM; n and m also LOSA_TILED; n of LOSA_BITMASK: 2 where pairs of rows share a mask; else 0.
+  uint8_t n, m, position_bits;
+  uint16_t group_size;  // LOSA_I4 and LOSA_I3: 32, 64 or 128 positions, else 0
   losa_bytes positions, values, scale, table;
 } losa_parts;
 
 // A checked tensor. Refers to the caller's parts and starts, which have to outlive it.
 typedef struct {
   losa_parts parts;
-  // LOSA_BITMASK: first value of each row (I4: first byte of each row pair; I3: of each row, then the end).
+  // LOSA_BITMASK: first value of each row (I4: first byte of each row pair; I3: of each row, or of each pair
+  // that shares a mask, then the end).
   const uint64_t *starts;
   uint64_t kept;  // values stored, padding excluded
 } losa_tensor;

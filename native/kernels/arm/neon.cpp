@@ -73,13 +73,15 @@ class Row {
       : parts_(t.parts),
         dense_(t.parts.layout == LOSA_DENSE),
         grouped_(is_grouped(t.parts)),
-        planes_(!dense_ && t.parts.value_type == LOSA_I3),
+        planes_(!dense_ && t.parts.value_type == LOSA_I3 && !in_pairs(t.parts)),
+        pair_(t.parts.value_type == LOSA_I3 && in_pairs(t.parts)),
         high_(row % 2 != 0 && !planes_),
         count_(count_per_byte(t.parts)),
         positions_(dense_ ? Positions() : Positions(t.parts, row)),
         at_(static_cast<const uint8_t *>(t.parts.values.data) +
             (dense_ ? row * dense_row_bytes(t.parts) : row_start(t, row))),
         kept_(at_, planes_ ? stream_row_bytes(t, row) : 0),
+        kept_of_pair_(at_, pair_ ? stream_row_bytes(t, row) : 0),
         levels_(grouped_ ? table_of(t.parts) : vdupq_n_s8(0)) {}
 
   size_t blocks() const { return (parts_.columns + kBlock - 1) / kBlock; }
@@ -90,10 +92,11 @@ class Row {
     }
     const uint64_t word = positions_.word(block);
     unsigned used = 8 * count_;
-    const uint8_t *from = planes_ ? kept_.next() : at_;
+    const uint8_t *from = planes_ ? kept_.next() : pair_ ? kept_of_pair_.next() : at_;
     Block found = count_ ? scatter_fixed(word, from, count_) : scatter(word, from, &used);
     at_ += used;
     kept_.take(used);
+    kept_of_pair_.take(used);
     if (grouped_) {
       for (auto &part : found.part) {
         part = nibbles(part, high_, levels_);
@@ -143,11 +146,12 @@ class Row {
   }
 
   const losa_parts &parts_;
-  bool dense_, grouped_, planes_, high_;
+  bool dense_, grouped_, planes_, pair_, high_;
   unsigned count_;
   Positions positions_;
   const uint8_t *at_;
   KeptCodes<unpack_block, 4> kept_;  // of i3, which has no use for at_
+  KeptPairs<4> kept_of_pair_;        // of i3 whose rows share a mask in pairs
   int8x16_t levels_;
 };
 

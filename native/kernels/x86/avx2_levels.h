@@ -4,21 +4,12 @@
 
 #include <type_traits>
 
+#include "kernels/x86/avx2_pairs.h"
 #include "kernels/x86/avx2_panel.h"
-#include "kernels/x86/avx2_values.h"
+#include "kernels/x86/avx2_sums.h"
 
 namespace losa {
 namespace {
-
-inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
-
-// Adds 32 products. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits without their sign:
-// |w| * sign(x, w).
-template <bool Narrow>
-inline __m256i add_products(__m256i acc, __m256i w, const int8_t *x) {
-  return Narrow ? dot_accumulate<true>(acc, w, load256(x))
-                : dot_accumulate<false>(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(load256(x), w));
-}
 
 // Sums of a group, in eight parts. Narrow: the bias takes the offset of the levels off again.
 template <bool Narrow>
@@ -120,17 +111,6 @@ struct RunOf<DenseRowOfPlanes> {
   using Type = RunOfPlanes;
 };
 
-// What the offset of narrow levels made too much, in eight groups from g on, of which `count` are there:
-// `products` are their scales.
-inline __m256 add_biases(const Activations &a, size_t g, size_t count, const float products[8],
-                         __m256 total) {
-  const __m256i bias = _mm256_srai_epi32(load256(a.bias + g), 4),
-                order = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), order);
-  const __m256 scales = _mm256_and_ps(_mm256_castsi256_ps(there), _mm256_load_ps(products));
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(bias), scales, total);
-}
-
 // The first `runs` times 128 positions of a dense row below 8 bits.
 template <typename Run, bool Narrow, size_t Group>
 __m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
@@ -209,6 +189,10 @@ inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t beg
   if (narrow) {
     matrix.raise(kNarrow);
   }
+  if (are_nibbles(p)) {
+    multiply_pairs<1>(p, matrix, narrow, &a, begin, end, y, 0);
+    return;
+  }
   with_reader(t, [&](auto tag) {
     using Row = typename decltype(tag)::Row;
     narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
@@ -233,10 +217,38 @@ inline void repeated_matvec(const losa_tensor &t, const Activations &a, size_t b
   }
 }
 
+// Pairs of rows times a few tokens: placed once for all of them.
+inline void few_times_pairs(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                            size_t ldy, void *scratch) {
+  Matrix matrix(t);
+  matrix.room = static_cast<uint8_t *>(scratch);
+  const bool narrow = is_narrow(t.parts);
+  if (narrow) {
+    matrix.raise(kNarrow);
+  }
+  constexpr size_t kMost = 3;  // more need more registers than there are
+  for (size_t token = 0; token < a.tokens;) {
+    const size_t left = a.tokens - token, count = left == kMost + 1 ? 2 : left < kMost ? left : kMost;
+    Activations each[kMost];
+    for (size_t k = 0; k < count; ++k) {
+      const size_t group = (token + k) * a.groups;
+      each[k] = {
+          a.q + (token + k) * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
+    }
+    const auto multiply = count == kMost ? multiply_pairs<kMost>
+                          : count == 2   ? multiply_pairs<2>
+                                         : multiply_pairs<1>;
+    multiply(t.parts, matrix, narrow, each, begin, end, y + token * ldy, ldy);
+    token += count;
+  }
+}
+
 inline void panels_or_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                              size_t ldy, void *scratch) {
-  const bool few = a.tokens < kWorthPanels && t.parts.layout == LOSA_DENSE && is_grouped(t.parts);
-  (few ? repeated_matvec : matmul_levels)(t, a, begin, end, y, ldy, scratch);
+  const bool few = a.tokens < kWorthPanels && is_grouped(t.parts);
+  (few && t.parts.layout == LOSA_DENSE ? repeated_matvec
+   : few && are_nibbles(t.parts)       ? few_times_pairs
+                                       : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 }  // namespace

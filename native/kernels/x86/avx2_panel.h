@@ -6,7 +6,7 @@
 
 #include "kernels/target.h"
 #include "kernels/x86/avx2_dot.h"
-#include "kernels/x86/avx2_rows.h"
+#include "kernels/x86/avx2_pair_rows.h"
 
 namespace losa {
 namespace {
@@ -36,6 +36,16 @@ inline bool is_narrow(const losa_parts &p) {
 // What levels are stored plus; 0: they keep their sign.
 inline int raised_by(const losa_parts &p) { return is_narrow(p) ? kNarrow : kWideSums ? kMostRaised : 0; }
 
+inline void store_lane(const Block &levels, __m256i offset, size_t block, size_t lane, uint8_t *panel) {
+  alignas(32) uint32_t four[kBlock / 4];
+  _mm256_store_si256(reinterpret_cast<__m256i *>(four), _mm256_add_epi8(levels.low, offset));
+  _mm256_store_si256(reinterpret_cast<__m256i *>(four + 8), _mm256_add_epi8(levels.high, offset));
+  uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
+  for (size_t i = 0; i < kBlock / 4; ++i) {
+    std::memcpy(out + i * 4 * kLanes, four + i, 4);
+  }
+}
+
 inline void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t padded, int raised,
                         uint8_t *panel, uint8_t *room) {
   Matrix matrix(t);
@@ -43,19 +53,45 @@ inline void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t pa
   with_reader(t, [&](auto tag) {
     typename decltype(tag)::Row reader(matrix, row);
     const size_t blocks = reader.blocks();
-    const __m256i offset = _mm256_set1_epi8(static_cast<char>(raised));
-    alignas(32) uint32_t four[kBlock / 4];
+    const __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8(static_cast<char>(raised));
     for (size_t block = 0; block * kBlock < padded; ++block) {
-      const __m256i zero = _mm256_setzero_si256();
-      const Block levels = block < blocks ? reader.next(block) : Block{zero, zero};
-      _mm256_store_si256(reinterpret_cast<__m256i *>(four), _mm256_add_epi8(levels.low, offset));
-      _mm256_store_si256(reinterpret_cast<__m256i *>(four + 8), _mm256_add_epi8(levels.high, offset));
-      uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
-      for (size_t i = 0; i < kBlock / 4; ++i) {
-        std::memcpy(out + i * 4 * kLanes, four + i, 4);
-      }
+      store_lane(block < blocks ? reader.next(block) : Block{zero, zero}, offset, block, lane, panel);
     }
   });
+}
+
+// The same of two rows that share a mask, and of the lane after this one.
+template <bool I4>
+void expand_pair(const losa_tensor &t, size_t row, size_t lane, size_t padded, int raised, uint8_t *panel,
+                 uint8_t *room) {
+  using Pair = PairOfRows<I4>;
+  Matrix matrix(t);
+  matrix.room = room;
+  Pair pair(matrix, row);
+  pair.prepare(matrix.first_positions.blocks);
+  const __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8(static_cast<char>(raised));
+  for (size_t block = 0; block * kBlock < padded; ++block) {
+    const Block bytes = block < matrix.first_positions.blocks ? pair.next() : Block{zero, zero};
+    const Block even = {Pair::even(bytes.low, matrix.levels), Pair::even(bytes.high, matrix.levels)};
+    const Block odd = {Pair::odd(bytes.low, matrix.levels), Pair::odd(bytes.high, matrix.levels)};
+    store_lane(even, offset, block, lane, panel);
+    store_lane(odd, offset, block, lane + 1, panel);
+  }
+}
+
+// The rows from `first` on, as the 16 lanes of two panels. Lanes without a row repeat the last one, or the
+// last two.
+inline void expand_lanes(const losa_tensor &t, size_t first, size_t rows, size_t padded, int raised,
+                         uint8_t *panels, uint8_t *room) {
+  const bool pairs = are_nibbles(t.parts);
+  const auto expand = !pairs                          ? expand_lane
+                      : t.parts.value_type == LOSA_I4 ? expand_pair<true>
+                                                      : expand_pair<false>;
+  const size_t step = pairs ? 2 : 1, last = (rows - 1) / step * step;
+  for (size_t lane = 0; lane < 2 * kLanes; lane += step) {
+    expand(t, first + (lane < rows ? lane : last), lane % kLanes, padded, raised,
+           panels + lane / kLanes * kLanes * padded, room);
+  }
 }
 
 inline __m256i broadcast_four(const int8_t *x) {
@@ -166,12 +202,9 @@ void panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end
   const uint8_t *panel[2] = {scratch, scratch + kLanes * a.padded};
   for (size_t first = begin; first < end; first += pair) {
     const size_t rows = end - first < pair ? end - first : pair;
+    expand_lanes(t, first, rows, a.padded, raised, scratch, scratch + pair * a.padded);
     for (size_t lane = 0; lane < pair; ++lane) {
-      // Lanes without a row repeat the last one.
-      const size_t row = first + (lane < rows ? lane : rows - 1);
-      expand_lane(t, row, lane % kLanes, a.padded, raised, scratch + lane / kLanes * kLanes * a.padded,
-                  scratch + pair * a.padded);
-      copy_scales(t.parts, row, a.groups, scales + lane);
+      copy_scales(t.parts, first + (lane < rows ? lane : rows - 1), a.groups, scales + lane);
     }
     size_t token = 0;
     tiles<Raised, 4>(panel, scales, group, shift, a, &token, first, rows, y, ldy);

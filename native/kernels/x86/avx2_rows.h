@@ -171,10 +171,9 @@ class DenseRow {
   __m256i levels_;
 };
 
-// Codes of 128 positions of a dense i3 row, 32 in each: 32 bytes of lower bits, 16 of the highest. Two are
-// put together at once, in the nibbles of a byte. So they are indices of a byte shuffle, which looks at the
-// low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
-inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
+// 128 codes of i3 as 64 bytes: 32 bytes of lower bits, 16 of the highest. Code number i < 64 is in the low
+// nibble of byte i, the one 64 behind it in the high nibble.
+inline void split_nibbles(const uint8_t *bytes, __m256i codes[2]) {
   const __m256i lower = _mm256_set1_epi8(0x33), highest = _mm256_set1_epi8(0x44);
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
   const __m256i high =
@@ -186,6 +185,12 @@ inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
   };
   codes[0] = pair(low, _mm256_slli_epi16(bits, 2));
   codes[1] = pair(_mm256_srli_epi16(low, 2), bits);
+}
+
+// Codes of 128 positions of a dense i3 row, 32 in each. They are indices of a byte shuffle, which looks at
+// the low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
+inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
+  split_nibbles(bytes, codes);
   codes[2] = _mm256_srli_epi16(codes[0], 4);
   codes[3] = _mm256_srli_epi16(codes[1], 4);
 }
@@ -264,7 +269,7 @@ class SparseRowOfPlanes {
 
   SparseRowOfPlanes(const Matrix &m, size_t row)
       : positions_(m.positions_of(row)), at_(m.room), levels_(m.levels) {
-    unpack_row(m.values + m.start(row, false), m.bytes_of(row), m.room);
+    unpack_row(m.values + m.start(row, false), m.bytes_of(row, false), m.room);
   }
 
   size_t blocks() const { return positions_.blocks; }

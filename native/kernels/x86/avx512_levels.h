@@ -88,7 +88,10 @@ template <typename Row>
 class AfterPairs {
  public:
   AfterPairs(const losa_parts &p, const Matrix512 &m)
-      : m_(m), rows_(p.rows), per_run_(m.runs), position_step_(per_run_.of(2 * m.position_bytes)) {}
+      : m_(m),
+        rows_(p.rows),
+        per_run_(m.runs),
+        position_step_(per_run_.of(2 * m.position_bytes >> m.mask_shift)) {}
 
   struct Pair {
     void next() {
@@ -106,7 +109,7 @@ class AfterPairs {
       return {Ahead(m_.values), Ahead(m_.values)};
     }
     const size_t first = Row::start(m_, row), last = Row::start(m_, row + 2);
-    const uint8_t *positions = m_.first_positions.bytes + row * m_.position_bytes;
+    const uint8_t *positions = m_.position_row(row);
     return {Ahead(m_.values + first, per_run_.of(last - first)), Ahead(positions, position_step_)};
   }
 

@@ -125,7 +125,7 @@ class SparseRow {
   static constexpr float kScaled = High && How == Levels::kRaised ? kInPlace : 1.0f;
 
   SparseRow(const Matrix512 &m, size_t row)
-      : m_(m), positions_(m.first_positions.bytes + row * m.position_bytes), at_(m.values + start(m, row)) {}
+      : m_(m), positions_(m.position_row(row)), at_(m.values + start(m, row)) {}
 
   // Blocks in their order. Second: of two that start at a multiple of 128. Whole: of whole_runs().
   template <bool Second, bool Whole>
@@ -286,9 +286,7 @@ class SparseRowOfPlanes {
   static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
 
   SparseRowOfPlanes(const Matrix512 &m, size_t row)
-      : m_(m),
-        positions_(m.first_positions.bytes + row * m.position_bytes),
-        kept_(m.values + start(m, row), m.bytes_of(row)) {}
+      : m_(m), positions_(m.position_row(row)), kept_(m.values + start(m, row), m.bytes_of(row, false)) {}
 
   template <bool Second, bool Whole>
   __m512i next_scaled(size_t block) {
@@ -310,6 +308,42 @@ class SparseRowOfPlanes {
   KeptCodes<unpack_run, 4> kept_;  // a panel has 16 of them, which stay in the first cache
 };
 
+// Factors of one row of i3 of a pair that shares a mask: codes of both are expanded, as nibbles of bytes.
+template <Levels How, bool High>
+class RowOfPair {
+ public:
+  using Even = RowOfPair<How, false>;
+  using Odd = RowOfPair<How, true>;
+  static constexpr Levels kLevels = How;
+  static constexpr bool kMasked = true;
+  static constexpr unsigned kLines = 1;
+  static constexpr float kScaled = 1.0f;
+
+  static size_t start(const Matrix512 &m, size_t row) { return m.start(row, true); }
+  static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
+
+  RowOfPair(const Matrix512 &m, size_t row)
+      : m_(m), positions_(m.position_row(row)), kept_(m.values + start(m, row), m.bytes_of(row, true)) {}
+
+  template <bool Second, bool Whole>
+  __m512i next_scaled(size_t block) {
+    return next<Second, Whole>(block);
+  }
+
+  template <bool Second, bool Whole>
+  __m512i next(size_t block) {
+    const uint64_t word = load_word(positions_ + 8 * block);
+    const __m512i codes = _mm512_maskz_expand_epi8(word, loaded(load512(kept_.next())));
+    kept_.take(static_cast<unsigned>(__builtin_popcountll(word)));
+    return _mm512_shuffle_epi8(m_.levels, nibbles512(codes, High));
+  }
+
+ private:
+  const Matrix512 &m_;
+  const uint8_t *positions_;
+  KeptPairs<8> kept_;
+};
+
 template <typename T>
 struct Tag {
   using Row = T;
@@ -321,6 +355,8 @@ void with_rows_of_planes(const losa_parts &p, Use use) {
     use(Tag<DenseRowOfPlanes<How>>());
   } else if (p.layout == LOSA_NM && p.position_bits != 0) {
     use(Tag<SparseRowOfPlanes<How, true>>());
+  } else if (in_pairs(p)) {
+    use(Tag<RowOfPair<How, false>>());
   } else {
     use(Tag<SparseRowOfPlanes<How, false>>());
   }

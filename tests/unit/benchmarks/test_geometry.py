@@ -198,6 +198,21 @@ def test_repeated_rows_are_what_packing_them_gives(value_type: str, pattern: tup
     assert (found.sha256, found.shape, found.nnz) == (whole.sha256, whole.shape, whole.nnz)
 
 
+@pytest.mark.parametrize("value_type", ["f16", "i8", "i4", "i3"])
+def test_repeated_pairs_of_rows_are_what_packing_them_gives(value_type: str) -> None:
+    storage = Storage("bitmask", value_type, 0.6, paired=True)  # type: ignore[arg-type]
+    weight, mask = storage.pruning().weight((6, 130)).rows
+    once = LAYOUTS["bitmask"].pack(weight, mask, storage.options)
+    assert ("rows_per_mask" in once.params) == (value_type != "f16")
+    whole = LAYOUTS["bitmask"].pack(np.tile(weight, (4, 1)), np.tile(mask, (4, 1)), storage.options)
+    found = repeat_rows(once, mask, 4)
+    assert (found.sha256, found.shape, found.nnz) == (whole.sha256, whole.shape, whole.nnz)
+    if value_type != "f16":
+        odd = LAYOUTS["bitmask"].pack(weight[:5], mask[:5], storage.options)
+        with pytest.raises(ValueError, match="even number of rows"):
+            repeat_rows(odd, mask[:5], 2)
+
+
 def test_random_masks_follow_their_pattern() -> None:
     shape = (48, 320)
     pairs = Pruning(0.6, paired=True).weight(shape).rows[1]

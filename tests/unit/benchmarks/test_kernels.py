@@ -70,8 +70,9 @@ def test_the_timer_refuses_what_does_not_belong_together() -> None:
 
 
 def test_default_rows_cover_layouts_types_and_sparsities() -> None:
-    found = default_storages(["dense", "bitmask", "sliding", "1:4"], ["f16", "i8", "i4"], [0.5, 0.7])
-    assert len(found) == 2 * (1 + 2 + 1 + 1) + (1 + 2 + 1)  # f16 has no windows
+    found = default_storages(["dense", "bitmask", "pair", "sliding", "1:4"], ["f16", "i8", "i4"], [0.5, 0.7])
+    assert len(found) == 2 * (1 + 2 + 2 + 1 + 1) + (1 + 2 + 1)  # f16 has no windows, and stores each mask
+    assert Storage("bitmask", "i4", 0.7, paired=True) in found
     assert Storage("sliding", "i4", 0.5) in found
     assert Storage("tiled", "i4", 0.75, (1, 4)) in found
 
@@ -108,14 +109,14 @@ def test_every_case_is_sampled_in_every_round(small_caches: None) -> None:
 def test_the_command_prints_rows_with_the_fixed_names(
     small_caches: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["bench", "kernels", *SMALL, "--layouts", "dense,bitmask,2:4", "--value-types", "i8,i4"]
+    argv = ["bench", "kernels", *SMALL, "--layouts", "dense,bitmask,pair,2:4", "--value-types", "i8,i4"]
     argv += ["--sparsity", "0.5", "0.7", "--tokens", "1", "3", "--targets", _native.targets()[0]]
     code = main([*argv, "--json"])
     streams = capsys.readouterr()
     assert code == 0, streams.err
     document = json.loads(streams.out)
     assert document["schema"] == "losa.bench/1"
-    assert len(document["results"]) == 2 * (1 + 2 + 1) * 2
+    assert len(document["results"]) == 2 * (1 + 2 + 2 + 1) * 2
     for row in document["results"]:
         assert row["weights_per_second"] > 0 and row["bytes_per_second"] > 0
         assert row["read_bandwidth_bytes_per_second"] > 0

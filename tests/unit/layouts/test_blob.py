@@ -37,6 +37,45 @@ def test_round_trip_is_exact(layout: str, value_type: str, shape: tuple[int, int
     check_round_trip(before)
 
 
+def pair(value_type: str, rows: int = 5, columns: int = 100) -> PackedTensor:
+    """Rows that share a mask."""
+    rng = np.random.default_rng(rows)
+    mask = np.repeat(rng.random((-(-rows // 2), columns)) < 0.5, 2, axis=0)[:rows]
+    weight = rng.standard_normal((rows, columns)).astype(np.float32)
+    return LAYOUTS["bitmask"].pack(weight, mask, PackOptions(value_type, 32, rows_per_mask=2))
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+@pytest.mark.parametrize("shape", [(5, 100), (2, 1), (2, 63), (4, 256)])
+def test_round_trip_of_shared_masks_is_exact(value_type: str, shape: tuple[int, int]) -> None:
+    before = pair(value_type, *shape)
+    check_round_trip(before)
+    mask, options = unpack(before).mask, PackOptions(value_type, 32, rows_per_mask=2)
+    assert blob_bytes("bitmask", mask, options) == len(to_blob(before))
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "message"),
+    [
+        (9, b"\x01", "type f16"),  # nothing says how many rows there are
+        (11, b"\x00", "component positions has 48 bytes, 5 x 100 weights need 80"),
+        (11, b"\x01", "1:0"),
+        (11, b"\x03", "3:0"),
+        (12, b"\x04", "2:4"),
+        (16, struct.pack("<I", 4), "component positions has 48 bytes, 4 x 100 weights need 32"),
+        (16, struct.pack("<I", 6), "component scale has 40 bytes, 6 x 100 weights need 48"),
+        (128, b"\xff" * 12, "the mask needs"),
+        (128 + 15, b"\x80", "outside of their row"),
+    ],
+)
+def test_a_lie_about_shared_masks_is_refused(at: int, new: bytes, message: str) -> None:
+    for value_type in ("i4", "i3"):
+        blob = bytearray(to_blob(pair(value_type)))
+        blob[at : at + len(new)] = new
+        with pytest.raises(ValueError, match=message):
+            from_blob(bytes(blob))
+
+
 def check_round_trip(before: PackedTensor) -> None:
     after = from_blob(to_blob(before))
     assert (after.layout, after.value_type, after.shape) == (before.layout, before.value_type, before.shape)

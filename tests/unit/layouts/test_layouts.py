@@ -76,6 +76,72 @@ def test_unstructured_masks_round_trip(
     check_round_trip(layout, weight_of(rows, columns, seed), mask, options)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(2, 7),
+    columns=st.sampled_from((1, 7, 63, 64, 65, 128, 172, 300)),
+    density=st.sampled_from((0.0, 0.3, 0.5, 0.9, 1.0)),
+    options=options_strategy.filter(lambda options: options.value_type.startswith("i")),
+    seed=st.integers(0, 2**16),
+)
+def test_masks_of_pairs_of_rows_round_trip(
+    rows: int, columns: int, density: float, options: PackOptions, seed: int
+) -> None:
+    mask = pairs_of(rows, columns, density, seed)
+    check_round_trip("bitmask", weight_of(rows, columns, seed), mask, replace(options, rows_per_mask=2))
+
+
+def pairs_of(rows: int, columns: int, density: float, seed: int) -> Mask:
+    """Rows 2 i and 2 i + 1 are equal."""
+    mask = np.random.default_rng(seed).random((-(-rows // 2), columns)) < density
+    return np.repeat(mask, 2, axis=0)[:rows]
+
+
+def test_only_equal_rows_of_types_with_scales_share_a_mask() -> None:
+    weight, mask = weight_of(5, 70, 0), pairs_of(5, 70, 0.5, 0)
+    other = mask.copy()
+    other[3, 69] ^= True
+    for wrong, options in (
+        (other, PackOptions("i4", rows_per_mask=2)),
+        (mask[:1], PackOptions("i4", rows_per_mask=2)),
+        (mask, PackOptions("f16", rows_per_mask=2)),
+        (mask, PackOptions("i4", rows_per_mask=4)),
+    ):
+        with pytest.raises(ValueError, match="do not share masks"):
+            LAYOUTS["bitmask"].pack(weight[: len(wrong)], wrong, options)
+
+
+@pytest.mark.parametrize("value_type", VALUE_TYPES)
+def test_equal_rows_share_their_mask_where_that_saves_bytes(value_type: str) -> None:
+    options, mask = PackOptions(value_type), pairs_of(7, 640, 0.5, 1)
+    chosen = choose(mask, options)
+    shared = value_type.startswith("i")
+    assert (chosen.layout, chosen.options.rows_per_mask) == ("bitmask", 2 if shared else 1)
+    assert ("pairs of rows" in chosen.reason) == shared
+    packed = LAYOUTS["bitmask"].pack(weight_of(7, 640, 1), mask, chosen.options)
+    assert packed.nbytes == chosen.bytes and packed.arrays["positions"].shape == (4 if shared else 7, 80)
+    assert forced("bitmask", "q", mask, options).options.rows_per_mask == chosen.options.rows_per_mask
+    other = mask.copy()
+    other[4] = ~other[4]
+    assert choose(other, options).options.rows_per_mask == 1
+    one = pairs_of(1, 640, 0.5, 1)
+    assert choose(one, options).options.rows_per_mask == 1
+
+
+def test_a_mask_of_half_a_bit_stores_what_one_of_a_bit_does_not() -> None:
+    """75 % kept in i3: a bit per position takes as much as is saved, half a bit less."""
+    mask = pairs_of(64, 4096, 0.75, 2)
+    assert choose(mask, PackOptions("i3")).options.rows_per_mask == 2
+    mask[::2] = pairs_of(64, 4096, 0.75, 3)[::2]
+    assert choose(mask, PackOptions("i3")).layout == "dense"
+
+
+def test_rows_of_a_pattern_keep_its_layout() -> None:
+    """Its kernels count no bits, and it is what the pattern was chosen for."""
+    kept = np.tile(np.arange(64) % 4 < 2, (32, 1))
+    assert choose(kept, PackOptions("i4")).layout == "tiled"
+
+
 def nm_mask(rows: int, columns: int, n: int, m: int, seed: int) -> Mask:
     """Exactly N of M; a short last group keeps min(N, width) or its rounded share, row by row."""
     rng = np.random.default_rng(seed)
