@@ -5,7 +5,7 @@ Both models then run the same graph, and building one (half a minute where it mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -15,6 +15,7 @@ from losa_deploy.layouts.operator_names import DOMAIN, SWIGLU, parse_op_type
 from losa_deploy.sources.checkpoint import Checkpoint
 
 from .graph import MODEL_FILE, DenseGraph
+from .rewrite import MATMULS, is_turned
 from .weights import Weight
 
 
@@ -41,13 +42,31 @@ def restored_graph(exported: Path, source: Checkpoint) -> DenseGraph:
     for name, weight in weights.items():
         kind = onnx.TensorProto.FLOAT
         model.graph.initializer.append(onnx.TensorProto(name=name, dims=weight.shape, data_type=kind))
-    return DenseGraph(model, exported, weights)
+    return DenseGraph(model, exported, {**_ends(model.graph.node, source), **weights})
 
 
 def _weight(source: Checkpoint, module: str) -> Weight:
     """A weight as MatMul takes it, [in, out]; a table that is only gathered as it is."""
     gathered = module == source.family.embedding and not source.tied
     return Weight(source, f"{module}.weight", transposed=not gathered)
+
+
+def _ends(nodes: Sequence[onnx.NodeProto], source: Checkpoint) -> dict[str, Weight]:
+    """Embedding and head by what their nodes read: f32 ones have the names that a graph source gave them."""
+    family, found = source.family, {}
+    turned = {node.output[0]: node.input[0] for node in nodes if node.op_type == "Transpose"}
+    for node in nodes:
+        if node.name == family.embedding and node.op_type == "Gather":
+            value, out_first = node.input[0], True
+        elif node.name == family.head and node.op_type in MATMULS:
+            value, out_first = node.input[1], is_turned(node)
+        else:
+            continue
+        if value in turned:
+            value, out_first = turned[value], not out_first
+        module = family.embedding if source.tied else node.name
+        found[value] = Weight(source, f"{module}.weight", transposed=not out_first)
+    return found
 
 
 def _plain(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

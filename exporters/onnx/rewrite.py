@@ -110,7 +110,7 @@ def _products(graph: DenseGraph) -> Mapping[str, list[onnx.NodeProto]]:
     found: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.model.graph.node:
         matrix = matrices.get(node.input[1]) if node.op_type in MATMULS else None
-        if matrix is not None and matrix.out_first == _attribute(node, "transB"):
+        if matrix is not None and matrix.out_first == is_turned(node):
             found[matrix.tensor].append(node)
     return found
 
@@ -125,5 +125,6 @@ def _matrices(graph: DenseGraph) -> Mapping[str, _Matrix]:
     return found
 
 
-def _attribute(node: onnx.NodeProto, name: str) -> bool:
-    return any(a.name == name and a.i == 1 for a in node.attribute)
+def is_turned(node: onnx.NodeProto) -> bool:
+    """Whether a node of `MATMULS` takes its weight [out, in]."""
+    return any(attribute.name == "transB" and attribute.i == 1 for attribute in node.attribute)

@@ -59,7 +59,8 @@ def _call_once(model: PreTrainedModel, blocks: str) -> None:
 def _leave_out(fusion: str) -> None:
     """Remove a step of the fusions for ONNX Runtime, which has no option for that."""
     steps = onnxruntime_fusions._STEPS
-    onnxruntime_fusions._STEPS = tuple(s for s in steps if getattr(s[0], "__name__", "") != fusion)
+    kept = tuple(step for step in steps if getattr(step[0], "__name__", "") != fusion)
+    onnxruntime_fusions._STEPS = kept  # type: ignore[assignment]
 
 
 def _traceable(folder: Path) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from losa_deploy.interfaces import Exporter
 from losa_deploy.planned import packing_bytes
 from losa_deploy.recipe import load_recipe
 
-HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
+HIDDEN, INNER, VOCABULARY = 1024, 2752, 32000
 TABLES = {"embed": (VOCABULARY, HIDDEN), "lm_head": (VOCABULARY, HIDDEN)}
 
 
