@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from losa_deploy.interfaces import ExportedModel, Exporter
+from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions
 from losa_deploy.manifest import Manifest, SourceRecord
 from losa_deploy.model import MASK_FILE, SparseModel, pack_mask
 from losa_deploy.planned import export_planned
 from losa_deploy.progress import no_progress
 from losa_deploy.recipe import ExportRecipe, Recipe
 from losa_deploy.sources.checkpoint import Checkpoint, copy_side_files, write_weights
+
+from .operators import Pack
 
 SHAPE = {
     "vocab_size": 300,
@@ -30,6 +33,40 @@ SHAPE = {
 }
 GATED = {**SHAPE, "intermediate_size": 172, "num_key_value_heads": 2}
 Make = Callable[[object], SparseModel]
+RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
+SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
+
+
+@pytest.fixture(scope="module")
+def pack(random_mask: RandomMask, sliding_mask: SlidingMask, pair_mask: SlidingMask) -> Pack:
+    """A function: layout, value type, rows, columns → a random packed tensor.
+
+    The layout `pairs` is a bitmask of rows that share masks.
+    """
+
+    def make(
+        layout: str, value_type: str, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
+    ) -> PackedTensor:
+        name, _, words = layout.partition(" ")
+        pattern = None
+        if words:
+            n, m = map(int, words.split(":"))
+            pattern = n, m
+        options = PackOptions(
+            value_type,
+            group_size=32 if columns < 100 else 128 if columns < 500 else 64,
+            scale_type="f16" if scale == "f16" else "f32",
+            pattern=pattern,
+            rows_per_mask=2 if name == "pairs" else 1,
+        )
+        weight = np.random.default_rng((rows, columns, seed)).standard_normal((rows, columns), np.float32)
+        if name == "sliding":
+            return LAYOUTS[name].pack(weight, sliding_mask(rows, columns, seed), options)
+        if name == "pairs":
+            return LAYOUTS["bitmask"].pack(weight, pair_mask(rows, columns, seed), options)
+        return LAYOUTS[name].pack(weight, random_mask(rows, columns, pattern, seed), options)
+
+    return make
 
 
 def with_masks(model: SparseModel, folder: Path, masks: Mapping[str, NDArray[np.bool_]]) -> SparseModel:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -14,141 +13,32 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from losa_deploy._native import targets
 from losa_deploy.cli.main import main
 from losa_deploy.exporters.onnx.exporter import OnnxExporter
-from losa_deploy.exporters.onnx.functions import OPSET, VERSION
-from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
+from losa_deploy.exporters.onnx.functions import OPSET
+from losa_deploy.layouts import PackedTensor, unpack
 from losa_deploy.layouts.operator_names import DOMAIN, attributes, op_type
 from losa_deploy.model import SparseModel
 from losa_deploy.recipe import ExportRecipe
-from losa_deploy.runtimes.ort import register
 
 from .conftest import export_as
+from .operators import (
+    NODE,
+    VALUE_TYPES,
+    Array,
+    Pack,
+    activations,
+    model_of,
+    open_native,
+    refused,
+    tolerance,
+)
 
 LAYOUT_NAMES = (
     "dense", "bitmask", "nm 1:2", "nm 1:4", "nm 2:4", "nm 2:5", "nm 2:16", "nm 4:16", "nm 1:32",
 )  # fmt: skip
-VALUE_TYPES: tuple[str, ...] = ("f32", "f16", "i8", "i4", "i3")
-NODE = "layer.7.the_node"
-ROUNDING = 2.0**-24
-Array = NDArray[np.float32]
-Pack = Callable[..., PackedTensor]
-RandomMask = Callable[[int, int, tuple[int, int] | None, int], NDArray[np.bool_]]
-SlidingMask = Callable[[int, int, int], NDArray[np.bool_]]
-
-
-@pytest.fixture(scope="module")
-def pack(random_mask: RandomMask, sliding_mask: SlidingMask, pair_mask: SlidingMask) -> Pack:
-    """A function: layout, value type, rows, columns → a random packed tensor.
-
-    The layout `pairs` is a bitmask of rows that share masks.
-    """
-
-    def make(
-        layout: str, value_type: str, rows: int, columns: int, *, seed: int = 0, scale: str = "f32"
-    ) -> PackedTensor:
-        name, _, words = layout.partition(" ")
-        pattern = None
-        if words:
-            n, m = map(int, words.split(":"))
-            pattern = n, m
-        options = PackOptions(
-            value_type,
-            group_size=32 if columns < 100 else 128 if columns < 500 else 64,
-            scale_type="f16" if scale == "f16" else "f32",
-            pattern=pattern,
-            rows_per_mask=2 if name == "pairs" else 1,
-        )
-        weight = np.random.default_rng((rows, columns, seed)).standard_normal((rows, columns), np.float32)
-        if name == "sliding":
-            return LAYOUTS[name].pack(weight, sliding_mask(rows, columns, seed), options)
-        if name == "pairs":
-            return LAYOUTS["bitmask"].pack(weight, pair_mask(rows, columns, seed), options)
-        return LAYOUTS[name].pack(weight, random_mask(rows, columns, pattern, seed), options)
-
-    return make
-
-
-def model_of(
-    weights: Sequence[PackedTensor],
-    *,
-    changed: dict[str, NDArray[np.generic]] | None = None,
-    dynamic: str = "",
-    gated: bool = False,
-    **overrides: int | None,
-) -> onnx.ModelProto:
-    """One node without a function, so that only the library can run it.
-
-    `changed` replaces components, `dynamic` makes one a graph input, `gated` makes one output of two weights,
-    `overrides` sets attributes or, with None, leaves them out.
-    """
-    arrays = {
-        f"w{i}.{name}": (changed or {}).get(name, array)
-        for i, packed in enumerate(weights)
-        for name, array in packed.arrays.items()
-    }
-    values = attributes(weights[0]) | overrides
-    outputs = [f"Y{i}" for i in range(1 if gated else len(weights))]
-    node = helper.make_node(
-        op_type(weights[0], len(weights), gated=gated),
-        ["X", *arrays],
-        outputs,
-        name=NODE,
-        domain=DOMAIN,
-        **{key: value for key, value in values.items() if value is not None},
-    )
-    value_info = helper.make_tensor_value_info
-    inputs = [value_info("X", onnx.TensorProto.FLOAT, ["batch", "tokens", "width"])]
-    if dynamic:
-        array = arrays.pop(dynamic)
-        inputs.append(value_info(dynamic, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
-    graph = helper.make_graph(
-        [node],
-        "one",
-        inputs,
-        [value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    return helper.make_model(graph, opset_imports=imports, ir_version=10)
-
-
-def open_native(model: onnx.ModelProto, threads: int = 1) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    register(options)
-    return ort.InferenceSession(model.SerializeToString(), options)
-
-
-def activations(tokens: int, columns: int) -> Array:
-    """Rows of very different size, one of them all zero."""
-    rng = np.random.default_rng((tokens, columns))
-    x = rng.standard_normal((1, tokens, columns)) * 10.0 ** rng.integers(-3, 3, (1, tokens, 1))
-    if tokens > 1:
-        x[:, 1] = 0
-    return x.astype(np.float32)
-
-
-def tolerance(packed: PackedTensor, x: Array, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Most that a right kernel can be off: f32 sums, and for integers int8 activations.
-
-    An activation is rounded to a multiple of its group's largest magnitude / 127, so it is off by half
-    of that; groups are 64 positions, or those of the weight's own scales.
-    """
-    size_of_x, columns = np.abs(x.astype(np.float64)), packed.shape[1]
-    error = ROUNDING * (columns + 8) * size_of_x
-    if packed.value_type in ("i8", "i4", "i3"):
-        size = packed.params.get("group_size", 64)
-        padded = np.pad(size_of_x, ((0, 0), (0, 0), (0, -columns % size)))
-        step = padded.reshape(*padded.shape[:2], -1, size).max(axis=3) / 127
-        error = (0.5 + ROUNDING * (columns + 8)) * np.repeat(step, size, axis=2)[..., :columns] + error
-    bound: NDArray[np.float64] = error @ np.abs(weight.T) + 1e-30
-    return bound
 
 
 def check(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Array) -> None:
@@ -206,98 +96,6 @@ def test_what_does_not_belong_to_shared_masks_is_refused(value_type: str, pack: 
     for name in ("positions", "scale"):
         shorter = packed.arrays[name][:-1]
         assert "a component has not the bytes" in refused(model_of([packed], changed={name: shorter}))
-
-
-def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    activated: NDArray[np.float64] = x / (1 + np.exp(np.minimum(-x, 700)))
-    return activated
-
-
-def check_gated(session: ort.InferenceSession, weights: Sequence[PackedTensor], x: Array) -> None:
-    """Both products may be off by their tolerance; SiLU is at most 1.1 times as steep as its argument."""
-    (result,) = session.run(None, {"X": x})
-    gate, up = (unpack(packed).weight.astype(np.float64) for packed in weights)
-    exact = x.astype(np.float64)
-    off_gate, off_up = tolerance(weights[0], x, gate), tolerance(weights[1], x, up)
-    activated, other = silu(exact @ gate.T), exact @ up.T
-    assert result.shape == activated.shape
-    bound = 1.1 * off_gate * (np.abs(other) + off_up) + np.abs(activated) * off_up
-    bound += 8 * ROUNDING * np.abs(activated * other) + 1e-30
-    assert (np.abs(result - activated * other) <= bound).all()
-
-
-GATED = [
-    *product(("dense", "bitmask", "nm 2:4", "nm 1:4"), VALUE_TYPES),
-    *product(("tiled 6:16", "tiled 2:4", "sliding"), ("i8", "i4")),
-    *product(("dense", "tiled 2:4", "sliding"), ("i3",)),
-    *product(("pairs",), ("i8", "i4", "i3")),
-]
-
-
-@pytest.mark.parametrize(("layout", "value_type"), GATED)
-def test_gated_operators_equal_the_oracle(layout: str, value_type: str, pack: Pack) -> None:
-    """Also where threads split the rows, and where a prompt is gated in blocks of rows."""
-    tiles = layout.startswith(("tiled", "sliding"))
-    for rows, columns in ((80, 176), (1024, 576)) if tiles else ((67, 172), (1021, 576)):
-        weights = [pack(layout, value_type, rows, columns, seed=i) for i in range(2)]
-        session = open_native(model_of(weights, gated=True), threads=3)
-        for tokens in (1, 5, 90):
-            check_gated(session, weights, activations(tokens, columns))
-
-
-def test_a_gated_operator_equals_the_graph_without_it(pack: Pack) -> None:
-    """But for the sigmoid, which ONNX Runtime's operator computes to some 1e-7 of 1, not of itself."""
-    weights = [pack("bitmask", "i4", 1021, 576, seed=i) for i in range(2)]
-    together = model_of(weights)
-    together.graph.node.extend(
-        helper.make_node(kind, inputs, [output])
-        for kind, inputs, output in (
-            ("Sigmoid", ["Y0"], "sigmoid"),
-            ("Mul", ["Y0", "sigmoid"], "silu"),
-            ("Mul", ["silu", "Y1"], "Y"),
-        )
-    )
-    together.graph.output.append(helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None))
-    apart, gated = open_native(together, threads=2), open_native(model_of(weights, gated=True), threads=2)
-    for tokens in (1, 40):
-        x = activations(tokens, 576)
-        gate, up, expected = apart.run(None, {"X": x})
-        (found,) = gated.run(None, {"X": x})
-        assert np.abs(expected).max() > 1
-        assert (np.abs(found - expected) <= 1e-6 * np.abs(gate * up) + 1e-12).all()
-
-
-GATES = """
-import sys
-import numpy as np, onnxruntime as ort
-from losa_deploy.runtimes.ort import register
-options = ort.SessionOptions()
-register(options)
-session = ort.InferenceSession(sys.argv[1], options)
-np.save(sys.argv[3], session.run(None, {"X": np.load(sys.argv[2])})[0])
-"""
-
-
-@pytest.mark.parametrize("target", targets())
-def test_the_gate_of_every_target_and_size(target: str, tmp_path: Path) -> None:
-    """Identity matrices, so that the products are the activations: -120 to 120, in a row of odd length."""
-    count = 1203
-    eye, mask = np.eye(count, dtype=np.float32), np.ones((count, count), np.bool_)
-    weights = [LAYOUTS["dense"].pack(eye, mask, PackOptions("f32"))] * 2
-    x = np.linspace(-120, 120, count, dtype=np.float32)[None, None]
-    onnx.save(model_of(weights, gated=True), tmp_path / "gate.onnx")
-    np.save(tmp_path / "x.npy", x)
-    paths = [str(tmp_path / name) for name in ("gate.onnx", "x.npy", "y.npy")]
-    environment = {**os.environ, "LOSA_KERNELS": target}
-    subprocess.run([sys.executable, "-c", GATES, *paths], env=environment, check=True)
-    exact = x.astype(np.float64)
-    error = np.abs(np.load(paths[2]) - silu(exact) * exact)
-    assert (error <= 6e-7 * np.abs(silu(exact) * exact) + 4e-34).all()
-
-
-def test_a_gate_of_other_size_is_refused(pack: Pack) -> None:
-    weights = [pack("bitmask", "i8", rows, 64) for rows in (9, 10)]
-    assert "the gate has 9 rows, but what it gates has 10" in refused(model_of(weights, gated=True))
 
 
 @pytest.mark.parametrize("layout", ["dense", "bitmask", "nm 1:4", "nm 2:4", "tiled 5:16", "tiled 2:4"])
@@ -359,13 +157,6 @@ def test_two_threads_on_one_session(pack: Pack) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-def refused(model: onnx.ModelProto) -> str:
-    with pytest.raises(Exception, match=r"ai\.losa") as caught:
-        open_native(model)
-    assert NODE in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("shared", [1, 3])
