@@ -7,15 +7,15 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Those of one block, [batch, heads, tokens, head size], for up to `length` tokens.
 
     transformers' own layer copies everything that it holds for each token.
     """
 
     def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length, self.count = length, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
@@ -31,11 +31,11 @@ class _Layer(DynamicLayer):
         """Append keys and values of new tokens; gives those of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before = self.keys.shape[2]
-        after = before + key_states.shape[2]
+        before, after = self.count, self.count + key_states.shape[2]
         self.all_keys[:, :, before:after] = key_states
         self.all_values[:, :, before:after] = value_states
         self.keys, self.values = self.all_keys[:, :, :after], self.all_values[:, :, :after]
+        self.count = after
         return self.keys, self.values
 
 
