@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from losa_deploy.errors import InputError, LosaError
-from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, PlannedTensor
+from losa_deploy.interfaces import ExportedModel, Exporter, ExportPlan, PlannedTensor, Shapes
 from losa_deploy.model import SparseModel
 from losa_deploy.progress import Progress
 
@@ -45,6 +46,17 @@ def check_written(plan: ExportPlan, exported: ExportedModel) -> None:
     missing = [name for name in plan.files if name not in exported.files]
     if missing:
         raise _bug(plan, missing[0], "no such file", f"one of about {plan.files[missing[0]]} bytes")
+
+
+def each_shape_once(
+    linears: Shapes, make: Callable[[str, tuple[int, int]], PlannedTensor]
+) -> Iterator[PlannedTensor]:
+    """Every linear as `make` plans the first of its shape: before there are masks, nothing else differs."""
+    made: dict[tuple[int, int], PlannedTensor] = {}
+    for name, shape in linears.items():
+        if shape not in made:
+            made[shape] = make(name, shape)
+        yield replace(made[shape], name=name)
 
 
 @contextmanager

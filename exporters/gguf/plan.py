@@ -19,6 +19,7 @@ from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.layouts import Choice, PackOptions, choose, forced
 from losa_deploy.layouts.blob import blob_bytes
 from losa_deploy.model import WeightGrid
+from losa_deploy.planned import each_shape_once
 from losa_deploy.recipe import ExportRecipe
 from losa_deploy.sources.checkpoint import Checkpoint
 
@@ -198,13 +199,14 @@ def estimate(
     """The files of a model with these shapes, by kind."""
     tied = len(others) == 1
     tables = [table_tensor(recipe, name, shape, tied=tied) for name, shape in others.items()]
-    return {
-        f"{kind} .gguf": (
-            *(linear_tensor(recipe, kind, name, mask(shape)) for name, shape in linears.items()),
-            *tables,
+
+    def planned(kind: Kind) -> Iterator[PlannedTensor]:
+        yield from each_shape_once(
+            linears, lambda name, shape: linear_tensor(recipe, kind, name, mask(shape))
         )
-        for kind in kinds
-    }
+        yield from tables
+
+    return {f"{kind} .gguf": tuple(planned(kind)) for kind in kinds}
 
 
 def plan(jobs: tuple[Job, ...]) -> ExportPlan:

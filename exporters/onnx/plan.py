@@ -12,7 +12,7 @@ from losa_deploy.interfaces import ExportPlan, MaskOf, PlannedTensor, Shapes
 from losa_deploy.layouts import LAYOUTS, Choice, PackOptions, choose, forced
 from losa_deploy.layouts.dense import dense_size
 from losa_deploy.model import WeightGrid
-from losa_deploy.planned import packing_bytes
+from losa_deploy.planned import each_shape_once, packing_bytes
 from losa_deploy.recipe import ExportRecipe, ValueType
 from losa_deploy.sources.checkpoint import Checkpoint
 
@@ -105,7 +105,7 @@ def estimate(
     linears: Shapes, others: Shapes, recipe: ExportRecipe, mask: MaskOf
 ) -> Mapping[str, tuple[PlannedTensor, ...]]:
     """The data file of a model with these shapes; the graph is small."""
-    tensors = [linear_tensor(recipe, name, mask(shape)) for name, shape in linears.items()]
+    tensors = [*each_shape_once(linears, lambda name, shape: linear_tensor(recipe, name, mask(shape)))]
     tied = len(others) == 1
     tensors += [table_tensor(recipe, name, shape, tied=tied) for name, shape in others.items()]
     return {DATA_FILE: tuple(tensors)}

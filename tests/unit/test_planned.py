@@ -10,7 +10,7 @@ import pytest
 from losa_deploy.errors import EXIT_BUG, LosaError
 from losa_deploy.interfaces import ExportedModel, ExportPlan, PlannedTensor
 from losa_deploy.manifest import TensorRecord
-from losa_deploy.planned import check_written
+from losa_deploy.planned import check_written, each_shape_once
 from losa_deploy.recipe import ExportRecipe
 
 TENSOR = PlannedTensor("a.q_proj", (4, 8), "nm", "i8", 16, 24, "2:4 mask", (2, 4))
@@ -57,3 +57,16 @@ def test_missing_and_unplanned_tensors_and_files_are_bugs() -> None:
         check_written(replace(PLAN, tensors=()), WRITTEN)
     with pytest.raises(LosaError, match=r"model\.bin: found no such file"):
         check_written(PLAN, replace(WRITTEN, files={"config.json": 5}))
+
+
+def test_tensors_of_one_shape_are_planned_once() -> None:
+    asked: list[str] = []
+
+    def make(name: str, shape: tuple[int, int]) -> PlannedTensor:
+        asked.append(name)
+        return replace(TENSOR, name=name, shape=shape)
+
+    shapes = {"a.q_proj": (4, 8), "a.k_proj": (2, 8), "b.q_proj": (4, 8)}
+    found = {tensor.name: tensor.shape for tensor in each_shape_once(shapes, make)}
+    assert found == shapes
+    assert asked == ["a.q_proj", "a.k_proj"]
