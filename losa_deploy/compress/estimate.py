@@ -97,6 +97,11 @@ class Geometry:
         return self.blocks * self.weights + self.outer
 
     @property
+    def touched(self) -> int:
+        """Numbers of a token that norms, rotary positions, attention and gate of a block read and write."""
+        return 20 * self.hidden + 10 * self.inner
+
+    @property
     def inputs(self) -> Sequence[int]:
         """Widths of the inputs of a block's linears: of attention, its output, the MLP, and its output."""
         return (self.hidden, self.hidden, self.hidden, self.inner)
@@ -296,9 +301,9 @@ def _seconds(shape: Geometry, recipe: Recipe, rates: Rates, processes: int) -> f
     """Products are shared by the processes, an optimizer's step is not; of a block's inputs each has one."""
     tokens, total = _tokens(recipe) / processes, 0.0
     if recipe.calibration.source == "self":
-        # One token per sequence at a time: half of the rate of large products.
-        total += 4 * tokens * shape.all / rates.products
-    forward = 2 * tokens * shape.weights / rates.products
+        # One token per sequence at a time: half of the rate of large products in bf16, a quarter in f32.
+        total += (4 if rates.products > rates.plain else 8) * tokens * shape.all / rates.products
+    forward = 2 * tokens * shape.weights / rates.products + tokens * shape.touched / rates.elements
     moments = 2 * tokens * sum(width**2 for width in shape.inputs) / rates.plain
     solve = 4 * sum(width**3 for width in shape.inputs) / rates.plain + 60 * shape.weights / rates.elements
     sparse = recipe.prune.method == "sparsegpt" and recipe.sparsity.target > 0
@@ -324,6 +329,7 @@ def _trained_seconds(
     )
     moves = {"weights", "adapters", "scales"} & set(phase.train)
     seconds = 6 * tokens * weights / rates.products
+    seconds += 3 * tokens * shape.touched * shape.blocks * phase.window / rates.elements
     seconds += steps * weights / rates.moved if moves else 8 * steps * weights / rates.elements
     if phase.where == "model" and phase.losses.kl and not phase.on_calibration:
         seconds += 2 * tokens * weights / rates.products  # the dense model
