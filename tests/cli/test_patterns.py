@@ -59,14 +59,20 @@ def test_a_pattern_holds_from_compress_to_the_exported_model(
     assert "without a slot" in out + err or "two masks" in out + err
 
 
+def compressed_and_merged(model: Path, folder: Path, flags: list[str]) -> Path:
+    """The merged folder of a model compressed with these flags."""
+    adapted, merged = folder / "adapted", folder / "merged"
+    code, _, err = losa("compress", "-m", model, "-o", adapted, *SMALL, *flags)
+    assert code == 0, err
+    code, _, err = losa("merge", adapted, "-m", model, "-o", merged, "--offline")
+    assert code == 0, err
+    return merged
+
+
 def test_sliding_windows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -> None:
     """Compressed, exported as ONNX and as packed GGUF, and verified there: logits of our kernels."""
     flags = ["--pattern", "sliding", "--set", "export.value_type=i4", "--offline"]
-    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
-    code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags)
-    assert code == 0, err
-    code, _, err = losa("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline")
-    assert code == 0, err
+    merged = compressed_and_merged(tiny_llama, tmp_path, flags)
     for name, more in (("onnx", []), ("gguf", ["--packed"])):
         folder = tmp_path / name
         code, _, err = losa("export", merged, "-f", name, "-o", folder, "--threads", "1", *more)
@@ -80,11 +86,7 @@ def test_sliding_windows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -
 def test_pairs_of_rows_reach_both_runtimes(tiny_llama: Path, tmp_path: Path) -> None:
     """With masks that are stored once; q and k of a GGUF file, whose rows are reordered, have one per row."""
     flags = ["--pattern", "pair", "--sparsity", "0.7", "--set", "export.value_type=i3", "--offline"]
-    adapted, merged = tmp_path / "adapted", tmp_path / "merged"
-    code, _, err = losa("compress", "-m", tiny_llama, "-o", adapted, *SMALL, *flags)
-    assert code == 0, err
-    code, _, err = losa("merge", adapted, "-m", tiny_llama, "-o", merged, "--offline")
-    assert code == 0, err
+    merged = compressed_and_merged(tiny_llama, tmp_path, flags)
     for name, more in (("onnx", []), ("gguf", ["--packed"])):
         folder = tmp_path / name
         code, _, err = losa("export", merged, "-f", name, "-o", folder, "--threads", "1", *more)
