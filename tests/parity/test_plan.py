@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -162,18 +161,38 @@ def test_gguf(
 
 def test_estimates_follow_the_rules_of_plans(mixed: SparseModel) -> None:
     """With the real masks at hand an estimate is the plan, but for rows that a GGUF file reorders."""
-    shape = mixed.checkpoint.shape(f"{mixed.family.embedding}.weight")
-    others = {mixed.family.embedding: (shape[0], shape[1])}
+    rows, columns = mixed.checkpoint.shape(f"{mixed.family.embedding}.weight")
+    others = {mixed.family.embedding: (rows, columns)}
     for exporter, recipes in (
         (OnnxExporter(), ({}, {"portable": True}, {"layout": "dense", "head": "i4"})),
         (GgufExporter(), ({}, {"packed": True}, {"packed": True, "portable": True, "value_type": "i8"})),
     ):
         for choices in recipes:
             recipe = ExportRecipe.model_validate({**choices, "group_size": 32})
-            plan, masks = exporter.plan(mixed, recipe), map(mixed.mask, cycle(mixed.linears))
-            files = exporter.estimate(mixed.linears, others, recipe, lambda shape, masks=masks: next(masks))
-            first = next(iter(files.values()))
-            assert len(files) == 1 + bool(recipe.packed and recipe.portable)
-            for found, expected in zip(first, plan.tensors, strict=True):
-                assert facts(replace(found, bytes=0)) == facts(replace(expected, bytes=0))
-                assert found.bytes == pytest.approx(expected.bytes, rel=0.02 * recipe.packed)
+            plan = exporter.plan(mixed, recipe)
+            expected = {tensor.name: tensor for tensor in plan.tensors}
+            for name, shape in mixed.linears.items():
+                files = exporter.estimate({name: shape}, others, recipe, lambda shape, name=name: mixed.mask(name))
+                assert len(files) == 1 + bool(recipe.packed and recipe.portable)
+                first = next(iter(files.values()))
+                assert [tensor.name for tensor in first] == [t for t in expected if t in {name, *others}]
+                for found in first:
+                    planned = expected[found.name]
+                    assert facts(replace(found, bytes=0)) == facts(replace(planned, bytes=0))
+                    assert found.bytes == pytest.approx(planned.bytes, rel=0.02 * recipe.packed)
+
+
+def test_estimates_plan_one_linear_of_each_shape(mixed: SparseModel) -> None:
+    """Thousands of linears of a large model have a handful of shapes, and masks to be have no other facts."""
+    asked: list[tuple[int, int]] = []
+
+    def mask(shape: tuple[int, int]) -> NDArray[np.bool_]:
+        asked.append(shape)
+        return kept_of(2, 4, shape)
+
+    linears = {f"{part}.{name}": shape for part in "ab" for name, shape in mixed.linears.items()}
+    for exporter in (OnnxExporter(), GgufExporter()):
+        asked.clear()
+        files = exporter.estimate(linears, {}, ExportRecipe(), mask)
+        assert sorted(asked) == sorted(set(linears.values()))
+        assert {tensor.name: tensor.shape for tensor in next(iter(files.values()))} == linears
