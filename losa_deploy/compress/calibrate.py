@@ -43,15 +43,16 @@ def calibration_tokens(
     progress: Progress,
     room: Room = HERE,
     keep: Keep = not_kept,
+    folder: Path | None = None,
 ) -> Tensor:
     """The calibration set [samples, sequence_length] int64 of a recipe for the dense model `source`.
 
-    Text of the model's own is sampled in `room`; see `kept_tokens` for `keep`.
+    Text of the model's own is sampled in `room`; see `kept_tokens` for `keep`, `sampled_tokens` for `folder`.
     """
     if recipe.source != "self":
         return text_tokens(source.folder, Path(recipe.source), recipe.samples, recipe.sequence_length, seed)
     starts = text_starts(source.folder, recipe.start)
-    return sampled_tokens(source, recipe, starts, seed, precision, progress, room, keep)
+    return sampled_tokens(source, recipe, starts, seed, precision, progress, room, keep, folder)
 
 
 def tokens_of_run(
@@ -66,7 +67,7 @@ def tokens_of_run(
 
     def make(keep: Keep) -> Tensor:
         asked = recipe.calibration
-        return calibration_tokens(source, asked, recipe.seed, recipe.precision, progress, room, keep)
+        return calibration_tokens(source, asked, recipe.seed, recipe.precision, progress, room, keep, texts)
 
     if texts is None or recipe.calibration.source != "self":
         return make(not_kept)

@@ -22,7 +22,7 @@ from losa_deploy.compress.memory import (
     moving_bytes,
 )
 from losa_deploy.compress.precision import STORED
-from losa_deploy.compress.sample import FEWEST, most_together
+from losa_deploy.compress.sample import FEWEST, SCORE_BYTES, arranged
 from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.compress.tune import MICRO_TOKENS
 from losa_deploy.phases import PhaseRecipe
@@ -141,7 +141,8 @@ def estimate(
     in_files = max(0, streams - room)
     stages = {"check": _check(shape, memory), "blocks": _blocks(shape, own) + min(streams, room)}
     if recipe.calibration.source == "self":
-        stages["text"] = _text(shape, own, memory, 2 if bf16 else 4)
+        stages["text"], files = _text(shape, own, memory, bf16)
+        in_files = max(in_files, files)
     for number, phase in enumerate(own.phases):
         if phase.where == "model":
             stages[f"phase {number}"] = _phase(shape, own, phase, memory, processes)
@@ -183,17 +184,20 @@ def _check(shape: Geometry, memory: int) -> int:
     return whole + 4 * shape.weights if whole <= memory else LIBRARY_BYTES + 2 * first
 
 
-def _text(shape: Geometry, recipe: Recipe, memory: int, element: int) -> int:
-    """Weights, keys and values; as `sample` chooses how many sequences go on together."""
-    length = recipe.calibration.sequence_length
-    each = 2 * shape.blocks * shape.key_width * length * element
-    together = min(most_together(element), recipe.calibration.samples)
-    outer, blocks = element * shape.outer, element * shape.blocks * shape.weights
-    if LIBRARY_BYTES + outer + blocks + FEWEST * each > memory:
-        blocks = element * shape.weights
-    free = memory - LIBRARY_BYTES - outer - blocks
-    together = max(FEWEST, min(together, int(free // max(1, each))))
-    return int(LIBRARY_BYTES + outer + blocks + together * (each + 16 * shape.vocabulary))
+def _text(shape: Geometry, recipe: Recipe, memory: int, bf16: bool) -> tuple[int, int]:
+    """Weights, keys and values, and bytes of files; as `sample` arranges them on a CPU, or in bf16."""
+    import torch
+
+    length, element, stored = recipe.calibration.sequence_length, 2 if bf16 else 4, 2 if bf16 else 1
+    each = 2 * shape.blocks * shape.key_width * length * element + SCORE_BYTES * shape.vocabulary
+    outer = element * shape.outer + (0 if bf16 else shape.vocabulary * shape.hidden)
+    free, whole = memory - LIBRARY_BYTES - outer, stored * shape.blocks * shape.weights
+    resident = free >= whole + FEWEST * each
+    blocks = whole if resident else element * shape.weights
+    samples, threads = recipe.calibration.samples, torch.get_num_threads()
+    together, workers = arranged(not bf16, samples, threads, free, blocks, each)
+    files = 0 if resident or bf16 else whole
+    return LIBRARY_BYTES + outer + blocks + together * workers * each, files
 
 
 def _blocks(shape: Geometry, recipe: Recipe) -> int:
@@ -301,8 +305,9 @@ def _seconds(shape: Geometry, recipe: Recipe, rates: Rates, processes: int) -> f
     """Products are shared by the processes, an optimizer's step is not; of a block's inputs each has one."""
     tokens, total = _tokens(recipe) / processes, 0.0
     if recipe.calibration.source == "self":
-        # One token per sequence at a time: half of the rate of large products in bf16, a quarter in f32.
-        total += (4 if rates.products > rates.plain else 8) * tokens * shape.all / rates.products
+        # One token per sequence at a time: half of the rate of large products in bf16; packed weights are
+        # multiplied at nearly that of large products in f32, with attention beside it.
+        total += (4 if rates.products > rates.plain else 2.7) * tokens * shape.all / rates.products
     forward = 2 * tokens * shape.weights / rates.products + tokens * shape.touched / rates.elements
     moments = 2 * tokens * sum(width**2 for width in shape.inputs) / rates.plain
     solve = 4 * sum(width**3 for width in shape.inputs) / rates.plain + 60 * shape.weights / rates.elements

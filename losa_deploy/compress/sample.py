@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from threading import Event, Lock
 
 import torch
 from torch import Tensor, nn
 
 from losa_deploy.compress.decoder import Decoder
-from losa_deploy.compress.device import Room, wide, wide_type
+from losa_deploy.compress.device import CPU, Room, wide, wide_type
 from losa_deploy.compress.memory import LIBRARY_BYTES, block_parameters, cache_bytes, outer_parameters
 from losa_deploy.compress.precision import uses_bf16
 from losa_deploy.compress.seeds import generator
@@ -20,10 +25,14 @@ from losa_deploy.sources.checkpoint import Checkpoint
 
 BATCH = 128
 """Sequences that go on together in bf16: a weight is read once for all of them."""
-BATCH_F32 = 64
-"""The same in f32, where products take longer than reading the weights."""
+BATCH_PACKED = 64
+"""The same with packed weights, where products take longer than reading the weights."""
 FEWEST = 8
 """As long as their keys and values fit into memory, down to so many."""
+MOST_WORKERS = 4
+"""Threads that write text: between products they take turns in Python."""
+SCORE_BYTES = 16
+"""For each entry of the vocabulary of a sequence: its score, chance and what is computed from these."""
 Keep = Callable[[str, Callable[[], Tensor]], Tensor]
 """Gives the tokens with a name: those that are kept under it, or what the function makes."""
 GROUPED = "losa_grouped"
@@ -47,15 +56,18 @@ def sampled_tokens(
     progress: Progress,
     room: Room,
     keep: Keep = not_kept,
+    folder: Path | None = None,
 ) -> Tensor:
     """Text the dense model writes itself, [samples, sequence_length] int64; no data needed.
 
     Sequence i continues `starts[i % len(starts)]`, sampled at `recipe.temperature` among tokens that are
     at least `recipe.min_p` times as likely as the likeliest (Liu et al. 2023, LLM-QAT, arXiv 2305.17888,
     use a model's own text for quantization-aware training). Without starts the first token is uniform
-    over the vocabulary. With more bytes of weights, keys and values than `room` has, fewer sequences go on
-    together, and blocks are read for every token; what is drawn for a sequence does not depend on that.
-    The processes of a team write a part each. `keep` may know what sequences that go on together became.
+    over the vocabulary. A CPU that does not compute in bf16 multiplies weights of eight bits by the kernels
+    of the runtimes, in several threads that write parts of the text. With less memory in `room`, fewer
+    sequences go on together, and weights lie in a file in `folder`, or are read for every token; what is
+    drawn for a sequence does not depend on that. The processes of a team write a part each. `keep` may know
+    what sequences that go on together became.
     """
     draw = generator(seed, "calibration")
     length = recipe.sequence_length
@@ -69,17 +81,87 @@ def sampled_tokens(
     # SmolLM2-135M comes out much worse on WikiText-2. Why is not known yet.
     dense.model.to(dtype)
     chances = _chances(recipe.samples, length, draw)
-    resident, batch = _plan(source, dtype.itemsize, length, room.bytes)
     team = room.team
     given, chances = [given[i] for i in team.mine(range(recipe.samples))], team.rows(chances)
-    parts = []
-    total = length * -(-len(given) // batch)
-    with dense.open(*range(len(dense.blocks))) if resident else dense.passing():
-        for start in range(0, len(given), batch):
-            done, part = length * (start // batch), slice(start, start + batch)
-            make = partial(_continue, dense, given[part], chances[part], recipe, progress, done, total)
-            parts.append(keep(f"{start}-{start + batch}", make))
+    plan = _plan(dense, len(given), length, room)
+    steps = _Steps(progress, (length - 1) * -(-len(given) // plan.together))
+
+    def part(start: int) -> Tensor:
+        rows = slice(start, start + plan.together)
+        make = partial(_continue, dense, given[rows], chances[rows], recipe, steps)
+        return keep(f"{start}-{start + plan.together}", make)
+
+    with _weights(dense, plan, folder):
+        parts = _at_once(part, range(0, len(given), plan.together), plan, steps)
     return team.gathered(torch.cat(parts), recipe.samples)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the sequences of a process are written."""
+
+    packed: bool
+    """With weights of eight bits."""
+    resident: bool
+    """All weights of the blocks stay in memory."""
+    together: int
+    """Sequences that go on together."""
+    workers: int = 1
+    """Threads that do so."""
+    threads: int = 1
+    """Threads of the products of each."""
+
+
+@dataclass
+class _Steps:
+    """Tokens that all workers together have added to their sequences."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+    stop: Event = field(default_factory=Event)
+    lock: Lock = field(default_factory=Lock)
+
+    def one(self) -> None:
+        """Raises `CancelledError` once the run is to end."""
+        if self.stop.is_set():
+            raise CancelledError
+        with self.lock:
+            self.done += 1
+            self.progress(self.done, self.total, "sampling calibration text")
+
+
+@contextmanager
+def _weights(dense: Decoder, plan: _Plan, folder: Path | None) -> Iterator[None]:
+    if plan.packed:
+        from losa_deploy.compress.packed_linear import packed_linears  # loads the kernels
+
+        with packed_linears(dense, plan.resident, folder, plan.threads):
+            yield
+    else:
+        with dense.open(*range(len(dense.blocks))) if plan.resident else dense.passing():
+            yield
+
+
+def _at_once(
+    make: Callable[[int], Tensor], starts: Sequence[int], plan: _Plan, steps: _Steps
+) -> list[Tensor]:
+    """What `make` gives for each of `starts`; the first error ends all workers.
+
+    Threads of torch that share every small product wait for each other most of the time, so each worker has
+    some for itself.
+    """
+    if plan.workers == 1:
+        return [make(start) for start in starts]
+    before = torch.get_num_threads()
+    workers = ThreadPoolExecutor(plan.workers, "sampling", torch.set_num_threads, (plan.threads,))
+    try:
+        running = [workers.submit(make, start) for start in starts]
+        return [part.result() for part in running]
+    finally:
+        steps.stop.set()
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _chances(samples: int, length: int, draw: torch.Generator) -> Tensor:
@@ -92,21 +174,37 @@ def _chances(samples: int, length: int, draw: torch.Generator) -> Tensor:
     return torch.cat(parts)
 
 
-def most_together(element: int) -> int:
-    """Sequences that go on together if memory is plenty, with so many bytes for each number."""
-    return BATCH if element == 2 else BATCH_F32
+def arranged(packed: bool, samples: int, threads: int, free: int, blocks: int, each: int) -> tuple[int, int]:
+    """How many of `samples` sequences go on together, and in how many workers.
+
+    Of `free` bytes the weights of the blocks that are in memory take `blocks`, and every sequence `each`.
+    """
+    workers = min(threads, MOST_WORKERS, -(-samples // FEWEST)) if packed else 1
+    together = min(BATCH_PACKED if packed else BATCH, -(-samples // workers))
+    workers = min(workers, -(-samples // together))
+    most = max(FEWEST, (free - blocks) // max(1, each))
+    if workers * together > most:
+        workers = max(1, min(workers, most // FEWEST))
+        together = min(together, most // workers)
+    return together, workers
 
 
-def _plan(source: Checkpoint, element: int, length: int, memory: int) -> tuple[bool, int]:
-    """Whether all blocks stay in memory, and how many sequences go on together."""
-    free = memory - LIBRARY_BYTES - element * outer_parameters(source)
-    each = cache_bytes(source.config, length, element)
-    whole = element * source.block_count * block_parameters(source)
-    if free >= whole + FEWEST * each:
-        return True, min(most_together(element), (free - whole) // each)
-    return False, min(
-        most_together(element), max(FEWEST, (free - element * block_parameters(source)) // each)
-    )
+def _plan(dense: Decoder, samples: int, length: int, room: Room) -> _Plan:
+    source, element, head = dense.checkpoint, dense.dtype.itemsize, dense.head
+    packed, threads = is_packed(room.device, dense.dtype), torch.get_num_threads()
+    each = cache_bytes(source.config, length, element) + SCORE_BYTES * head.out_features
+    free = room.bytes - LIBRARY_BYTES - element * outer_parameters(source)
+    free -= head.weight.numel() if packed else 0
+    whole = (1 if packed else element) * source.block_count * block_parameters(source)
+    resident = free >= whole + FEWEST * each
+    blocks = whole if resident else element * block_parameters(source)
+    together, workers = arranged(packed, samples, threads, free, blocks, each)
+    return _Plan(packed, resident, together, workers, max(1, threads // workers))
+
+
+def is_packed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights of eight bits and the kernels of the runtimes write the text."""
+    return device == CPU and dtype == torch.float32
 
 
 def _register_attention() -> None:
@@ -143,9 +241,7 @@ def _continue(
     starts: Sequence[Sequence[int]],
     chances: Tensor,
     recipe: CalibrationRecipe,
-    progress: Progress,
-    done: int,
-    total: int,
+    steps: _Steps,
 ) -> Tensor:
     """Extend starts of any lengths to [batch, sequence_length] by ancestral sampling.
 
@@ -166,7 +262,7 @@ def _continue(
         chance = chances[:, position : position + 1].to(dense.device, wide_type(dense.device))
         found = draw_tokens(weights, chance)[:, 0].cpu()
         result[:, position] = torch.where(lengths > position, result[:, position], found)
-        progress(done + position + 1, total, "sampling calibration text")
+        steps.one()
     return result
 
 

@@ -1,9 +1,11 @@
-// The kernels in Python, for tests, benchmarks and doctor.
+// The kernels in Python, for calibration text, tests, benchmarks and doctor.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <future>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -61,20 +63,30 @@ class Tensor {
 
   uint64_t kept() const { return tensor_.kept; }
 
-  // x [tokens, columns] -> y [tokens, rows]; `step` rows at a time, as threads would take them.
-  Result matmul(const Matrix &x, size_t step) const {
+  // x [tokens, columns] -> y [tokens, rows]; `step` rows at a time, each of `threads` its share of them.
+  Result matmul(const Matrix &x, size_t step, size_t threads) const {
     const size_t tokens = x.shape(0), rows = tensor_.parts.rows;
     if (x.shape(1) != tensor_.parts.columns) {
       throw std::invalid_argument("x has " + std::to_string(x.shape(1)) + " columns, expected " +
                                   std::to_string(tensor_.parts.columns));
     }
-    std::vector<float> activations(losa_activation_bytes(&tensor_, tokens) / sizeof(float) + 1);
-    std::vector<float> scratch(losa_scratch_bytes(&tensor_, tokens) / sizeof(float) + 1);
+    if (step < 1 || threads < 1) throw std::invalid_argument("matmul needs a row and a thread");
     auto y = std::make_unique<float[]>(tokens * rows + 1);
-    check(losa_prepare(&tensor_, x.data(), x.shape(1), 0, tokens, tokens, activations.data()));
-    for (size_t begin = 0; begin < rows; begin += step) {
-      const size_t end = begin + step < rows ? begin + step : rows;
-      check(losa_matmul(&tensor_, activations.data(), tokens, begin, end, y.get(), rows, scratch.data()));
+    {
+      // Threads of Python multiply at the same time.
+      const nb::gil_scoped_release others;
+      std::vector<float> activations(losa_activation_bytes(&tensor_, tokens) / sizeof(float) + 1);
+      check(losa_prepare(&tensor_, x.data(), x.shape(1), 0, tokens, tokens, activations.data()));
+      const size_t share =
+          ((rows + threads - 1) / threads + LOSA_ROW_STEP - 1) / LOSA_ROW_STEP * LOSA_ROW_STEP;
+      std::vector<std::future<void>> shares;
+      for (size_t begin = share; begin < rows; begin += share) {
+        shares.push_back(std::async(std::launch::async, [&, begin] {
+          multiply(activations.data(), tokens, begin, std::min(begin + share, rows), step, y.get());
+        }));
+      }
+      multiply(activations.data(), tokens, 0, std::min(share, rows), step, y.get());
+      for (std::future<void> &other : shares) other.get();
     }
     float *data = y.release();
     const nb::capsule owner(data, [](void *p) noexcept { delete[] static_cast<float *>(p); });
@@ -82,6 +94,17 @@ class Tensor {
   }
 
  private:
+  // Rows [begin, end) of y.
+  void multiply(const float *activations, size_t tokens, size_t begin, size_t end, size_t step,
+                float *y) const {
+    std::vector<float> scratch(losa_scratch_bytes(&tensor_, tokens) / sizeof(float) + 1);
+    const size_t rows = tensor_.parts.rows;
+    for (size_t row = begin; row < end; row += step) {
+      const size_t last = step < end - row ? row + step : end;
+      check(losa_matmul(&tensor_, activations, tokens, row, last, y, rows, scratch.data()));
+    }
+  }
+
   void open(const losa_parts &parts) {
     starts_.resize(losa_starts_count(&parts));
     check(losa_tensor_open(&parts, starts_.data(), &tensor_));
@@ -129,7 +152,7 @@ NB_MODULE(_native, module) {
            nb::arg("positions"), nb::arg("values"), nb::arg("scale"), nb::arg("table"))
       .def(nb::init<Bytes>(), nb::arg("blob"))
       .def_prop_ro("kept", &Tensor::kept)
-      .def("matmul", &Tensor::matmul, nb::arg("x"), nb::arg("step") = 1 << 30,
+      .def("matmul", &Tensor::matmul, nb::arg("x"), nb::arg("step") = 1 << 30, nb::arg("threads") = 1,
            "x [tokens, columns] -> x @ W.T [tokens, rows].");
   register_packing(module);
   register_rounding(module);

@@ -12,6 +12,8 @@ from losa_deploy import _native
 from losa_deploy.layouts import LAYOUTS, PackedTensor, PackOptions, unpack
 from losa_deploy.layouts.values.i4 import LINEAR_TABLE
 
+from .conftest import opened
+
 SHAPES = ((1, 1), (3, 7), (8, 64), (9, 65), (17, 127), (16, 128), (5, 129), (33, 172), (7, 576), (2, 1000))
 TOKENS = (1, 2, 4, 5, 17)
 PROMPT = 33
@@ -369,6 +371,18 @@ def test_tiles_at_their_limits_do_not_saturate(multiply_all: MultiplyAll, value_
     for (packed, x, _), y in zip(cases, multiply_all(cases), strict=True):
         kept = packed.nnz // packed.shape[0]
         assert np.allclose(y, -x[0, 0] * kept, rtol=1e-3), (kept, len(x), x[0, 0])
+
+
+@pytest.mark.parametrize("layout", ["dense", "sliding"])
+def test_threads_share_the_rows(packed_of: Callable[..., PackedTensor], layout: str) -> None:
+    for rows in (16, 48, 160) if layout == "sliding" else (1, 16, 33, 130):
+        packed = packed_of(layout, "i8", rows, 96)
+        tensor, x = opened(packed), inputs(5, 96)
+        one = tensor.matmul(x)
+        for threads in (2, 3, 64):
+            assert np.array_equal(tensor.matmul(x, threads=threads), one)
+    with pytest.raises(ValueError, match="a row and a thread"):
+        tensor.matmul(x, threads=0)
 
 
 def test_targets_can_be_forced() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,12 @@ def test_gguf(
         assert abs(size - (tmp_path / name).stat().st_size) < GGUF_CLOSENESS
 
 
+def _mask_of(model: SparseModel, name: str, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    mask = model.mask(name)
+    assert mask.shape == shape
+    return mask
+
+
 def test_estimates_follow_the_rules_of_plans(mixed: SparseModel) -> None:
     """With the real masks at hand an estimate is the plan, but for rows that a GGUF file reorders."""
     rows, columns = mixed.checkpoint.shape(f"{mixed.family.embedding}.weight")
@@ -172,7 +179,8 @@ def test_estimates_follow_the_rules_of_plans(mixed: SparseModel) -> None:
             plan = exporter.plan(mixed, recipe)
             expected = {tensor.name: tensor for tensor in plan.tensors}
             for name, shape in mixed.linears.items():
-                files = exporter.estimate({name: shape}, others, recipe, lambda shape, name=name: mixed.mask(name))
+                mask = partial(_mask_of, mixed, name)
+                files = exporter.estimate({name: shape}, others, recipe, mask)
                 assert len(files) == 1 + bool(recipe.packed and recipe.portable)
                 first = next(iter(files.values()))
                 assert [tensor.name for tensor in first] == [t for t in expected if t in {name, *others}]

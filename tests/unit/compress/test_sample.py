@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from losa_deploy.compress.calibrate import kept_tokens
 from losa_deploy.compress.decoder import Decoder
 from losa_deploy.compress.device import Room
 from losa_deploy.compress.key_cache import key_cache
-from losa_deploy.compress.sample import GROUPED, Keep, draw_tokens, likely, sampled_tokens
+from losa_deploy.compress.sample import GROUPED, Keep, arranged, draw_tokens, likely, sampled_tokens
 from losa_deploy.compress.sample import _register_attention as register_attention
 from losa_deploy.pretrained import cache_argument
 from losa_deploy.progress import no_progress
@@ -111,15 +111,15 @@ def sampled(
 
 
 def test_less_memory_gives_the_same_text(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer sequences at a time, and blocks that are read for every token."""
+    """Fewer sequences at a time, and weights in a file. Blocks are read to be packed, and for what is not."""
     source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=21, sequence_length=10)
     opened: list[int] = []
     load = Decoder.load_block
     monkeypatch.setattr(Decoder, "load_block", lambda d, block: (opened.append(block), load(d, block))[0])
     one = sampled(source, recipe, [[7], [3, 4]], 0)
-    assert len(opened) == source.block_count
+    assert len(opened) == 2 * source.block_count
     two = sampled(source, recipe, [[7], [3, 4]], 0, memory=1)
-    assert len(opened) == source.block_count * (1 + 3 * 9), "three batches of at most eight"
+    assert len(opened) == 4 * source.block_count
     assert torch.equal(one, two)
 
 
@@ -158,3 +158,72 @@ def test_batches_are_the_parts_that_are_kept(tiny_llama: Path) -> None:
     found = sampled_tokens(source, recipe, [[7]], 0, "f32", no_progress, Room(memory=1), keep)
     assert names == ["0-8", "8-16", "16-24"]
     assert torch.equal(found, sampled(source, recipe, [[7]], 0))
+
+
+@pytest.fixture
+def same_threads() -> Iterator[None]:
+    """Torch has as many threads afterwards as before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("same_threads")
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_any_number_of_threads_writes_the_same_text(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=40, sequence_length=8)
+    expected = sampled(source, recipe, [[7]], 0, memory=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    steps: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        assert what == "sampling calibration text"
+        steps.append((done, total))
+
+    found = sampled_tokens(source, recipe, [[7]], 0, "f32", progress, Room())
+    assert torch.equal(found, expected)
+    parts = {1: 1, 2: 2, 16: 4}[threads]
+    assert steps == [(done, 7 * parts) for done in range(1, 7 * parts + 1)]
+
+
+@pytest.mark.usefixtures("same_threads")
+def test_an_error_of_one_thread_ends_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=16, sequence_length=60)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    steps = 0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal steps
+        steps = done
+
+    def keep(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if name == "0-8":
+            raise OSError("disk full")
+        return make()
+
+    with pytest.raises(OSError, match="disk full"):
+        sampled_tokens(source, recipe, [[7]], 0, "f32", progress, Room(), keep)
+    assert steps < 59
+
+
+@pytest.mark.parametrize(
+    ("packed", "samples", "threads", "sequences", "expected"),
+    [
+        (True, 128, 2, 1000, (64, 2)),
+        (True, 128, 1, 1000, (64, 1)),
+        (True, 300, 2, 1000, (64, 2)),
+        (True, 128, 16, 1000, (32, 4)),
+        (True, 5, 16, 1000, (5, 1)),
+        (True, 128, 2, 40, (20, 2)),
+        (True, 128, 4, 20, (10, 2)),
+        (True, 128, 4, 0, (8, 1)),
+        (False, 300, 16, 1000, (128, 1)),
+        (False, 300, 16, 30, (30, 1)),
+    ],
+)
+def test_sequences_are_shared_out_as_memory_allows(
+    packed: bool, samples: int, threads: int, sequences: int, expected: tuple[int, int]
+) -> None:
+    assert arranged(packed, samples, threads, 50 + 3 * sequences, 50, 3) == expected
