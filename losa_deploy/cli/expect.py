@@ -25,17 +25,18 @@ ROOM = 0.05
 
 
 def expected(args: argparse.Namespace, linears: Shapes, others: Shapes, recipe: Recipe) -> Estimate:
-    """Memory, disk and time; measures this machine for less than a second."""
+    """Memory, disk and time; measures this machine for two seconds."""
     from losa_deploy.cli.stages import set_threads
-    from losa_deploy.compress.estimate import Geometry, estimate, measured_rates
+    from losa_deploy.compress.estimate import Geometry, estimate
     from losa_deploy.compress.optimizer import settled
     from losa_deploy.compress.precision import uses_bf16
+    from losa_deploy.compress.rates import measured_rates
 
     set_threads(thread_count(args))
     device = room(args).device
     bf16 = uses_bf16(recipe.precision, device)
-    rates = measured_rates(bf16=bf16, device=device)
     shape, processes = Geometry.of(linears, others), launcher.size()
+    rates = measured_rates(shape.hidden, shape.inner, bf16=bf16, device=device)
     recipe = settled(recipe, device)
     return estimate(shape, recipe, budget(args), rates, bf16=bf16, processes=processes)
 

@@ -1,18 +1,15 @@
 """What a compression will take, from the shapes of a model: memory, disk and time, before any work.
 
-Counts are of what the code holds at once and multiplies; rates are measured on this machine for a second.
+Counts are of what the code holds at once and multiplies; rates are measured on this machine (`rates.py`).
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from losa_deploy.compress.device import CPU, synchronize
-from losa_deploy.compress.grid import GridKind
 from losa_deploy.compress.memory import (
     FROZEN_BYTES,
     LIBRARY_BYTES,
@@ -22,6 +19,7 @@ from losa_deploy.compress.memory import (
     moving_bytes,
 )
 from losa_deploy.compress.precision import STORED
+from losa_deploy.compress.rates import Rates
 from losa_deploy.compress.sample import FEWEST, SCORE_BYTES, arranged
 from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.compress.tune import MICRO_TOKENS
@@ -29,8 +27,6 @@ from losa_deploy.phases import PhaseRecipe
 from losa_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    import torch
-
     from losa_deploy.sources.checkpoint import Checkpoint
 
 Shape = tuple[int, int]
@@ -40,8 +36,6 @@ BLOCK_BYTES = 9
 """Per weight of an open block: the dense one's, the student's, its mask."""
 TRAINED_BYTES = 27
 """Per weight that trains: gradient, two moments, the values before, what rounding keeps for the gradient."""
-MOVED = 1024
-"""Rows and columns of the linear that measures steps of training."""
 TOGETHER_BYTES = 12
 """Per weight of a block that processes share out, while it computes: its value, rounded, its gradient."""
 
@@ -97,28 +91,9 @@ class Geometry:
         return self.blocks * self.weights + self.outer
 
     @property
-    def touched(self) -> int:
-        """Numbers of a token that norms, rotary positions, attention and gate of a block read and write."""
-        return 20 * self.hidden + 10 * self.inner
-
-    @property
     def inputs(self) -> Sequence[int]:
         """Widths of the inputs of a block's linears: of attention, its output, the MLP, and its output."""
         return (self.hidden, self.hidden, self.hidden, self.inner)
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second."""
-
-    products: float
-    """Multiplications and additions of a matrix product at the recipe's precision."""
-    plain: float
-    """The same in f32."""
-    elements: float
-    """Numbers of a large array that are multiplied by others."""
-    moved: float
-    """Weights that a step of training rounds, clips and moves, without its products."""
 
 
 @dataclass(frozen=True)
@@ -306,9 +281,10 @@ def _seconds(shape: Geometry, recipe: Recipe, rates: Rates, processes: int) -> f
     tokens, total = _tokens(recipe) / processes, 0.0
     if recipe.calibration.source == "self":
         # One token per sequence at a time: half of the rate of large products in bf16; packed weights are
-        # multiplied at nearly that of large products in f32, with attention beside it.
-        total += (4 if rates.products > rates.plain else 2.7) * tokens * shape.all / rates.products
-    forward = 2 * tokens * shape.weights / rates.products + tokens * shape.touched / rates.elements
+        # multiplied somewhat slower than the linears of a block.
+        bf16 = rates.products > rates.plain
+        total += (4 / rates.products if bf16 else 2.5 / rates.blocks) * tokens * shape.all
+    forward = 2 * tokens * shape.weights / rates.blocks
     moments = 2 * tokens * sum(width**2 for width in shape.inputs) / rates.plain
     solve = 4 * sum(width**3 for width in shape.inputs) / rates.plain + 60 * shape.weights / rates.elements
     sparse = recipe.prune.method == "sparsegpt" and recipe.sparsity.target > 0
@@ -333,67 +309,11 @@ def _trained_seconds(
         shape.blocks * shape.weights * phase.window,
     )
     moves = {"weights", "adapters", "scales"} & set(phase.train)
-    seconds = 6 * tokens * weights / rates.products
-    seconds += 3 * tokens * shape.touched * shape.blocks * phase.window / rates.elements
+    seconds = 6 * tokens * weights / rates.blocks
     seconds += steps * weights / rates.moved if moves else 8 * steps * weights / rates.elements
     if phase.where == "model" and phase.losses.kl and not phase.on_calibration:
-        seconds += 2 * tokens * weights / rates.products  # the dense model
+        seconds += 2 * tokens * weights / rates.blocks  # the dense model
     if phase.where == "model":
         seconds += 6 * tokens * shape.vocabulary * shape.hidden / rates.products
         seconds += 30 * tokens * shape.vocabulary / rates.elements
     return seconds
-
-
-def measured_rates(*, bf16: bool, device: torch.device = CPU, seconds: float = 0.25) -> Rates:
-    """A quarter of a second of each kind of work on a device."""
-    import torch
-
-    def rate(count: float, dtype: torch.dtype, size: int) -> float:
-        a, b = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (512, size))
-        return _rate(count * 512 * size * size, lambda: torch.nn.functional.linear(a, b), seconds, device)
-
-    x, y = torch.ones(4_000_000, device=device), torch.ones(4_000_000, device=device)
-    elements = _rate(x.numel(), lambda: x.mul_(y), seconds, device)
-    plain = rate(2, torch.float32, 1024)
-    products = rate(2, torch.bfloat16, 1024) if bf16 else plain
-    moved = _rate(MOVED**2, _training_step(bf16=bf16, device=device), seconds, device)
-    return Rates(products, plain, elements, moved)
-
-
-def _training_step(*, bf16: bool, device: torch.device) -> Callable[[], None]:
-    """A step of block phases on a linear half of which is kept, on a grid; without the products."""
-    import torch
-
-    from losa_deploy.compress.masked import MaskedLinear
-    from losa_deploy.compress.precision import products
-    from losa_deploy.compress.train import Trained
-
-    weight = torch.linspace(-1.0, 1.0, MOVED * MOVED, device=device).view(MOVED, MOVED)
-    linear = MaskedLinear(weight, None, weight > 0)
-    phase = PhaseRecipe(train=("weights", "scales"), grid="i4", group_size=128)
-    linear.grid, scales = GridKind.of("i4", 128), weight.new_full((MOVED, MOVED // 128), 0.1)
-    linear.scales = torch.nn.Parameter(scales, requires_grad=False)
-    trained = Trained([linear], phase)
-    optimizer = torch.optim.AdamW(trained.groups, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with products("bf16" if bf16 else "f32", device):
-            rounded = linear.on_grid()
-        rounded.backward(torch.ones_like(rounded))  # type: ignore[no-untyped-call]
-        trained.clip(1.0)
-        trained.step(optimizer)
-
-    return step
-
-
-def _rate(count: float, work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """`count` per second that a call of `work` does."""
-    work()
-    synchronize(device)
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        work()
-        synchronize(device)
-        calls += 1
-    return count * calls / (time.perf_counter() - start)

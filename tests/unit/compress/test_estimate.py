@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 
-from losa_deploy.compress.estimate import Geometry, Rates, estimate
+from losa_deploy.compress.estimate import Geometry, estimate
+from losa_deploy.compress.rates import Rates
 from losa_deploy.compress.teacher import CHUNK_TOKENS
 from losa_deploy.recipe import load_recipe
 
-RATES = Rates(products=4e11, plain=1.6e11, elements=2.5e9, moved=4e7)
+RATES = Rates(products=4e11, plain=1.6e11, blocks=2.5e11, elements=2.5e9, moved=4e7)
 GIB = 2**30
 
 
@@ -62,7 +63,7 @@ def test_more_of_everything_takes_more() -> None:
         more = estimate(TINYLLAMA, load_recipe(overrides=[(key, value)]), 10 * GIB, RATES, bf16=True)
         assert more.stages["blocks"] > base.stages["blocks"], key
         assert more.seconds > base.seconds, key
-    slower = estimate(TINYLLAMA, load_recipe(), 10 * GIB, Rates(1e11, 4e10, 1e9, 1e7), bf16=True)
+    slower = estimate(TINYLLAMA, load_recipe(), 10 * GIB, Rates(1e11, 4e10, 6e10, 1e9, 1e7), bf16=True)
     assert slower.seconds > 2 * base.seconds and slower.peak_ram_bytes == base.peak_ram_bytes
 
 
