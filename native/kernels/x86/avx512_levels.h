@@ -158,10 +158,9 @@ struct PairTotals {
 
 // One block of two rows; two independent chains of addresses keep more loads in flight.
 template <bool Second, bool Whole, size_t Tokens, typename Rows>
-inline __attribute__((always_inline)) void add_block(Rows &rows, size_t block, const Run &run,
-                                                     PairSums<Tokens> &sums) {
+inline LOSA_ALWAYS_INLINE void add_block(Rows &rows, size_t block, const Run &run, PairSums<Tokens> &sums) {
   const Two factors = rows.template next_scaled<Second, Whole>(block);
-  unrolled<Tokens>([&](auto k) __attribute__((always_inline)) {
+  unrolled<Tokens>([&](auto k) LOSA_ALWAYS_INLINE {
     const __m512i x = load512(run.q + k * run.padded + (Second ? kBlock : 0));
     sums.of[0][k] = dot(sums.of[0][k], factors.even, x);
     sums.of[1][k] = dot(sums.of[1][k], factors.odd, x);
@@ -170,10 +169,10 @@ inline __attribute__((always_inline)) void add_block(Rows &rows, size_t block, c
 
 // Adds sums * factor; groups of 32 have two factors for a block.
 template <size_t Group, size_t Tokens>
-inline __attribute__((always_inline)) void add_scaled(const PairSums<Tokens> &sums, const Run &run, size_t at,
-                                                      PairTotals<Tokens> &totals) {
-  unrolled<Tokens>([&](auto k) __attribute__((always_inline)) {
-    unrolled<2>([&](auto odd) __attribute__((always_inline)) {
+inline LOSA_ALWAYS_INLINE void add_scaled(const PairSums<Tokens> &sums, const Run &run, size_t at,
+                                          PairTotals<Tokens> &totals) {
+  unrolled<Tokens>([&](auto k) LOSA_ALWAYS_INLINE {
+    unrolled<2>([&](auto odd) LOSA_ALWAYS_INLINE {
       const float *factor = run.factor[odd] + k * run.distance + at;
       const __m512 scale =
           Group == 32 ? _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(factor[0]), _mm512_set1_ps(factor[1]))
@@ -186,8 +185,8 @@ inline __attribute__((always_inline)) void add_scaled(const PairSums<Tokens> &su
 // Blocks `block` and the one after it, which are a run of 128 positions. Whole: both lie inside of the rows.
 // Else the second may be missing.
 template <size_t Group, bool Whole, size_t Tokens, typename Rows>
-inline __attribute__((always_inline)) void add_run(Rows &rows, size_t block, bool more, const Run &run,
-                                                   PairTotals<Tokens> &totals) {
+inline LOSA_ALWAYS_INLINE void add_run(Rows &rows, size_t block, bool more, const Run &run,
+                                       PairTotals<Tokens> &totals) {
   constexpr size_t half = kPadding / Group / 2;
   PairSums<Tokens> sums;
   sums.clear();
@@ -206,14 +205,14 @@ inline __attribute__((always_inline)) void add_run(Rows &rows, size_t block, boo
 
 // Rows `row` and `other` times `Tokens` tokens.
 template <size_t Group, typename Rows, size_t Tokens>
-inline __attribute__((always_inline)) PairTotals<Tokens> dot_two(const Matrix512 &m, const Activations &a,
-                                                                 const Factors<Rows, Tokens> &factors,
-                                                                 typename AfterPairs<Rows>::Pair after,
-                                                                 size_t row, size_t other) {
+inline LOSA_ALWAYS_INLINE PairTotals<Tokens> dot_two(const Matrix512 &m, const Activations &a,
+                                                     const Factors<Rows, Tokens> &factors,
+                                                     typename AfterPairs<Rows>::Pair after, size_t row,
+                                                     size_t other) {
   constexpr size_t kPerRun = kPadding / Group;
   Rows rows(m, row, other);
   PairTotals<Tokens> totals;
-  unrolled<Tokens>([&](auto k) __attribute__((always_inline)) {
+  unrolled<Tokens>([&](auto k) LOSA_ALWAYS_INLINE {
     totals.of[0][k] = factors.start(row, k);
     totals.of[1][k] = factors.start(other, k);
   });
