@@ -88,7 +88,7 @@ inline void unpack_block(const uint8_t *planes, uint8_t *codes) {
   }
 }
 
-// One row of any layout as levels, 64 positions at a time.
+// One row of any layout, which shares no mask, as levels, 64 positions at a time.
 class Row {
  public:
   static constexpr size_t kRows = 1;
