@@ -154,8 +154,8 @@ class KeptCodes {
   Last last_;
 };
 
-template <size_t Blocks>
-using KeptPairs = KeptCodes<unpack_pair_block, Blocks, ShortPair, kBlock>;
+template <void (*Unpack)(const uint8_t *planes, uint8_t *codes), size_t Blocks>
+using KeptPairs = KeptCodes<Unpack, Blocks, ShortPair, kBlock>;
 
 }  // namespace
 }  // namespace losa

@@ -90,7 +90,7 @@ static void quantize_groups(const float *x, size_t columns, size_t padded, size_
   }
 }
 
-// One row as a.padded levels or floats, zero where nothing is kept.
+// A row, or as many as lie together, as a.padded levels or floats each, zero where nothing is kept.
 template <typename Value>
 using Expand = void(const losa_tensor &t, size_t row, Value *out);
 
@@ -99,16 +99,16 @@ template <typename Value>
 using MultiplyPanel = void(const losa_tensor &t, const Value *panel, size_t first, size_t rows,
                            const Activations &a, float *y, size_t ldy);
 
-// An entry of any kind, panel by panel: rows are expanded once, then multiplied with every token while they
-// are in the cache.
-template <typename Value, Expand<Value> Row, MultiplyPanel<Value> Panel>
+// An entry of any kind, panel by panel: rows are expanded once, `Step` at a time, then multiplied with every
+// token while they are in the cache. kPanelRows is a multiple of `Step`.
+template <typename Value, Expand<Value> Rows, MultiplyPanel<Value> Panel, size_t Step = 1>
 static void multiply_panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                             size_t ldy, void *scratch) {
   auto *panel = static_cast<Value *>(scratch);
   for (size_t first = begin; first < end; first += kPanelRows) {
     const size_t rows = end - first < kPanelRows ? end - first : kPanelRows;
-    for (size_t r = 0; r < rows; ++r) {
-      Row(t, first + r, panel + r * a.padded);
+    for (size_t r = 0; r < rows; r += Step) {
+      Rows(t, first + r, panel + r * a.padded);
     }
     Panel(t, panel, first, rows, a, y, ldy);
   }

@@ -142,10 +142,32 @@ def test_pairs_of_rows_that_share_a_mask(
     """Rows in odd and even numbers, rows that end anywhere, and parts of the rows as threads take them."""
     shapes = [shape for shape in SHAPES if shape[0] > 1]
     weights = [pairs_of(pair_mask(*shape, 0), value_type) for shape in shapes]
-    cases = [case(weight, tokens) for weight in weights for tokens in TOKENS]
+    cases = [case(weight, tokens) for weight in weights for tokens in (*TOKENS, 3)]
     many = pairs_of(pair_mask(43, 300, 0), value_type, 32)
     cases += [case(many, tokens, step) for step in (16, 32) for tokens in (1, 2, 3, 6, 8)]
     check(multiply_all, cases)
+
+
+@pytest.mark.parametrize("value_type", ["i8", "i4", "i3"])
+def test_rows_that_share_a_mask_have_their_own_values(
+    multiply_all: MultiplyAll, pair_mask: PairMask, value_type: str
+) -> None:
+    """Each token finds one column of the weight: a value, or its scale, that is its partner's is seen there.
+
+    The last rows fill half a panel, or a part of it, or are alone.
+    """
+    columns = (0, 5, 31, 32, 63, 64, 127, 128, 199)
+    one_hot = np.eye(200, dtype=np.float32)[list(columns)]
+    weights = [pairs_of(pair_mask(rows, 200, 1), value_type, 32) for rows in (15, 22, 31, 48)]
+    cases = [
+        (weight, one_hot[start : start + tokens], ALL)
+        for weight in weights
+        for tokens in (1, 2, 3, 9)
+        for start in range(0, len(columns) - tokens + 1, tokens)
+    ]
+    for (weight, x, _), y in zip(cases, multiply_all(cases), strict=True):
+        expected = x @ unpack(weight).weight.T
+        assert np.allclose(y, expected, rtol=1e-5, atol=1e-6), (weight.shape, x.argmax(axis=1).tolist())
 
 
 @pytest.mark.parametrize("value_type", ["i4", "i3"])
@@ -162,7 +184,7 @@ def test_groups_and_tables_of_pairs_of_rows(
         for shape in ((9, 65), (33, 172), (7, 576), (5, 3000))
         for table in tables[value_type]
     ]
-    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 2, 5, 18)])
+    check(multiply_all, [case(weight, tokens) for weight in weights for tokens in (1, 2, 3, 5, 18)])
 
 
 def test_pairs_of_rows_of_i3_of_every_length(multiply_all: MultiplyAll) -> None:

@@ -267,7 +267,6 @@ inline int reduce_add_epi32(__m512i a) {
 }  // namespace losa_emulated
 
 #define _mm512_loadu_si512 losa_emulated::loadu_si512
-#define _mm512_store_si512 losa_emulated::store_si512
 #define _mm512_loadu_ps losa_emulated::loadu_ps
 #define _mm512_load_ps losa_emulated::loadu_ps
 #define _mm512_storeu_ps losa_emulated::storeu_ps

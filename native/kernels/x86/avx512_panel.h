@@ -2,10 +2,12 @@
 #ifndef LOSA_AVX512_PANEL_H
 #define LOSA_AVX512_PANEL_H
 
+#include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include "kernels/x86/avx512_tiles.h"
+#include "kernels/x86/avx512_two_rows.h"
+#include "kernels/x86/unrolled.h"
 
 namespace losa {
 namespace {
@@ -13,25 +15,6 @@ namespace {
 // A panel of levels holds 16 rows side by side: 4 positions of row 0, of row 1, ... of row 15, then the next
 // 4 positions. One 32-bit broadcast of a token then meets 16 rows, and a lane is a row to the end.
 constexpr size_t kLanes = 16;
-
-inline void store_lane(__m512i factors, size_t block, size_t lane, uint8_t *panel) {
-  alignas(64) uint32_t four[kLanes];
-  _mm512_store_si512(four, factors);
-  uint8_t *out = panel + block * kBlock * kLanes + 4 * lane;
-  for (size_t i = 0; i < kLanes; ++i) {
-    std::memcpy(out + i * 4 * kLanes, four + i, 4);
-  }
-}
-
-template <typename Row>
-void expand_lane(Row row, __m512i table, size_t blocks, size_t lane, size_t padded, uint8_t *panel) {
-  for (size_t block = 0; block < padded / kBlock; block += 2) {  // `padded` is a multiple of two blocks
-    const __m512i nothing = factors_of<Row::kLevels>(_mm512_setzero_si512(), false, table);
-    store_lane(block < blocks ? row.template next<false, false>(block) : nothing, block, lane, panel);
-    const size_t second = block + 1;
-    store_lane(second < blocks ? row.template next<true, false>(second) : nothing, second, lane, panel);
-  }
-}
 
 // 16 blocks side by side as their dwords one after the other: out [16, 16].
 inline void store_columns(__m512i v[kLanes], uint8_t *out) {
@@ -61,23 +44,26 @@ inline void store_columns(__m512i v[kLanes], uint8_t *out) {
   }
 }
 
-// All 16 rows of a panel, block by block.
-template <typename Row>
-void expand_rows(const Matrix512 &m, size_t first, size_t padded, uint8_t *panel) {
-  struct Two {
-    typename Row::Even even;
-    typename Row::Odd odd;
+// Up to 16 rows of a panel, block by block. Lanes without a row repeat the last two, or the last one; their
+// results are not stored.
+template <typename Rows>
+void expand_rows(const Matrix512 &m, size_t first, size_t rows, size_t padded, uint8_t *panel) {
+  const auto two = [&](size_t lane) {
+    const size_t even = first + (lane < rows ? lane : (rows - 1) / 2 * 2);
+    return Rows(m, even, even + 1 < first + rows ? even + 1 : even);
   };
-  const auto two = [&](size_t row) { return Two{typename Row::Even(m, row), typename Row::Odd(m, row + 1)}; };
-  Two rows[kLanes / 2] = {two(first),     two(first + 2),  two(first + 4),  two(first + 6),
-                          two(first + 8), two(first + 10), two(first + 12), two(first + 14)};
-  const __m512i nothing = factors_of<Row::kLevels>(_mm512_setzero_si512(), false, m.levels);
+  Rows pairs[kLanes / 2] = {two(0), two(2), two(4), two(6), two(8), two(10), two(12), two(14)};
+  const __m512i nothing = factors_of<Rows::kLevels>(_mm512_setzero_si512(), false, m.levels);
   const auto expand = [&](auto second, size_t block) {
     __m512i lanes[kLanes];
-    for (size_t i = 0; i < kLanes; i += 2) {
-      const bool there = block < m.blocks;
-      lanes[i] = there ? rows[i / 2].even.template next<second, false>(block) : nothing;
-      lanes[i + 1] = there ? rows[i / 2].odd.template next<second, false>(block) : nothing;
+    if (block < m.blocks) {
+      for (size_t i = 0; i < kLanes / 2; ++i) {
+        const Two found = pairs[i].template next<second, false>(block);
+        lanes[2 * i] = found.even;
+        lanes[2 * i + 1] = found.odd;
+      }
+    } else {
+      std::fill(lanes, lanes + kLanes, nothing);
     }
     store_columns(lanes, panel + block * kBlock * kLanes);
   };
@@ -93,22 +79,8 @@ inline void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first,
     panel_of_tile(t.parts, first / kTile, padded, panel);
     return;
   }
-  with_rows(t.parts, [&](auto tag) {
-    using Row = typename decltype(tag)::Row;
-    if (rows == kLanes) {
-      expand_rows<Row>(m, first, padded, panel);
-      return;
-    }
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      // Lanes without a row repeat the last one; their results are not stored.
-      const size_t row = first + (lane < rows ? lane : rows - 1);
-      if (row % 2 == 0) {
-        expand_lane(typename Row::Even(m, row), m.levels, m.blocks, lane, padded, panel);
-      } else {
-        expand_lane(typename Row::Odd(m, row), m.levels, m.blocks, lane, padded, panel);
-      }
-    }
-  });
+  with_rows(t.parts,
+            [&](auto tag) { expand_rows<typename decltype(tag)::Rows>(m, first, rows, padded, panel); });
 }
 
 // Weight scales of 16 rows for one group.
@@ -123,17 +95,6 @@ inline __m512 lane_scales(const losa_parts &p, size_t first, size_t rows, size_t
     }
   }
   return _mm512_load_ps(scales);
-}
-
-template <typename Use, size_t... Index>
-inline __attribute__((always_inline)) void unroll(std::index_sequence<Index...>, Use use) {
-  (use(std::integral_constant<size_t, Index>()), ...);
-}
-
-// use(0), use(1), ...: written out, because the compiler keeps an array that a loop walks in memory.
-template <int Count, typename Use>
-inline __attribute__((always_inline)) void unrolled(Use use) {
-  unroll(std::make_index_sequence<Count>(), use);
 }
 
 // Two panels of 16 rows times `Tokens` tokens, all groups: total [2, Tokens, 16]. The totals stay in memory,

@@ -105,6 +105,11 @@ struct Matrix512 : RowPlaces {
 // How a block's values are found and how many they are. kFew: always as many, and at most half are kept.
 enum class Places { kCounted, kFixed, kFew, kCodes };
 
+// 64 positions, of which the mask says which take the values at `p`.
+inline __m512i expanded_from(const uint8_t *p, uint64_t mask) {
+  return _mm512_maskz_expand_epi8(mask, loaded(load512(p)));
+}
+
 // Factors of one sparse row, 64 positions at a time. High: its codes are the high nibbles of a pair of rows.
 // All that differs is known when this is compiled, because a branch in this loop is felt.
 template <Levels How, bool High, Places Where>
@@ -112,8 +117,6 @@ class SparseRow {
   static constexpr bool I4 = are_grouped(How);
 
  public:
-  using Even = SparseRow<How, false, Where>;
-  using Odd = SparseRow<How, I4, Where>;
   static constexpr Levels kLevels = How;
   static constexpr bool kMasked = true;
   static constexpr unsigned kLines = I4 ? 1 : 4;  // of a run where half is kept: 1, of i8 2
@@ -160,8 +163,6 @@ class DenseRow {
   static constexpr bool I4 = are_grouped(How);
 
  public:
-  using Even = DenseRow<How>;
-  using Odd = DenseRow<How>;
   static constexpr Levels kLevels = How;
   static constexpr bool kMasked = false;
   static constexpr unsigned kLines = I4 ? 2 : 4;
@@ -207,8 +208,9 @@ class DenseRow {
   const uint8_t *row_;
 };
 
-// Codes of 64 positions of a run of 128 of a dense i3 row: 32 bytes of lower bits, 16 of the highest.
-template <bool Second>
+// Codes of 64 positions of a run of 128 of a dense i3 row: 32 bytes of lower bits, 16 of the highest. Both:
+// codes of the 64 positions behind them are in the high nibbles.
+template <bool Second, bool Both = false>
 inline __m512i codes_of_planes(const uint8_t *bytes) {
   constexpr int kFirst = Second ? 4 : 0;  // 32 positions have bits kFirst and the next of the lower bytes
   constexpr int kNext = kFirst + 2;
@@ -223,16 +225,15 @@ inline __m512i codes_of_planes(const uint8_t *bytes) {
   const __m512i highest = _mm512_rorv_epi32(
       high, _mm512_setr_epi32(k0, k0, k0, k0, k1, k1, k1, k1, k2, k2, k2, k2, k3, k3, k3, k3));
   constexpr int kSelect = 0xca;  // of every bit of the first operand: the second if it is set, or the third
-  const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), lower, highest, kSelect);
-  return _mm512_and_si512(both, _mm512_set1_epi8(7));
+  const __m512i joined =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi8(Both ? 0x33 : 3), lower, highest, kSelect);
+  return _mm512_and_si512(joined, _mm512_set1_epi8(Both ? 0x77 : 7));
 }
 
 // Factors of one dense i3 row.
 template <Levels How>
 class DenseRowOfPlanes {
  public:
-  using Even = DenseRowOfPlanes;
-  using Odd = DenseRowOfPlanes;
   static constexpr Levels kLevels = How;
   static constexpr bool kMasked = false;
   static constexpr unsigned kLines = 2;
@@ -275,8 +276,6 @@ inline void unpack_run(const uint8_t *planes, uint8_t *codes) {
 template <Levels How, bool Codes>
 class SparseRowOfPlanes {
  public:
-  using Even = SparseRowOfPlanes;
-  using Odd = SparseRowOfPlanes;
   static constexpr Levels kLevels = How;
   static constexpr bool kMasked = true;
   static constexpr unsigned kLines = 1;
@@ -297,7 +296,7 @@ class SparseRowOfPlanes {
   __m512i next(size_t block) {
     const uint64_t word =
         Codes ? m_.first_positions.word_at(positions_, block) : load_word(positions_ + 8 * block);
-    const __m512i codes = _mm512_maskz_expand_epi8(word, loaded(load512(kept_.next())));
+    const __m512i codes = expanded_from(kept_.next(), word);
     kept_.take(static_cast<unsigned>(__builtin_popcountll(word)));
     return _mm512_shuffle_epi8(m_.levels, codes);
   }
@@ -307,89 +306,6 @@ class SparseRowOfPlanes {
   const uint8_t *positions_;
   KeptCodes<unpack_run, 4> kept_;  // a panel has 16 of them, which stay in the first cache
 };
-
-// Factors of one row of i3 of a pair that shares a mask: codes of both are expanded, as nibbles of bytes.
-template <Levels How, bool High>
-class RowOfPair {
- public:
-  using Even = RowOfPair<How, false>;
-  using Odd = RowOfPair<How, true>;
-  static constexpr Levels kLevels = How;
-  static constexpr bool kMasked = true;
-  static constexpr unsigned kLines = 1;
-  static constexpr float kScaled = 1.0f;
-
-  static size_t start(const Matrix512 &m, size_t row) { return m.start(row, true); }
-  static size_t whole_runs(const Matrix512 &m) { return m.blocks / 2; }
-
-  RowOfPair(const Matrix512 &m, size_t row)
-      : m_(m), positions_(m.position_row(row)), kept_(m.values + start(m, row), m.bytes_of(row, true)) {}
-
-  template <bool Second, bool Whole>
-  __m512i next_scaled(size_t block) {
-    return next<Second, Whole>(block);
-  }
-
-  template <bool Second, bool Whole>
-  __m512i next(size_t block) {
-    const uint64_t word = load_word(positions_ + 8 * block);
-    const __m512i codes = _mm512_maskz_expand_epi8(word, loaded(load512(kept_.next())));
-    kept_.take(static_cast<unsigned>(__builtin_popcountll(word)));
-    return _mm512_shuffle_epi8(m_.levels, nibbles512(codes, High));
-  }
-
- private:
-  const Matrix512 &m_;
-  const uint8_t *positions_;
-  KeptPairs<8> kept_;
-};
-
-template <typename T>
-struct Tag {
-  using Row = T;
-};
-
-template <Levels How, typename Use>
-void with_rows_of_planes(const losa_parts &p, Use use) {
-  if (p.layout == LOSA_DENSE) {
-    use(Tag<DenseRowOfPlanes<How>>());
-  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
-    use(Tag<SparseRowOfPlanes<How, true>>());
-  } else if (in_pairs(p)) {
-    use(Tag<RowOfPair<How, false>>());
-  } else {
-    use(Tag<SparseRowOfPlanes<How, false>>());
-  }
-}
-
-// Calls use(tag) with a tag of the class that reads the rows of an integer tensor.
-template <Levels How, typename Use>
-void with_rows_of(const losa_parts &p, Use use) {
-  if (p.value_type == LOSA_I3) {
-    with_rows_of_planes<How>(p, use);
-  } else if (p.layout == LOSA_DENSE) {
-    use(Tag<DenseRow<How>>());
-  } else if (p.layout == LOSA_NM && p.position_bits != 0) {
-    use(Tag<SparseRow<How, false, Places::kCodes>>());
-  } else if (fixed_count(p)) {
-    2 * p.n <= p.m ? use(Tag<SparseRow<How, false, Places::kFew>>())
-                   : use(Tag<SparseRow<How, false, Places::kFixed>>());
-  } else {
-    use(Tag<SparseRow<How, false, Places::kCounted>>());
-  }
-}
-
-template <typename Use>
-void with_rows(const losa_parts &p, Use use) {
-  switch (levels_of(p)) {
-    case Levels::kI8:
-      return with_rows_of<Levels::kI8>(p, use);
-    case Levels::kTable:
-      return with_rows_of<Levels::kTable>(p, use);
-    case Levels::kRaised:
-      return with_rows_of<Levels::kRaised>(p, use);
-  }
-}
 
 }  // namespace
 }  // namespace losa
