@@ -90,8 +90,11 @@ def test_chat_and_evaluate(
         replies.append(json.loads(chat.out)["messages"])
         argv = ["evaluate", model, "--window", "100", "--text-tokens", "200", *THREADS, "--json"]
         perplexities.append(json.loads(losa(*argv).out)["perplexity"])
-    assert [message["role"] for message in replies[0]] == ["user", "assistant"] * 2
-    assert replies[0] == replies[1]
+    # Not the same words: the files have groups of 128 and of 32, and two tokens may be equally likely.
+    for messages in replies:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+        assert [messages[0]["content"], messages[2]["content"]] == ["Hello", "Anna?"]
+        assert messages[1]["content"] and messages[3]["content"]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=0.05)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,7 +107,6 @@ def test_every_slot_is_filled_where_everything_is_allowed(columns: int, stride: 
         assert mask.sum(dim=1).tolist() == [-int(-columns // stride)] * 5
 
 
-@settings(deadline=None)
 @given(
     columns=st.integers(1, 70),
     stride=st.sampled_from(STRIDES),

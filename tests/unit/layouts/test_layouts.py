@@ -59,7 +59,7 @@ options_strategy = st.builds(
 ).map(lambda options: replace(options, table=None) if options.value_type == "i3" else options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     layout=st.sampled_from(("dense", "bitmask")),
     rows=st.integers(1, 6),
@@ -76,7 +76,7 @@ def test_unstructured_masks_round_trip(
     check_round_trip(layout, weight_of(rows, columns, seed), mask, options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.integers(2, 7),
     columns=st.sampled_from((1, 7, 63, 64, 65, 128, 172, 300)),
@@ -154,7 +154,7 @@ def nm_mask(rows: int, columns: int, n: int, m: int, seed: int) -> Mask:
     return mask
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), options=options_strategy, seed=st.integers(0, 2**16))
 def test_every_n_of_m_round_trips(data: st.DataObject, options: PackOptions, seed: int) -> None:
     m = data.draw(st.integers(2, 32))
@@ -165,7 +165,7 @@ def test_every_n_of_m_round_trips(data: st.DataObject, options: PackOptions, see
     check_round_trip("nm", weight_of(3, columns, seed), mask, replace(options, pattern=(n, m)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pattern=st.sampled_from([(1, 4), (2, 4), *((n, 16) for n in range(1, 16))]),
     tiles=st.integers(1, 3),
