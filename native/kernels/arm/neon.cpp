@@ -169,7 +169,7 @@ void values_panel(const losa_tensor &, const float *panel, size_t first, size_t 
 void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t,
                    void *) {
   with_rows(t.parts, [&](auto tag) {
-    using Rows = typename decltype(tag)::Rows;
+    using Rows = typename decltype(tag)::Type;
     for (size_t row = begin; row < end; row += Rows::kRows) {
       float found[Rows::kRows];
       dot_rows<Rows>(t, row, a, found);
@@ -181,7 +181,7 @@ void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, siz
 void matmul_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y, size_t ldy,
                    void *scratch) {
   with_rows(t.parts, [&](auto tag) {
-    using Rows = typename decltype(tag)::Rows;
+    using Rows = typename decltype(tag)::Type;
     multiply_panels<int8_t, expand_levels<Rows>, levels_panel, Rows::kRows>(t, a, begin, end, y, ldy,
                                                                             scratch);
   });

@@ -8,6 +8,7 @@
 #include "kernels/arm/neon_tiles.h"
 #include "kernels/planes.h"
 #include "kernels/shuffle_table.h"
+#include "kernels/tag.h"
 
 namespace losa {
 namespace {
@@ -196,11 +197,6 @@ class PairOfRows {
   size_t odd_;                            // of i8, from the even row to the odd one
   KeptPairs<unpack_pair_block, 4> kept_;  // of i3, which has no use for at_
   int8x16_t levels_;
-};
-
-template <typename T>
-struct Tag {
-  using Rows = T;
 };
 
 // Calls use(tag) with a tag of the class that reads the rows of an integer tensor.

@@ -194,7 +194,7 @@ inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t beg
     return;
   }
   with_reader(t, [&](auto tag) {
-    using Row = typename decltype(tag)::Row;
+    using Row = typename decltype(tag)::Type;
     narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
            : dot_all<false, Row>(p, matrix, a, begin, end, y);
   });

@@ -51,7 +51,7 @@ inline void expand_lane(const losa_tensor &t, size_t row, size_t lane, size_t pa
   Matrix matrix(t);
   matrix.room = room;
   with_reader(t, [&](auto tag) {
-    typename decltype(tag)::Row reader(matrix, row);
+    typename decltype(tag)::Type reader(matrix, row);
     const size_t blocks = reader.blocks();
     const __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8(static_cast<char>(raised));
     for (size_t block = 0; block * kBlock < padded; ++block) {

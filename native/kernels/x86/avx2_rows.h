@@ -3,6 +3,7 @@
 #define LOSA_AVX2_ROWS_H
 
 #include "kernels/planes.h"
+#include "kernels/tag.h"
 #include "kernels/x86/avx2_shuffle.h"
 #include "kernels/x86/prefetch.h"
 
@@ -338,11 +339,6 @@ class RowScales {
 };
 
 // Calls use(tag) with a tag of the class that reads the rows of the tensor.
-template <typename T>
-struct Tag {
-  using Row = T;
-};
-
 template <bool I4, typename Use>
 void with_reader_of(const losa_tensor &t, Use use) {
   const losa_parts &p = t.parts;

@@ -270,7 +270,7 @@ void few_times_rows(const losa_tensor &t, const Activations &a, size_t begin, si
   const Matrix512 matrix(t);
   auto *room = static_cast<float *>(scratch);
   with_rows(p, [&](auto tag) {
-    using Rows = typename decltype(tag)::Rows;
+    using Rows = typename decltype(tag)::Type;
     if constexpr (Tokens != 1 && !Rows::kShared) {
       return;
     } else if constexpr (!are_grouped(Rows::kLevels)) {

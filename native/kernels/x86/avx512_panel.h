@@ -80,7 +80,7 @@ inline void expand_panel(const losa_tensor &t, const Matrix512 &m, size_t first,
     return;
   }
   with_rows(t.parts,
-            [&](auto tag) { expand_rows<typename decltype(tag)::Rows>(m, first, rows, padded, panel); });
+            [&](auto tag) { expand_rows<typename decltype(tag)::Type>(m, first, rows, padded, panel); });
 }
 
 // Weight scales of 16 rows for one group.

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "kernels/tag.h"
 #include "kernels/x86/avx512_rows.h"
 
 namespace losa {
@@ -150,11 +151,6 @@ class PairOfRows {
 
   const uint8_t *mask_;
   Kept kept_;
-};
-
-template <typename T>
-struct Tag {
-  using Rows = T;
 };
 
 template <Levels How, typename Use>
