@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
@@ -88,8 +87,17 @@ def sampled_tokens(
 
     def part(start: int) -> Tensor:
         rows = slice(start, start + plan.together)
-        make = partial(_continue, dense, given[rows], chances[rows], recipe, steps)
-        return keep(f"{start}-{start + plan.together}", make)
+        written = False
+
+        def write() -> Tensor:
+            nonlocal written
+            written = True
+            return _continue(dense, given[rows], chances[rows], recipe, steps)
+
+        tokens = keep(f"{start}-{start + plan.together}", write)
+        if not written:
+            steps.add(length - 1)
+        return tokens
 
     with _weights(dense, plan, folder):
         parts = _at_once(part, range(0, len(given), plan.together), plan, steps)
@@ -122,12 +130,12 @@ class _Steps:
     stop: Event = field(default_factory=Event)
     lock: Lock = field(default_factory=Lock)
 
-    def one(self) -> None:
+    def add(self, count: int = 1) -> None:
         """Raises `CancelledError` once the run is to end."""
         if self.stop.is_set():
             raise CancelledError
         with self.lock:
-            self.done += 1
+            self.done += count
             self.progress(self.done, self.total, "sampling calibration text")
 
 
@@ -262,7 +270,7 @@ def _continue(
         chance = chances[:, position : position + 1].to(dense.device, wide_type(dense.device))
         found = draw_tokens(weights, chance)[:, 0].cpu()
         result[:, position] = torch.where(lengths > position, result[:, position], found)
-        steps.one()
+        steps.add()
     return result
 
 

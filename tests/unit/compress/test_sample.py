@@ -160,6 +160,21 @@ def test_batches_are_the_parts_that_are_kept(tiny_llama: Path) -> None:
     assert torch.equal(found, sampled(source, recipe, [[7]], 0))
 
 
+def test_progress_counts_parts_that_were_kept(tiny_llama: Path) -> None:
+    source, recipe = Checkpoint.open(tiny_llama), CalibrationRecipe(samples=21, sequence_length=10)
+    kept = {"0-8": torch.ones(8, 10, dtype=torch.int64)}
+    steps: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, _: str) -> None:
+        steps.append((done, total))
+
+    def keep(name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return kept[name] if name in kept else make()
+
+    sampled_tokens(source, recipe, [[7]], 0, "f32", progress, Room(memory=1), keep)
+    assert steps == [(done, 27) for done in range(9, 28)]
+
+
 @pytest.fixture
 def same_threads() -> Iterator[None]:
     """Torch has as many threads afterwards as before."""
