@@ -86,7 +86,7 @@ def sparsity_for_bits(structure: Structure, bits: float, value_type: str, group_
             f"{fixed_bits(structure, value_type, group_size):.4g} bits per weight.",
             hint="Leave out --bits, or use --pattern unstructured or pair.",
         )
-    width, scale = _value_bits(value_type, group_size)
+    width, scale = value_bits(value_type, group_size)
     mask = 0.5 if structure.paired else 1.0
     least, dense = mask + scale, width + scale
     if not least < bits < dense:
@@ -103,7 +103,7 @@ def fixed_bits(structure: Structure, value_type: str, group_size: int) -> float:
 
     Sliding windows take two bits for the position of each kept value, N:M what `layouts.choose` finds.
     """
-    width, scale = _value_bits(value_type, group_size)
+    width, scale = value_bits(value_type, group_size)
     if structure.stride:
         return float((2 + width) / structure.stride) + scale
     from losa_deploy.layouts.nm import position_bits
@@ -115,7 +115,7 @@ def fixed_bits(structure: Structure, value_type: str, group_size: int) -> float:
     return wide if m == 16 and value_type.startswith("i") and wide < width + scale else narrow
 
 
-def _value_bits(value_type: str, group_size: int) -> tuple[int, float]:
+def value_bits(value_type: str, group_size: int) -> tuple[int, float]:
     """Bits of a value, and of scales per position."""
     width = int(value_type[1:])
     return width, 16 / group_size if value_type.startswith("i") and width < 8 else 0.0

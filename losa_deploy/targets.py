@@ -2,9 +2,11 @@
 
 A mask without a pattern loses the least quality at a given sparsity, but needs an instruction that puts
 packed values where the mask has ones. Where there is none, integers are fastest in tiles, whose slots a byte
-shuffle reads, and floats in N:8, where no kernel has to count mask bits. On one core of an AVX2 machine, a
-bitmask of half of i4 weights took 3.9 times as long as sliding windows, and one of f16 1.4 times as long as
-4:8; in scalar code, sliding windows took twice as long as a bitmask.
+shuffle reads, and floats in N:8, where no kernel has to count mask bits. On one core of an AVX2 machine
+(`losa-deploy bench kernels --layouts bitmask,4:8,sliding --value-types f16,i4 --sparsity 0.5 --targets
+avx2,scalar --tokens 1 --threads 1`), a bitmask of half of i4 weights took about three times as long as sliding
+windows, and one of f16 1.1 to 1.4 times as long as 4:8; in scalar code, sliding windows took 1.5 times as long
+as a bitmask.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from losa_deploy.errors import UsageError
 from losa_deploy.layouts import VALUE_TYPES, tiled
-from losa_deploy.structure import fixed_bits, parse_structure
+from losa_deploy.structure import fixed_bits, parse_structure, value_bits
 
 NO_PATTERN = "unstructured"
 FURTHEST = 1 / 16
@@ -91,7 +93,25 @@ def fastest(
         )
     kept = "in tiles" if kind.bits <= 8 else f"that keeps N of {GROUP}"
     cost = f"{best.sparsity:.4g} of the weights zero, {best.bits:.4g} bits per weight"
-    return Pick(name, best.pattern, f"{name} {kernels.why}, and this is the nearest pattern {kept} ({cost})")
+    reason = f"{name} {kernels.why}, and this is the nearest pattern {kept} ({cost})"
+    dense = dense_instead(value_type, group_size, best.bits)
+    if dense:
+        reason += (
+            f"; {dense} without zeros takes no more bits and lost less quality where it was measured "
+            f"(--sparsity 0 --value-type {dense})"
+        )
+    return Pick(name, best.pattern, reason)
+
+
+def dense_instead(value_type: str, group_size: int, bits: float) -> str | None:
+    """The widest integers, narrower than `value_type`, that take no more bits per weight if none is pruned."""
+    found = [
+        (kind.bits, name)
+        for name, kind in VALUE_TYPES.items()
+        if name.startswith("i") and kind.bits < VALUE_TYPES[value_type].bits
+        if sum(value_bits(name, group_size)) <= bits
+    ]
+    return max(found)[1] if found else None
 
 
 def candidates(value_type: str, group_size: int) -> list[Candidate]:

@@ -61,6 +61,28 @@ def test_reasons_name_the_target_and_the_cost() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value_type", "sparsity", "dense"),
+    [
+        ("i4", 0.5, "i3"),
+        ("i4", 0.625, "i3"),
+        ("i4", 0.75, None),
+        ("i3", 0.5, None),
+        ("i8", 0.5, "i4"),
+        ("f16", 0.5, "i8"),
+    ],
+)
+def test_reasons_name_dense_values_of_as_many_bits(
+    value_type: str, sparsity: float, dense: str | None
+) -> None:
+    reason = fastest("avx2", value_type, 128, sparsity).reason
+    if dense is None:
+        assert "without zeros" not in reason
+    else:
+        assert reason.endswith(f"(--sparsity 0 --value-type {dense})")
+    assert "without zeros" not in fastest("avx512vnni", value_type, 128, sparsity).reason
+
+
+@pytest.mark.parametrize(
     ("target", "value_type", "sparsity", "message"),
     [
         ("sse", "i4", 0.5, "known: avx2, avxvnni"),
