@@ -15,7 +15,7 @@ from losa_deploy.layouts.values.i4 import LINEAR_TABLE
 from .conftest import opened
 
 SHAPES = ((1, 1), (3, 7), (8, 64), (9, 65), (17, 127), (16, 128), (5, 129), (33, 172), (7, 576), (2, 1000))
-TOKENS = (1, 2, 4, 5, 17)
+TOKENS = (1, 2, 3, 4, 5, 8, 17)
 PROMPT = 33
 """So many tokens that tiles are expanded to panels (kWorthPanels)."""
 PATTERNS = (
@@ -142,7 +142,7 @@ def test_pairs_of_rows_that_share_a_mask(
     """Rows in odd and even numbers, rows that end anywhere, and parts of the rows as threads take them."""
     shapes = [shape for shape in SHAPES if shape[0] > 1]
     weights = [pairs_of(pair_mask(*shape, 0), value_type) for shape in shapes]
-    cases = [case(weight, tokens) for weight in weights for tokens in (*TOKENS, 3)]
+    cases = [case(weight, tokens) for weight in weights for tokens in TOKENS]
     many = pairs_of(pair_mask(43, 300, 0), value_type, 32)
     cases += [case(many, tokens, step) for step in (16, 32) for tokens in (1, 2, 3, 6, 8)]
     check(multiply_all, cases)

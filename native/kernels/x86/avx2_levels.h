@@ -1,4 +1,4 @@
-// One token times rows of levels in AVX2.
+// One token, or a few, times rows of levels in AVX2.
 #ifndef LOSA_AVX2_LEVELS_H
 #define LOSA_AVX2_LEVELS_H
 
@@ -11,70 +11,104 @@
 namespace losa {
 namespace {
 
-// Sums of a group, in eight parts. Narrow: the bias takes the offset of the levels off again.
-template <bool Narrow>
-inline __m256 group_total(__m256i acc, const Activations &a, size_t g) {
-  const __m128i bias = Narrow ? _mm_srai_epi32(_mm_cvtsi32_si128(a.bias[g]), 4) : _mm_setzero_si128();
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_zextsi128_si256(bias), dot_total<Narrow>(acc)));
-}
+// Sums of a group for each token, in parts.
+template <bool Narrow, size_t Tokens>
+struct TokenSums {
+  __m256i each[Tokens];
 
-// One or two blocks, which are a group of a row. Sums of four times two products of narrow levels fit 16
-// bits.
-template <bool Narrow, size_t Count, typename Row>
-inline __m256 dot_group(Row &row, const Activations &a, size_t g, size_t first) {
-  __m256i acc = _mm256_setzero_si256();
-  for (size_t block = first; block < first + Count; ++block) {
-    const Block w = row.next(block);
-    const int8_t *x = a.q + block * kBlock;
-    acc = add_products<Narrow>(add_products<Narrow>(acc, w.low, x), w.high, x + 32);
-  }
-  return group_total<Narrow>(acc, a, g);
-}
-
-// Blocks `first` to `last` of a row, which start a group; `scales` are those of their groups.
-template <bool Narrow, size_t Group, typename Row>
-inline __m256 dot_blocks(Row &row, const float *scales, const Activations &a, size_t first, size_t last,
-                         __m256 total) {
-  if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
-    const __m256i zero = _mm256_setzero_si256();
-    for (size_t block = first; block < last; ++block) {
-      const Block w = row.next(block);
-      const int8_t *x = a.q + block * kBlock;
-      const __m256 low = group_total<Narrow>(add_products<Narrow>(zero, w.low, x), a, 2 * block);
-      const __m256 high = group_total<Narrow>(add_products<Narrow>(zero, w.high, x + 32), a, 2 * block + 1);
-      total = _mm256_fmadd_ps(low, _mm256_broadcast_ss(scales++), total);
-      total = _mm256_fmadd_ps(high, _mm256_broadcast_ss(scales++), total);
+  TokenSums() {
+    for (auto &v : each) {
+      v = _mm256_setzero_si256();
     }
-    return total;
+  }
+
+  // Adds 32 positions, which are at `at` of the tokens.
+  inline LOSA_ALWAYS_INLINE void add(__m256i w, const int8_t *const x[Tokens], size_t at) {
+    for (size_t k = 0; k < Tokens; ++k) {
+      each[k] = add_products<Narrow>(each[k], w, x[k] + at);
+    }
+  }
+
+  // Adds them, times the scale number i of each token.
+  inline LOSA_ALWAYS_INLINE void add_to(__m256 totals[Tokens], const float *const scales[Tokens],
+                                        size_t i) const {
+    for (size_t k = 0; k < Tokens; ++k) {
+      const __m256 sums = _mm256_cvtepi32_ps(dot_total<Narrow>(each[k]));
+      totals[k] = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales[k] + i), totals[k]);
+    }
+  }
+};
+
+// Blocks `first` to `last` of a row, which start a group, times a few tokens; `scales` are those of their
+// groups, for each token. Sums of four times two products of narrow levels fit 16 bits.
+template <bool Narrow, size_t Group, size_t Tokens, typename Row>
+inline LOSA_ALWAYS_INLINE void dot_blocks(Row &row, const float *const scales[Tokens], const Activations *a,
+                                          size_t first, size_t last, __m256 totals[Tokens]) {
+  const int8_t *x[Tokens];
+  for (size_t k = 0; k < Tokens; ++k) {
+    x[k] = a[k].q;
+  }
+  if constexpr (Group == kBlock / 2) {  // each half of a block has its own scale
+    for (size_t i = 0; first < last; ++first, i += 2) {
+      const Block w = row.next(first);
+      TokenSums<Narrow, Tokens> low, high;
+      low.add(w.low, x, first * kBlock);
+      low.add_to(totals, scales, i);
+      high.add(w.high, x, first * kBlock + 32);
+      high.add_to(totals, scales, i + 1);
+    }
+    return;
   }
   constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1;
-  for (; first + kEach <= last; first += kEach) {
-    const __m256 sums = dot_group<Narrow, kEach>(row, a, first / kEach, first);
-    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales++), total);
+  const auto add_block = [&](TokenSums<Narrow, Tokens> &sums) {
+    const Block w = row.next(first);
+    sums.add(w.low, x, first * kBlock);
+    sums.add(w.high, x, first * kBlock + 32);
+    ++first;
+  };
+  size_t i = 0;
+  for (; first + kEach <= last; ++i) {
+    TokenSums<Narrow, Tokens> sums;
+    add_block(sums);
+    if constexpr (kEach == 2) {
+      add_block(sums);
+    }
+    sums.add_to(totals, scales, i);
   }
   if (kEach == 2 && first < last) {
-    const __m256 sums = dot_group<Narrow, 1>(row, a, first / kEach, first);
-    total = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scales), total);
+    TokenSums<Narrow, Tokens> sums;
+    add_block(sums);
+    sums.add_to(totals, scales, i);
   }
-  return total;
 }
 
-// One row times one token, from a block on that starts a group.
-template <bool Narrow, size_t Group, typename Row>
-__m256 dot_row(Row row, const RowScales<Row::kGrouped> &scales, const Activations &a, size_t block) {
+// One row times a few tokens, from a block on that starts a group; adds to the totals of the tokens.
+template <bool Narrow, size_t Group, size_t Tokens, typename Row>
+inline LOSA_ALWAYS_INLINE void dot_row(Row row, const RowScales<Row::kGrouped> &own, const Activations *a,
+                                       size_t block, __m256 totals[Tokens]) {
   const size_t blocks = row.blocks();
-  __m256 total = _mm256_setzero_ps();
+  const float *scales[Tokens];
   if constexpr (!Row::kGrouped) {  // the scale of the row is applied to the sum
-    return dot_blocks<Narrow, Group>(row, a.scale, a, block, blocks, total);
+    for (size_t k = 0; k < Tokens; ++k) {
+      scales[k] = a[k].scale;
+    }
+    dot_blocks<Narrow, Group, Tokens>(row, scales, a, block, blocks, totals);
+    return;
   }
   constexpr size_t kEight = 8 * Group / kBlock;  // blocks of eight groups
   for (; block < blocks; block += kEight) {
-    alignas(32) float eight[8];
-    scales.times(a, block * kBlock / Group, eight);
-    const size_t last = blocks - block < kEight ? blocks : block + kEight;
-    total = dot_blocks<Narrow, Group>(row, eight, a, block, last, total);
+    const size_t last = blocks - block < kEight ? blocks : block + kEight, g = block * kBlock / Group;
+    alignas(32) float eight[Tokens][8];
+    for (size_t k = 0; k < Tokens; ++k) {
+      own.times(a[k], g, eight[k]);
+      scales[k] = eight[k];
+      if (Narrow) {
+        const size_t count = ((last - block) * kBlock + Group - 1) / Group;
+        totals[k] = add_biases(a[k], g, count, eight[k], totals[k]);
+      }
+    }
+    dot_blocks<Narrow, Group, Tokens>(row, scales, a, block, last, totals);
   }
-  return total;
 }
 
 // Codes of 128 positions of a dense row, 32 in each: 64 bytes hold two blocks, so that nothing is loaded or
@@ -111,144 +145,153 @@ struct RunOf<DenseRowOfPlanes> {
   using Type = RunOfPlanes;
 };
 
-// The first `runs` times 128 positions of a dense row below 8 bits.
-template <typename Run, bool Narrow, size_t Group>
-__m256 dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs, const RowScales<true> &scales,
-                const Activations &a) {
+// The first `runs` times 128 positions of a dense row below 8 bits; adds to the totals of the tokens.
+template <typename Run, bool Narrow, size_t Group, size_t Tokens>
+inline LOSA_ALWAYS_INLINE void dot_runs(const Matrix &m, const uint8_t *bytes, size_t runs,
+                                        const RowScales<true> &own, const Activations *a,
+                                        __m256 totals[Tokens]) {
   constexpr size_t kGroups = kPadding / Group, kEach = 4 / kGroups;  // of a run; parts of a group
-  // A sum for each group of a run: one for all would have them wait for each other.
-  __m256 total[kGroups];
-  for (auto &v : total) {
-    v = _mm256_setzero_ps();
+  // A sum for each group of a run: of one token, one for all would have them wait for each other.
+  constexpr size_t kSums = Tokens == 1 ? kGroups : 1;
+  __m256 sums[kSums][Tokens];
+  const int8_t *x[Tokens];
+  for (size_t k = 0; k < Tokens; ++k) {
+    x[k] = a[k].q;
+    for (auto &v : sums) {
+      v[k] = _mm256_setzero_ps();
+    }
   }
   for (size_t run = 0; run < runs;) {
     const size_t stop = runs - run < 8 / kGroups ? runs : run + 8 / kGroups;
-    alignas(32) float eight[8];
-    scales.times(a, run * kGroups, eight);
-    if (Narrow) {
-      total[0] = add_biases(a, run * kGroups, (stop - run) * kGroups, eight, total[0]);
+    alignas(32) float eight[Tokens][8];
+    const float *scales[Tokens];
+    for (size_t k = 0; k < Tokens; ++k) {
+      own.times(a[k], run * kGroups, eight[k]);
+      scales[k] = eight[k];
+      if (Narrow) {
+        sums[0][k] = add_biases(a[k], run * kGroups, (stop - run) * kGroups, eight[k], sums[0][k]);
+      }
     }
-    for (const float *scale = eight; run < stop; ++run, bytes += Run::kBytes) {
+    for (size_t i = 0; run < stop; ++run, bytes += Run::kBytes) {
       fetch_ahead(bytes);
       __m256i codes[4];
       Run::split(bytes, codes);
-      const int8_t *x = a.q + run * kPadding;
-      for (size_t k = 0; k < kGroups; ++k) {
-        __m256i acc = _mm256_setzero_si256();
-        for (size_t i = k * kEach; i < (k + 1) * kEach; ++i) {
-          acc = add_products<Narrow>(acc, _mm256_shuffle_epi8(m.levels, codes[i]), x + 32 * i);
+      for (size_t g = 0; g < kGroups; ++g, ++i) {
+        TokenSums<Narrow, Tokens> group;
+        for (size_t part = g * kEach; part < (g + 1) * kEach; ++part) {
+          group.add(_mm256_shuffle_epi8(m.levels, codes[part]), x, run * kPadding + 32 * part);
         }
-        const __m256 sums = _mm256_cvtepi32_ps(dot_total<Narrow>(acc));
-        total[k] = _mm256_fmadd_ps(sums, _mm256_broadcast_ss(scale++), total[k]);
+        group.add_to(sums[g % kSums], scales, i);
       }
     }
   }
-  for (size_t k = 1; k < kGroups; ++k) {
-    total[0] = _mm256_add_ps(total[0], total[k]);
+  for (const auto &v : sums) {
+    for (size_t k = 0; k < Tokens; ++k) {
+      totals[k] = _mm256_add_ps(totals[k], v[k]);
+    }
   }
-  return total[0];
 }
 
-template <bool Narrow, size_t Group, typename Row>
-void dot_rows(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end,
-              float *y) {
+template <bool Narrow, size_t Group, size_t Tokens, typename Row>
+void dot_rows(const losa_parts &p, const Matrix &m, const Activations *a, size_t begin, size_t end, float *y,
+              size_t ldy) {
   for (size_t r = begin; r < end; ++r) {
     const RowScales<Row::kGrouped> scales(p, r, m.groups);
-    __m256 total = _mm256_setzero_ps();
+    __m256 totals[Tokens];
+    for (auto &v : totals) {
+      v = _mm256_setzero_ps();
+    }
     size_t block = 0;
     if constexpr (!std::is_void_v<typename RunOf<Row>::Type>) {
       const size_t runs = m.columns / kPadding;
-      total =
-          dot_runs<typename RunOf<Row>::Type, Narrow, Group>(m, m.values + r * m.row_bytes, runs, scales, a);
+      dot_runs<typename RunOf<Row>::Type, Narrow, Group, Tokens>(m, m.values + r * m.row_bytes, runs, scales,
+                                                                 a, totals);
       block = runs * (kPadding / kBlock);
     }
-    total = _mm256_add_ps(total, dot_row<Narrow, Group>(Row(m, r), scales, a, block));
-    y[r] = sum(total) * scales.whole();
+    dot_row<Narrow, Group, Tokens>(Row(m, r), scales, a, block, totals);
+    for (size_t k = 0; k < Tokens; ++k) {
+      y[k * ldy + r] = sum(totals[k]) * scales.whole();
+    }
   }
 }
 
 // All that differs between tensors is chosen before the rows are walked.
-template <bool Narrow, typename Row>
-void dot_all(const losa_parts &p, const Matrix &m, const Activations &a, size_t begin, size_t end, float *y) {
+template <bool Narrow, size_t Tokens, typename Row>
+void dot_all(const losa_parts &p, const Matrix &m, const Activations *a, size_t begin, size_t end, float *y,
+             size_t ldy) {
   const size_t group = activation_group(p);
   if constexpr (Row::kGrouped) {
-    group == 32   ? dot_rows<Narrow, 32, Row>(p, m, a, begin, end, y)
-    : group == 64 ? dot_rows<Narrow, 64, Row>(p, m, a, begin, end, y)
-                  : dot_rows<Narrow, 128, Row>(p, m, a, begin, end, y);
+    group == 32   ? dot_rows<Narrow, 32, Tokens, Row>(p, m, a, begin, end, y, ldy)
+    : group == 64 ? dot_rows<Narrow, 64, Tokens, Row>(p, m, a, begin, end, y, ldy)
+                  : dot_rows<Narrow, 128, Tokens, Row>(p, m, a, begin, end, y, ldy);
   } else {
-    dot_rows<false, kBlock, Row>(p, m, a, begin, end, y);
+    dot_rows<false, kBlock, Tokens, Row>(p, m, a, begin, end, y, ldy);
   }
 }
 
-inline void matvec_levels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                          size_t, void *scratch) {
-  const losa_parts &p = t.parts;
-  Matrix matrix(t);
-  matrix.room = static_cast<uint8_t *>(scratch);
-  const bool narrow = is_narrow(p);
-  if (narrow) {
-    matrix.raise(kNarrow);
-  }
-  if (are_nibbles(p)) {
-    multiply_pairs<1>(p, matrix, narrow, &a, begin, end, y, 0);
-    return;
-  }
+// `Tokens` tokens; levels of the matrix are raised if they are narrow.
+template <size_t Tokens>
+void multiply_rows(const losa_tensor &t, const Matrix &m, bool narrow, const Activations *a, size_t begin,
+                   size_t end, float *y, size_t ldy) {
   with_reader(t, [&](auto tag) {
     using Row = typename decltype(tag)::Type;
-    narrow ? dot_all<true, Row>(p, matrix, a, begin, end, y)
-           : dot_all<false, Row>(p, matrix, a, begin, end, y);
+    narrow ? dot_all<true, Tokens, Row>(t.parts, m, a, begin, end, y, ldy)
+           : dot_all<false, Tokens, Row>(t.parts, m, a, begin, end, y, ldy);
   });
 }
 
-constexpr size_t kWorthPanels = 8;  // tokens
+// Up to so many tokens are multiplied by what a row is decoded to, which stays in registers; of pairs of
+// rows, more need more registers than there are.
+constexpr size_t kMostOfRows = 4, kMostOfPairs = 3;
 
-// Dense codes times a few tokens: a row is decoded again for each token, from the cache, which takes less
-// time than to spread it over a panel; with 2 tokens a quarter, with 8 two thirds, with 16 as much.
-inline void repeated_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                            size_t ldy, void *scratch) {
-  for (size_t first = begin; first < end; first += LOSA_ROW_STEP) {
-    const size_t last = end - first < LOSA_ROW_STEP ? end : first + LOSA_ROW_STEP;
-    for (size_t token = 0; token < a.tokens; ++token) {
-      const size_t group = token * a.groups;
-      const Activations one = {
-          a.q + token * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
-      matvec_levels(t, one, first, last, y + token * ldy, ldy, scratch);
-    }
+// `count` tokens.
+inline void multiply_few(const losa_tensor &t, const Matrix &m, bool narrow, size_t count,
+                         const Activations *a, size_t begin, size_t end, float *y, size_t ldy) {
+  if (are_nibbles(t.parts)) {
+    (count == 3   ? multiply_pairs<3>
+     : count == 2 ? multiply_pairs<2>
+                  : multiply_pairs<1>)(t.parts, m, narrow, a, begin, end, y, ldy);
+    return;
   }
+  (count == 4   ? multiply_rows<4>
+   : count == 3 ? multiply_rows<3>
+   : count == 2 ? multiply_rows<2>
+                : multiply_rows<1>)(t, m, narrow, a, begin, end, y, ldy);
 }
 
-// Pairs of rows times a few tokens: placed once for all of them.
-inline void few_times_pairs(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                            size_t ldy, void *scratch) {
+// Rows times a few tokens, several at once: each row is decoded once for these. What needs more than one pass
+// goes over so few rows at a time that they stay in the cache.
+inline void few_times_rows(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                           size_t ldy, void *scratch) {
+  const bool narrow = is_narrow(t.parts), pairs = are_nibbles(t.parts);
   Matrix matrix(t);
   matrix.room = static_cast<uint8_t *>(scratch);
-  const bool narrow = is_narrow(t.parts);
   if (narrow) {
     matrix.raise(kNarrow);
   }
-  constexpr size_t kMost = 3;  // more need more registers than there are
-  for (size_t token = 0; token < a.tokens;) {
-    const size_t left = a.tokens - token, count = left == kMost + 1 ? 2 : left < kMost ? left : kMost;
-    Activations each[kMost];
-    for (size_t k = 0; k < count; ++k) {
-      const size_t group = (token + k) * a.groups;
-      each[k] = {
-          a.q + (token + k) * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
+  const size_t most = pairs ? kMostOfPairs : kMostOfRows, step = a.tokens <= most ? end : LOSA_ROW_STEP;
+  for (; begin < end; begin += step) {
+    const size_t last = end - begin < step ? end : begin + step;
+    for (size_t token = 0; token < a.tokens;) {
+      const size_t left = a.tokens - token, count = left == most + 1 ? most - 1 : left < most ? left : most;
+      Activations each[kMostOfRows];
+      for (size_t k = 0; k < count; ++k) {
+        const size_t group = (token + k) * a.groups;
+        each[k] = {
+            a.q + (token + k) * a.padded, a.scale + group, a.bias + group, nullptr, a.padded, a.groups, 1};
+      }
+      multiply_few(t, matrix, narrow, count, each, begin, last, y + token * ldy, ldy);
+      token += count;
     }
-    const auto multiply = count == kMost ? multiply_pairs<kMost>
-                          : count == 2   ? multiply_pairs<2>
-                                         : multiply_pairs<1>;
-    multiply(t.parts, matrix, narrow, each, begin, end, y + token * ldy, ldy);
-    token += count;
   }
 }
 
-inline void panels_or_matvec(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
-                             size_t ldy, void *scratch) {
-  const bool few = a.tokens < kWorthPanels && is_grouped(t.parts);
-  (few && t.parts.layout == LOSA_DENSE ? repeated_matvec
-   : few && are_nibbles(t.parts)       ? few_times_pairs
-                                       : matmul_levels)(t, a, begin, end, y, ldy, scratch);
+// Rows that are decoded in little time are worth a second pass, panels they are not.
+inline void panels_or_rows(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+                           size_t ldy, void *scratch) {
+  const bool quick = t.parts.layout == LOSA_DENSE || are_nibbles(t.parts);
+  const size_t most = quick ? 2 * kMostOfRows : kMostOfRows;
+  (a.tokens <= most ? few_times_rows : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ class PairOfRows {
   }
 
   // The next block: a byte for each position.
-  Block next() {
+  inline LOSA_ALWAYS_INLINE Block next() {
     if (I4) {
       fetch_ahead(at_);
     }

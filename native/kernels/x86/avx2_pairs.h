@@ -22,8 +22,7 @@ struct PairSums {
 
   // Adds 32 positions.
   template <bool Narrow, typename Pair>
-  inline __attribute__((always_inline)) void add(__m256i bytes, __m256i levels, const int8_t *x,
-                                                 size_t padded) {
+  inline LOSA_ALWAYS_INLINE void add(__m256i bytes, __m256i levels, const int8_t *x, size_t padded) {
     const __m256i first = Pair::even(bytes, levels), second = Pair::odd(bytes, levels);
     for (size_t k = 0; k < Tokens; ++k) {
       even[k] = add_products<Narrow>(even[k], first, x + k * padded);
@@ -44,7 +43,7 @@ struct PairTotals {
 
   // Adds a group; eight scales lie side by side, those of the odd row behind those of the even one.
   template <bool Narrow>
-  inline __attribute__((always_inline)) void add(const PairSums<Tokens> &sums, const float *scale) {
+  inline LOSA_ALWAYS_INLINE void add(const PairSums<Tokens> &sums, const float *scale) {
     for (size_t k = 0; k < Tokens; ++k, scale += 16) {
       even[k] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot_total<Narrow>(sums.even[k])),
                                 _mm256_broadcast_ss(scale), even[k]);
@@ -56,9 +55,8 @@ struct PairTotals {
 
 // The rows `row` and `other` times `Tokens` tokens.
 template <bool Narrow, size_t Group, bool I4, size_t Tokens>
-inline __attribute__((always_inline)) PairTotals<Tokens> dot_pair(const losa_parts &p, const Matrix &m,
-                                                                  const Activations *a, size_t row,
-                                                                  size_t other) {
+inline LOSA_ALWAYS_INLINE PairTotals<Tokens> dot_pair(const losa_parts &p, const Matrix &m,
+                                                      const Activations *a, size_t row, size_t other) {
   using Pair = PairOfRows<I4>;
   constexpr size_t kEach = Group > kBlock ? Group / kBlock : 1, kEight = 8 * Group / kBlock;
   const RowScales<true> even(p, row, m.groups), odd(p, other, m.groups);

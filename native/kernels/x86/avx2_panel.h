@@ -36,7 +36,8 @@ inline bool is_narrow(const losa_parts &p) {
 // What levels are stored plus; 0: they keep their sign.
 inline int raised_by(const losa_parts &p) { return is_narrow(p) ? kNarrow : kWideSums ? kMostRaised : 0; }
 
-inline void store_lane(const Block &levels, __m256i offset, size_t block, size_t lane, uint8_t *panel) {
+inline LOSA_ALWAYS_INLINE void store_lane(const Block &levels, __m256i offset, size_t block, size_t lane,
+                                          uint8_t *panel) {
   alignas(32) uint32_t four[kBlock / 4];
   _mm256_store_si256(reinterpret_cast<__m256i *>(four), _mm256_add_epi8(levels.low, offset));
   _mm256_store_si256(reinterpret_cast<__m256i *>(four + 8), _mm256_add_epi8(levels.high, offset));
@@ -102,8 +103,8 @@ inline __m256i broadcast_four(const int8_t *x) {
 
 // Positions [start, end) of 16 rows times `Tokens` tokens, as 32-bit sums.
 template <bool Raised, int Tokens>
-inline void unit(const uint8_t *const panel[2], const int8_t *const x[Tokens], size_t start, size_t end,
-                 __m256i acc[2][Tokens]) {
+inline LOSA_ALWAYS_INLINE void unit(const uint8_t *const panel[2], const int8_t *const x[Tokens],
+                                    size_t start, size_t end, __m256i acc[2][Tokens]) {
   for (int k = 0; k < Tokens; ++k) {
     acc[0][k] = acc[1][k] = _mm256_setzero_si256();
   }

@@ -24,7 +24,7 @@ struct LinePlaces {
   }
 
   template <int S>
-  inline __attribute__((always_inline)) __m256i of() const {
+  inline LOSA_ALWAYS_INLINE __m256i of() const {
     return S < 2 ? (S == 0 ? even : odd) : _mm256_srli_epi16(S == 2 ? even : odd, 4);
   }
 
@@ -49,7 +49,7 @@ struct LineSlots {
   }
 
   template <int S>
-  inline __attribute__((always_inline)) Slots of(__m256i at) const {
+  inline LOSA_ALWAYS_INLINE Slots of(__m256i at) const {
     if (T != LOSA_I3) {
       return load_short<T, Linear, S>(values, levels, at, levels);
     }

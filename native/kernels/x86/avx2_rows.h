@@ -53,7 +53,7 @@ class SparseRow {
 
   size_t blocks() const { return positions_.blocks; }
 
-  Block next(size_t block) {
+  inline LOSA_ALWAYS_INLINE Block next(size_t block) {
     const uint8_t *mask = mask_;
     mask_ += 8;
     fetch_ahead(mask);
@@ -103,7 +103,7 @@ class CodesRow {
 
   size_t blocks() const { return positions_.blocks; }
 
-  Block next(size_t block) {
+  inline LOSA_ALWAYS_INLINE Block next(size_t block) {
     const uint8_t *codes = positions_.bytes + 4 * block;
     fetch_ahead(codes);
     fetch_ahead(at_);
@@ -134,7 +134,7 @@ class DenseRow {
 
   size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
 
-  Block next(size_t block) {
+  inline LOSA_ALWAYS_INLINE Block next(size_t block) {
     const size_t start = block * kBlock;
     if (I4) {
       return next_i4(start);
@@ -154,7 +154,7 @@ class DenseRow {
             _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p + 32))};
   }
 
-  Block next_i4(size_t start) {
+  inline LOSA_ALWAYS_INLINE Block next_i4(size_t start) {
     const size_t first = start / kPadding * kPadding;
     if (first + kPadding <= columns_) {
       const int shift = start == first ? 0 : 4;
@@ -174,7 +174,7 @@ class DenseRow {
 
 // 128 codes of i3 as 64 bytes: 32 bytes of lower bits, 16 of the highest. Code number i < 64 is in the low
 // nibble of byte i, the one 64 behind it in the high nibble.
-inline void split_nibbles(const uint8_t *bytes, __m256i codes[2]) {
+inline LOSA_ALWAYS_INLINE void split_nibbles(const uint8_t *bytes, __m256i codes[2]) {
   const __m256i lower = _mm256_set1_epi8(0x33), highest = _mm256_set1_epi8(0x44);
   const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bytes));
   const __m256i high =
@@ -190,7 +190,7 @@ inline void split_nibbles(const uint8_t *bytes, __m256i codes[2]) {
 
 // Codes of 128 positions of a dense i3 row, 32 in each. They are indices of a byte shuffle, which looks at
 // the low nibble and at bit 7, and nothing else: what bits 4 to 6 hold is left there.
-inline void split_run(const uint8_t *bytes, __m256i codes[4]) {
+inline LOSA_ALWAYS_INLINE void split_run(const uint8_t *bytes, __m256i codes[4]) {
   split_nibbles(bytes, codes);
   codes[2] = _mm256_srli_epi16(codes[0], 4);
   codes[3] = _mm256_srli_epi16(codes[1], 4);
@@ -206,7 +206,7 @@ class DenseRowOfPlanes {
 
   size_t blocks() const { return (columns_ + kBlock - 1) / kBlock; }
 
-  Block next(size_t block) {
+  inline LOSA_ALWAYS_INLINE Block next(size_t block) {
     const size_t start = block * kBlock, first = start / kPadding * kPadding;
     if (start == first) {
       load_run(first);
@@ -275,7 +275,7 @@ class SparseRowOfPlanes {
 
   size_t blocks() const { return positions_.blocks; }
 
-  Block next(size_t block) {
+  inline LOSA_ALWAYS_INLINE Block next(size_t block) {
     const uint8_t *mask = positions_.bytes + block * positions_.step;
     fetch_ahead(mask);
     uint64_t word;

@@ -6,6 +6,7 @@
 
 #include "format/layout.h"
 #include "kernels/shuffle_table.h"
+#include "kernels/x86/always_inline.h"
 
 namespace losa {
 namespace {
@@ -52,14 +53,14 @@ inline __m128i load_line(const uint8_t *p) { return _mm_loadu_si128(reinterpret_
 
 // 32 positions with any count: the values at `p` go to the positions of two mask bytes, those at `p1` to the
 // positions of the two after them.
-inline __m256i scatter_half(const uint8_t *mask, const uint8_t *p, const uint8_t *p1) {
+inline LOSA_ALWAYS_INLINE __m256i scatter_half(const uint8_t *mask, const uint8_t *p, const uint8_t *p1) {
   const __m256i first = join(load_line(kPlaces.first[mask[0]]), load_line(kPlaces.first[mask[2]]));
   const __m256i second = join(load_line(kPlaces.second[mask[1]]), load_line(kPlaces.second[mask[3]]));
   return _mm256_shuffle_epi8(join(load_line(p), load_line(p1)), _mm256_add_epi8(first, second));
 }
 
 // 64 positions; `used` bytes were taken.
-inline Block scatter(const uint8_t *mask, const uint8_t *p, unsigned *used) {
+inline LOSA_ALWAYS_INLINE Block scatter(const uint8_t *mask, const uint8_t *p, unsigned *used) {
   const uint64_t word = load_word(mask);
   const auto quarter = static_cast<unsigned>(__builtin_popcount(static_cast<uint16_t>(word)));
   const auto half = static_cast<unsigned>(__builtin_popcount(static_cast<uint32_t>(word)));
@@ -69,7 +70,8 @@ inline Block scatter(const uint8_t *mask, const uint8_t *p, unsigned *used) {
 }
 
 // The same count `c` <= 4 in every byte of the mask: 32 positions take their values from one load.
-inline Block scatter_fixed(const uint8_t *mask, const uint8_t *p, unsigned c, __m256i offsets) {
+inline LOSA_ALWAYS_INLINE Block scatter_fixed(const uint8_t *mask, const uint8_t *p, unsigned c,
+                                              __m256i offsets) {
   const auto half = [&](const uint8_t *m, const uint8_t *from) {
     const __m256i data =
         _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
@@ -108,8 +110,8 @@ inline const CodeShuffles *code_shuffles(const losa_parts &p) {
 }
 
 // 32 positions of two code bytes with `slots` <= 8 values each; offsets: 0, then `slots`.
-inline __m256i scatter_codes(const CodeShuffles &shuffles, const uint8_t *codes, const uint8_t *p,
-                             __m256i offsets) {
+inline LOSA_ALWAYS_INLINE __m256i scatter_codes(const CodeShuffles &shuffles, const uint8_t *codes,
+                                                const uint8_t *p, __m256i offsets) {
   const auto control = [&](uint8_t code) {
     return _mm_load_si128(reinterpret_cast<const __m128i *>(shuffles.control[code]));
   };
@@ -131,7 +133,7 @@ inline __m256i fixed_offsets(unsigned c) {
   return _mm256_set_epi64x(byte(3 * c), byte(2 * c), byte(c), 0);
 }
 
-inline __m256i nibbles(__m256i bytes, int shift, __m256i levels) {
+inline LOSA_ALWAYS_INLINE __m256i nibbles(__m256i bytes, int shift, __m256i levels) {
   const __m256i codes = _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8(15));
   return _mm256_shuffle_epi8(levels, codes);
 }

@@ -36,7 +36,7 @@ inline bool is_linear(const losa_parts &p) {
   return linear;
 }
 
-inline __attribute__((always_inline)) __m256i load_step(const uint8_t *p) {
+inline LOSA_ALWAYS_INLINE __m256i load_step(const uint8_t *p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
 }
 
@@ -59,7 +59,7 @@ inline Slots load_slots(const Tiles &tiles, size_t step, __m256i levels) {
 }
 
 // Sums of two neighbours are of rows 0, 8, 1, 9, ...: widened to 32 bits, rows 0-7 and rows 8-15.
-inline __attribute__((always_inline)) void widen(__m256i pairs, __m256i sums[2]) {
+inline LOSA_ALWAYS_INLINE void widen(__m256i pairs, __m256i sums[2]) {
   sums[0] = add_words(sums[0], pairs, _mm256_set1_epi32(1));
   sums[1] = add_words(sums[1], pairs, _mm256_set1_epi32(1 << 16));
 }
@@ -76,7 +76,7 @@ struct Sums {
   }
 
   // 16 activations of each token.
-  inline __attribute__((always_inline)) void load(const int8_t *const *x, size_t first) {
+  inline LOSA_ALWAYS_INLINE void load(const int8_t *const *x, size_t first) {
     for (int k = 0; k < Tokens; ++k) {
       const auto *at = reinterpret_cast<const __m128i *>(x[k] + first);
       from[k] = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
@@ -86,7 +86,7 @@ struct Sums {
   // The positions that a step of a line begins at, 4 of 2:4 and 8 of others, as often as there is room, so
   // that only the lowest bits of the place of a slot matter.
   template <int Form>
-  inline __attribute__((always_inline)) void load_step_of(const int8_t *const *x, size_t start) {
+  inline LOSA_ALWAYS_INLINE void load_step_of(const int8_t *const *x, size_t start) {
     for (int k = 0; k < Tokens; ++k) {
       if (Form == 2) {
         int32_t quad;
@@ -100,7 +100,7 @@ struct Sums {
     }
   }
 
-  inline __attribute__((always_inline)) void add(const Slots &w) {
+  inline LOSA_ALWAYS_INLINE void add(const Slots &w) {
     for (int k = 0; k < Tokens; ++k) {
       const __m256i q = _mm256_sign_epi8(_mm256_shuffle_epi8(from[k], w.at), w.sign);
       const __m256i products = _mm256_maddubs_epi16(w.magnitude, q);
@@ -112,7 +112,7 @@ struct Sums {
     }
   }
 
-  inline __attribute__((always_inline)) void flush() {
+  inline LOSA_ALWAYS_INLINE void flush() {
     for (int k = 0; Linear && k < Tokens; ++k) {
       widen(pairs[k], wide[k]);
     }
@@ -132,16 +132,16 @@ struct ValueLines {
         line(0) {}
 
   // Line number `line` of a tile whose first one is `first`.
-  inline __attribute__((always_inline)) ValueLines(const ValueLines &first, size_t line)
+  inline LOSA_ALWAYS_INLINE ValueLines(const ValueLines &first, size_t line)
       : values(first.values + line * kLines * Tiles::kStep), high(first.high), line(line) {}
 
-  inline __attribute__((always_inline)) void next() {
+  inline LOSA_ALWAYS_INLINE void next() {
     values += kLines * Tiles::kStep;
     ++line;
   }
 
   // I3: the highest bits of the codes, that of step s in bit s.
-  inline __attribute__((always_inline)) __m256i highest() const {
+  inline LOSA_ALWAYS_INLINE __m256i highest() const {
     const __m256i two = load_step(high + line / 2 * Tiles::kStep);
     return line % 2 ? _mm256_srli_epi16(two, 4) : two;
   }
@@ -157,10 +157,10 @@ struct TileLines {
   TileLines(const Tiles &tiles, size_t tile)
       : positions(tiles.positions + tile * tiles.lines() * Tiles::kStep), first(tiles, tile) {}
 
-  inline __attribute__((always_inline)) const uint8_t *places(size_t line) const {
+  inline LOSA_ALWAYS_INLINE const uint8_t *places(size_t line) const {
     return positions + line * Tiles::kStep;
   }
-  inline __attribute__((always_inline)) ValueLines<T> values(size_t line) const { return {first, line}; }
+  inline LOSA_ALWAYS_INLINE ValueLines<T> values(size_t line) const { return {first, line}; }
 
   const uint8_t *positions;
   ValueLines<T> first;
@@ -168,7 +168,7 @@ struct TileLines {
 
 // Codes of step S of a line; of i8 its levels. I3: `highest` are the highest bits of the line.
 template <losa_value_type T, int S>
-inline __attribute__((always_inline)) __m256i codes_of(const uint8_t *values, __m256i highest) {
+inline LOSA_ALWAYS_INLINE __m256i codes_of(const uint8_t *values, __m256i highest) {
   const __m256i raw = load_step(values + (T == LOSA_I8 ? S : T == LOSA_I4 ? S / 2 : 0) * Tiles::kStep);
   if (T == LOSA_I8) {
     return raw;
@@ -183,7 +183,7 @@ inline __attribute__((always_inline)) __m256i codes_of(const uint8_t *values, __
 
 // Slots of codes below 8 bits at the positions `at`. Linear i4: the sign is that of the code.
 template <losa_value_type T, bool Linear>
-inline __attribute__((always_inline)) Slots slots_of(__m256i codes, __m256i at, __m256i levels) {
+inline LOSA_ALWAYS_INLINE Slots slots_of(__m256i codes, __m256i at, __m256i levels) {
   const __m256i level = _mm256_shuffle_epi8(levels, codes);
   if (Linear && T == LOSA_I4) {
     return {at, level, _mm256_slli_epi16(codes, 4)};
@@ -193,8 +193,8 @@ inline __attribute__((always_inline)) Slots slots_of(__m256i codes, __m256i at, 
 
 // Slots of step S of a line, at the positions `at`.
 template <losa_value_type T, bool Linear, int S>
-inline __attribute__((always_inline)) Slots load_short(const uint8_t *values, __m256i highest, __m256i at,
-                                                       __m256i levels) {
+inline LOSA_ALWAYS_INLINE Slots load_short(const uint8_t *values, __m256i highest, __m256i at,
+                                           __m256i levels) {
   const __m256i codes = codes_of<T, S>(values, highest);
   if (T == LOSA_I8) {
     return {at, _mm256_abs_epi8(codes), codes};
@@ -225,7 +225,7 @@ inline __m256i within_group(__m256i line) {
 }
 
 // Of two steps the first slots of pairs of one, and the second ones of the other.
-inline __attribute__((always_inline)) __m256i first_and_second(__m256i first, __m256i second) {
+inline LOSA_ALWAYS_INLINE __m256i first_and_second(__m256i first, __m256i second) {
   return _mm256_blendv_epi8(first, second, _mm256_set1_epi16(static_cast<short>(0xff00)));
 }
 

@@ -14,7 +14,7 @@ inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<co
 // Adds 32 products. Narrow levels are unsigned (avx2_panel.h); others would need 9 bits without their sign:
 // |w| * sign(x, w).
 template <bool Narrow>
-inline __m256i add_products(__m256i acc, __m256i w, const int8_t *x) {
+inline LOSA_ALWAYS_INLINE __m256i add_products(__m256i acc, __m256i w, const int8_t *x) {
   return Narrow ? dot_accumulate<true>(acc, w, load256(x))
                 : dot_accumulate<false>(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(load256(x), w));
 }

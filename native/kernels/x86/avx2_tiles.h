@@ -15,9 +15,8 @@ namespace {
 
 // Groups [group, end) of a tile of N:16 times `Tokens` tokens, added to sums.
 template <losa_value_type T, bool Linear, int Tokens>
-inline __attribute__((always_inline)) void sum_groups(const Tiles &tiles, size_t tile, size_t group,
-                                                      size_t end, const int8_t *const *x, __m256i levels,
-                                                      __m256i wide[Tokens][2]) {
+inline LOSA_ALWAYS_INLINE void sum_groups(const Tiles &tiles, size_t tile, size_t group, size_t end,
+                                          const int8_t *const *x, __m256i levels, __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   size_t step = (tile * tiles.groups + group) * tiles.steps;
   for (; group < end; ++group) {
@@ -35,9 +34,9 @@ inline __attribute__((always_inline)) void sum_groups(const Tiles &tiles, size_t
 
 // A line; false if its second half is not there.
 template <losa_value_type T, bool Linear, int Form, int Tokens>
-inline __attribute__((always_inline)) bool add_line(const uint8_t *line, const ValueLines<T> &at,
-                                                    size_t group, size_t end, __m256i levels,
-                                                    const int8_t *const *x, Sums<Linear, Tokens> *sums) {
+inline LOSA_ALWAYS_INLINE bool add_line(const uint8_t *line, const ValueLines<T> &at, size_t group,
+                                        size_t end, __m256i levels, const int8_t *const *x,
+                                        Sums<Linear, Tokens> *sums) {
   const LinePlaces<Form> places(load_step(line));
   const LineSlots<T, Linear> slots(at, levels);
   constexpr size_t kStep = two_groups(Form) ? 2 * kQuad : kQuad;  // positions from step to step
@@ -59,9 +58,8 @@ inline __attribute__((always_inline)) bool add_line(const uint8_t *line, const V
 // Groups [group, end) of a tile of N:4 or of windows. A line has one group of 2:4 or of windows, or two of
 // 1:4, of which the last of a tile may miss the second. Of windows x begins one position before the row.
 template <losa_value_type T, bool Linear, int Form, int Tokens>
-inline __attribute__((always_inline)) void sum_lines(const TileLines<T> &lines, size_t group, size_t end,
-                                                     const int8_t *const *x, __m256i levels,
-                                                     __m256i wide[Tokens][2]) {
+inline LOSA_ALWAYS_INLINE void sum_lines(const TileLines<T> &lines, size_t group, size_t end,
+                                         const int8_t *const *x, __m256i levels, __m256i wide[Tokens][2]) {
   constexpr size_t kGroups = two_groups(Form) ? 2 : 1;
   Sums<Linear, Tokens> sums(wide);
   const size_t first = two_groups(Form) ? group / 2 : group;
@@ -87,8 +85,7 @@ inline __attribute__((always_inline)) void sum_lines(const TileLines<T> &lines, 
 // step behind it, of which some hold the position before it, and the second ones of the step before, of which
 // some hold the position behind. The levels of all others are zero.
 template <losa_value_type T, bool Linear>
-inline __attribute__((always_inline)) Slots load_border(const TileLines<T> &lines, size_t behind,
-                                                        __m256i levels) {
+inline LOSA_ALWAYS_INLINE Slots load_border(const TileLines<T> &lines, size_t behind, __m256i levels) {
   const uint8_t *line = lines.places(behind);
   const __m256i three = _mm256_set1_epi8(3);
   const __m256i both =
@@ -120,7 +117,7 @@ inline Slots load_expanded(const uint8_t *at) {
 }
 
 // ... from scratch memory, where the first place of step 0 is 0, and the last of step 3 is 15.
-inline __attribute__((always_inline)) Slots load_border(const uint8_t *slots, size_t steps, size_t behind) {
+inline LOSA_ALWAYS_INLINE Slots load_border(const uint8_t *slots, size_t steps, size_t behind) {
   const uint8_t *at = slots + behind * steps * Tiles::kExpanded;
   const Slots last = load_expanded(at - Tiles::kExpanded), first = load_expanded(at);
   const __m256i places = first_and_second(first.at, last.at);
@@ -133,8 +130,8 @@ inline __attribute__((always_inline)) Slots load_border(const uint8_t *slots, si
 // begins those of the next group with what they have too much. `first` is the position before the border in
 // x.
 template <int Tokens>
-inline __attribute__((always_inline)) void move_border(const Slots &w, const int8_t *const *x, size_t first,
-                                                       __m256i sums[Tokens][2], __m256i next[Tokens][2]) {
+inline LOSA_ALWAYS_INLINE void move_border(const Slots &w, const int8_t *const *x, size_t first,
+                                           __m256i sums[Tokens][2], __m256i next[Tokens][2]) {
   for (int k = 0; k < Tokens; ++k) {
     int16_t pair;
     std::memcpy(&pair, x[k] + first, sizeof pair);
@@ -189,9 +186,8 @@ void expand_tile(const Tiles &tiles, size_t tile, __m256i levels, uint8_t *out) 
 }
 
 template <bool Linear, int Form, int Tokens>
-inline __attribute__((always_inline)) void sum_expanded(const uint8_t *slots, size_t steps, size_t group,
-                                                        size_t end, const int8_t *const *x,
-                                                        __m256i wide[Tokens][2]) {
+inline LOSA_ALWAYS_INLINE void sum_expanded(const uint8_t *slots, size_t steps, size_t group, size_t end,
+                                            const int8_t *const *x, __m256i wide[Tokens][2]) {
   Sums<Linear, Tokens> sums(wide);
   const uint8_t *at = slots + group * steps * Tiles::kExpanded;
   for (; group < end; ++group) {

@@ -35,7 +35,7 @@ inline __m256 load_floats(const uint8_t *p) {
 // Calls use(position, 8 values) for every 8 positions of a sparse row. Always inlined, so that what `use`
 // adds to stays in registers.
 template <bool Half, typename Use>
-inline __attribute__((always_inline)) void each_eight(const losa_tensor &t, size_t row, Use use) {
+inline LOSA_ALWAYS_INLINE void each_eight(const losa_tensor &t, size_t row, Use use) {
   constexpr size_t size = Half ? 2 : 4;
   const Positions positions(t.parts, row);
   const uint8_t *at = static_cast<const uint8_t *>(t.parts.values.data) + size * row_start(t, row);

@@ -8,8 +8,8 @@ namespace {
 
 constexpr Target table() {
   Target target{"avxvnni", &kAvx2};
-  target.matvec_levels = matvec_levels;
-  target.matmul_levels = panels_or_matvec;
+  target.matvec_levels = few_times_rows;
+  target.matmul_levels = panels_or_rows;
   target.multiply_tiles = multiply_tiles;
   target.multiply_windows = multiply_windows;
   return target;

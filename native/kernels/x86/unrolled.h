@@ -1,4 +1,4 @@
-// Loops of a fixed length, written out, and functions that are always inlined.
+// Loops of a fixed length, written out.
 #ifndef LOSA_UNROLLED_H
 #define LOSA_UNROLLED_H
 
@@ -6,13 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-// Not where intrinsics are emulated: those are long functions, of which a copy in every loop takes minutes to
-// compile.
-#if defined(LOSA_EMULATED)
-#define LOSA_ALWAYS_INLINE
-#else
-#define LOSA_ALWAYS_INLINE __attribute__((always_inline))
-#endif
+#include "kernels/x86/always_inline.h"
 
 namespace losa {
 namespace {
