@@ -4,9 +4,9 @@ A mask without a pattern loses the least quality at a given sparsity, but needs 
 packed values where the mask has ones. Where there is none, integers are fastest in tiles, whose slots a byte
 shuffle reads, and floats in N:8, where no kernel has to count mask bits. On one core of an AVX2 machine
 (`losa-deploy bench kernels --layouts bitmask,4:8,sliding --value-types f16,i4 --sparsity 0.5 --targets
-avx2,scalar --tokens 1 --threads 1`), a bitmask of half of i4 weights took about three times as long as sliding
-windows, and one of f16 1.1 to 1.4 times as long as 4:8; in scalar code, sliding windows took 1.5 times as long
-as a bitmask.
+avx2,scalar --tokens 1 --threads 1`), a bitmask of half of i4 weights took about three times as long as
+sliding windows, and one of f16 1.1 to 1.4 times as long as 4:8; in scalar code, sliding windows took 1.5
+times as long as a bitmask.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def fastest(
 
 
 def dense_instead(value_type: str, group_size: int, bits: float) -> str | None:
-    """The widest integers, narrower than `value_type`, that take no more bits per weight if none is pruned."""
+    """The widest narrower integers of which all weights take no more than `bits` each."""
     found = [
         (kind.bits, name)
         for name, kind in VALUE_TYPES.items()

@@ -19,20 +19,27 @@ from losa_deploy.verify.distance import logit_tolerance
 PROBE_TOKENS, PROBE_STRIDE = 32, 7919
 """Length of the sequence that compares two models, and how far apart its token ids are."""
 FIRST_BLOCKS = 2
-"""Blocks that are compared of a model that does not fit into memory at once."""
+"""Blocks that are compared of a model that is not compared as a whole."""
+WHOLE_BYTES = 2_000_000_000
+"""Memory that comparing a model as a whole may take: it is not to be what needs most in a compression."""
 PER_BLOCK = ("layer_types", "no_rope_layers")
 """Keys of a configuration with an entry for each block."""
+
+
+def is_whole(parameters: int, memory: int) -> bool:
+    """Whether a model of so many parameters, which transformers loads in f32, is compared as a whole."""
+    return 4 * parameters + LIBRARY_BYTES <= min(memory, WHOLE_BYTES)
 
 
 @torch.no_grad()
 def check_unpruned(source: Checkpoint, place: Path, memory: int) -> None:
     """Compare the model put together from the source's tensors with the one transformers loads, on logits.
 
-    If the two differ, what is compressed is not the user's model. Of a model whose f32 weights take more than
-    `memory` bytes only the first blocks are compared, from a copy in a new folder inside of `place` that is
-    deleted again. Raises `InputError`.
+    If the two differ, what is compressed is not the user's model. Of a model whose comparison takes more than
+    `memory` bytes, or `WHOLE_BYTES`, only the first blocks are compared, from a copy in a new folder inside
+    of `place` that is deleted again. Raises `InputError`.
     """
-    if 4 * all_parameters(source) + LIBRARY_BYTES <= memory:
+    if is_whole(all_parameters(source), memory):
         _compare(source, source)
         return
     place.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from losa_deploy.compress.check import is_whole
 from losa_deploy.compress.memory import (
     FROZEN_BYTES,
     LIBRARY_BYTES,
@@ -154,9 +155,9 @@ def _tokens(recipe: Recipe) -> int:
 
 
 def _check(shape: Geometry, memory: int) -> int:
-    whole = LIBRARY_BYTES + 4 * shape.all
-    first = 4 * (shape.outer + 2 * shape.weights)
-    return whole + 4 * shape.weights if whole <= memory else LIBRARY_BYTES + 2 * first
+    if is_whole(shape.all, memory):
+        return LIBRARY_BYTES + 4 * shape.all + 4 * shape.weights
+    return LIBRARY_BYTES + 2 * 4 * (shape.outer + 2 * shape.weights)
 
 
 def _text(shape: Geometry, recipe: Recipe, memory: int, bf16: bool) -> tuple[int, int]:

@@ -151,6 +151,14 @@ def test_a_configuration_that_no_model_can_be_made_of_is_refused(
         check_tensors(Checkpoint.open(model))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "memory", "whole"),
+    [(135_000_000, 10**11, True), (135_000_000, 900_000_000, False), (1_100_000_000, 10**11, False)],
+)
+def test_comparing_a_model_is_not_what_needs_most_memory(parameters: int, memory: int, whole: bool) -> None:
+    assert check.is_whole(parameters, memory) == whole
+
+
 @pytest.mark.parametrize("memory", [10**11, 1])
 @pytest.mark.parametrize(
     ("kind", "values"),

@@ -12,7 +12,7 @@ constexpr Target table() {
   Target target{"avx2", &kScalar};
   target.quantize = quantize_groups<quantize_group>;
   target.matvec_levels = few_times_rows;
-  target.matmul_levels = panels_or_rows;
+  target.matmul_levels = rows_or_panels;
   target.matvec_values = matvec_values;
   target.matmul_values = multiply_panels<float, expand_values, values_panel>;
   target.multiply_tiles = multiply_tiles;

@@ -286,12 +286,11 @@ inline void few_times_rows(const losa_tensor &t, const Activations &a, size_t be
   }
 }
 
-// Rows that are decoded in little time are worth a second pass, panels they are not.
-inline void panels_or_rows(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
+// Up to as many tokens as a draft is checked with, two passes take about as long as panels, and sums do not
+// depend on how many tokens come along.
+inline void rows_or_panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                            size_t ldy, void *scratch) {
-  const bool quick = t.parts.layout == LOSA_DENSE || are_nibbles(t.parts);
-  const size_t most = quick ? 2 * kMostOfRows : kMostOfRows;
-  (a.tokens <= most ? few_times_rows : matmul_levels)(t, a, begin, end, y, ldy, scratch);
+  (a.tokens <= 2 * kMostOfRows ? few_times_rows : matmul_levels)(t, a, begin, end, y, ldy, scratch);
 }
 
 }  // namespace

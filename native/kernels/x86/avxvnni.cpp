@@ -9,7 +9,7 @@ namespace {
 constexpr Target table() {
   Target target{"avxvnni", &kAvx2};
   target.matvec_levels = few_times_rows;
-  target.matmul_levels = panels_or_rows;
+  target.matmul_levels = rows_or_panels;
   target.multiply_tiles = multiply_tiles;
   target.multiply_windows = multiply_windows;
   return target;
