@@ -286,8 +286,8 @@ inline void few_times_rows(const losa_tensor &t, const Activations &a, size_t be
   }
 }
 
-// Up to as many tokens as a draft is checked with, two passes take about as long as panels, and sums do not
-// depend on how many tokens come along.
+// Up to as many tokens as a draft is checked with: two passes take no longer than panels, and with them sums
+// do not depend on how many tokens come along, from two on (tests/parity/test_speculation.py).
 inline void rows_or_panels(const losa_tensor &t, const Activations &a, size_t begin, size_t end, float *y,
                            size_t ldy, void *scratch) {
   (a.tokens <= 2 * kMostOfRows ? few_times_rows : matmul_levels)(t, a, begin, end, y, ldy, scratch);
